@@ -1,0 +1,264 @@
+"""Options that several commands share, and the engine that they ask for. Imports no torch: `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.config import (
+    DRAFTER_CONFIGS,
+    CacheConfig,
+    EngineConfig,
+    SchedulerConfig,
+    drafter_config,
+)
+from outrider.errors import ConfigError
+from outrider.sampling.params import MAX_SEED, SamplingParams
+
+if TYPE_CHECKING:
+    from outrider.llm import LLM
+
+MODEL, DRAFTING, SAMPLING, ENGINE, OUTPUT = "Model", "Drafting", "Sampling", "Engine", "Output"
+
+
+def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
+    """A Typer option in a panel of the help page."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, metavar=metavar, show_default=True)
+
+
+Model = Annotated[
+    str | None,
+    option("--model", "-m", help="Folder or hub id (safetensors); without it the bundled model.", panel=MODEL),
+]
+Revision = Annotated[str | None, option("--revision", help="Branch, tag or commit of the hub id.", panel=MODEL)]
+Dtype = Annotated[
+    str, option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.", panel=MODEL)
+]
+Device = Annotated[str, option("--device", help="Torch device.", panel=MODEL)]
+
+Drafter = Annotated[
+    str | None,
+    option(
+        "--drafter",
+        "-d",
+        help=f"One of {', '.join(DRAFTER_CONFIGS)}. Default: draft_model for the bundled model, else ngram.",
+        panel=DRAFTING,
+    ),
+]
+Drafters = Annotated[
+    list[str] | None,
+    option("--drafter", "--drafters", "-d", help="Names, or all; repeat it or use commas.", panel=DRAFTING),
+]
+DraftModel = Annotated[
+    str | None,
+    option("--draft-model", help="Folder or hub id of the draft model (implies draft_model).", panel=DRAFTING),
+]
+DrafterSettings = Annotated[
+    str | None,
+    option(
+        "--drafter-config",
+        help="More settings of the drafter as JSON, such as '{\"depth\": 6}'.",
+        panel=DRAFTING,
+        metavar="JSON",
+    ),
+]
+Verification = Annotated[
+    str,
+    option(
+        "--verification",
+        help="coupled (what plain decoding gives with the same seed), rejection or tree_rejection.",
+        panel=DRAFTING,
+    ),
+]
+
+ExactnessMode = Annotated[
+    str,
+    option("--exactness", help="numerical (equal up to ties) or bitwise (proven at start).", panel=ENGINE),
+]
+CacheGb = Annotated[float, option("--cache-gb", help="Most memory for keys and values, in GiB.", panel=ENGINE)]
+MaxNumSeqs = Annotated[int, option("--max-num-seqs", help="Most sequences that run at once.", panel=ENGINE)]
+MaxBatchTokens = Annotated[int, option("--max-batch-tokens", help="Most rows of a forward.", panel=ENGINE)]
+Threads = Annotated[
+    int | None, option("--threads", help="CPU threads of torch; without it torch decides.", panel=ENGINE)
+]
+
+MaxTokens = Annotated[int, option("--max-tokens", help="Most tokens to generate per sequence.", panel=SAMPLING)]
+Temperature = Annotated[float, option("--temperature", "-t", help="0 is greedy decoding.", panel=SAMPLING)]
+Seed = Annotated[
+    int | None, option("--seed", help="Of the keyed noise; the same seed gives the same text.", panel=SAMPLING)
+]
+JsonOut = Annotated[bool, option("--json", help="Print JSON.", panel=OUTPUT)]
+OutputFile = Annotated[str | None, option("--output", "-o", help="Write the JSON to this file.", panel=OUTPUT)]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine options of a command ask for; see `EngineConfig` for their meaning.
+
+    Attributes:
+        drafter: a method's name; None leaves the choice to `drafter_name`.
+        drafter_settings: a JSON object with more settings of the drafter.
+        threads: of torch; None leaves torch's own choice.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: str = EngineConfig.dtype
+    device: str = EngineConfig.device
+    drafter: str | None = None
+    draft_model: str | None = None
+    drafter_settings: str | None = None
+    verification: str = EngineConfig.verification
+    exactness: str = EngineConfig.exactness
+    cache_gb: float = CacheConfig.memory_gb
+    max_num_seqs: int = SchedulerConfig.max_num_seqs
+    max_batch_tokens: int = SchedulerConfig.max_batch_tokens
+    threads: int | None = None
+    prefix_caching: bool = True
+
+    @property
+    def drafter_name(self) -> str:
+        if self.drafter is not None:
+            return self.drafter
+        return "draft_model" if self.model is None or self.draft_model is not None else "ngram"
+
+    def drafter_spec(self, name: str | None = None) -> dict[str, Any]:
+        """What `LLM` takes as its drafter.
+
+        Args:
+            name: of the method; None is the one asked for.
+
+        Raises:
+            ConfigError: unknown method or setting, or a draft model for a method that has none.
+        """
+        name = name or self.drafter_name
+        spec = {"method": name, **_json_object(self.drafter_settings, "--drafter-config")}
+        if self.draft_model is not None:
+            if name != "draft_model":
+                raise ConfigError("--draft-model", got=f"drafter {name!r}", expected="drafter 'draft_model'")
+            spec["model"] = self.draft_model
+        drafter_config(spec)
+        return spec
+
+    def load(self, drafter: str | None = None) -> LLM:
+        """Load the model; settings are checked first, because loading takes long.
+
+        Args:
+            drafter: method to load it with; None is the one asked for.
+
+        Raises:
+            OutriderError: a setting that cannot work, or a model that cannot be loaded.
+        """
+        spec = {"method": "none"} if drafter == "none" else self.drafter_spec(drafter)
+        if self.model == "":
+            raise ConfigError("--model", got="nothing", expected="a folder or hub id")
+        cache = {"memory_gb": self.cache_gb, "prefix_caching": self.prefix_caching}
+        scheduler = {"max_num_seqs": self.max_num_seqs, "max_batch_tokens": self.max_batch_tokens}
+        CacheConfig(**cache)
+        SchedulerConfig(**scheduler)
+        EngineConfig(dtype=self.dtype, exactness=self.exactness)  # pyright: ignore[reportArgumentType]
+        self.set_threads()
+        from outrider.llm import LLM
+
+        return LLM(
+            self.model,
+            drafter=spec,
+            verification=self.verification,
+            exactness=self.exactness,  # pyright: ignore[reportArgumentType]
+            dtype=self.dtype,
+            device=self.device,
+            revision=self.revision,
+            cache=cache,
+            scheduler=scheduler,
+        )
+
+    def set_threads(self) -> None:
+        """Give torch the number of threads asked for.
+
+        Raises:
+            ConfigError: below one.
+        """
+        if self.threads is None:
+            return
+        if not 1 <= self.threads <= 1024:
+            raise ConfigError("--threads", got=self.threads, expected="1 to 1024")
+        import torch
+
+        torch.set_num_threads(self.threads)
+
+
+def drafter_names(values: Sequence[str] | None, options: EngineOptions) -> list[str]:
+    """Names given with repeats and commas, in order; `all` is every drafter that the models at hand allow.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    has_draft = options.model is None or options.draft_model is not None
+    every = [name for name in DRAFTER_CONFIGS if name != "none" and (has_draft or name != "draft_model")]
+    names: list[str] = []
+    for name in (part.strip() for value in values or ["all"] for part in value.split(",")):
+        if name != "all" and name not in DRAFTER_CONFIGS:
+            raise ConfigError(
+                "unknown drafter", got=repr(name), expected=f"all, or some of {', '.join(DRAFTER_CONFIGS)}"
+            )
+        names.extend(every if name == "all" else [name])
+    return list(dict.fromkeys(names))
+
+
+def drafter_specs(names: Sequence[str], options: EngineOptions) -> dict[str, dict[str, Any]]:
+    """A drafter specification for each name; `--drafter-config` maps names to settings here.
+
+    Raises:
+        ConfigError: an unknown drafter or setting.
+    """
+    settings = _json_object(options.drafter_settings, "--drafter-config")
+    for name, of in settings.items():
+        if name not in names or not isinstance(of, Mapping):
+            raise ConfigError(
+                "--drafter-config",
+                got=f"{name!r}: {json.dumps(of)}",
+                expected=f"settings by drafter, such as {{{names[0]!r}: {{...}}}}",
+            )
+    specs: dict[str, dict[str, Any]] = {}
+    for name in names:
+        spec = {"method": name, **settings.get(name, {})}
+        if name == "draft_model" and options.draft_model is not None:
+            spec["model"] = options.draft_model
+        drafter_config(spec)
+        specs[name] = spec
+    return specs
+
+
+def parse_numbers(text: str, name: str, kind: type[int] | type[float]) -> list[Any]:
+    """Numbers separated by commas.
+
+    Raises:
+        ConfigError: something else.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        word = "integers" if kind is int else "numbers"
+        raise ConfigError(name, got=repr(text), expected=f"{word} separated by commas") from error
+
+
+def base_seed(seed: int | None, num_prompts: int) -> int:
+    """The seed of the first of `num_prompts` prompts, each of which takes the next one; 0 without a wish."""
+    SamplingParams(seed=seed)
+    return min(seed or 0, MAX_SEED - num_prompts)
+
+
+def _json_object(text: str | None, name: str) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(name, got=f"invalid JSON ({error})", expected="a JSON object") from error
+    if not isinstance(value, dict):
+        raise ConfigError(name, got=repr(text)[:60], expected="a JSON object")
+    return value

@@ -1,0 +1,126 @@
+"""From a configuration to a running engine: models, caches, drafter, rule, scheduler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from outrider.cache.kv_cache import KVCache, LayerShape
+from outrider.config import CacheConfig, DraftModelConfig, EngineConfig, SchedulerConfig
+from outrider.drafting.build import build_drafter
+from outrider.drafting.draft_model import DraftModelDrafter
+from outrider.drafting.drafter import DraftStyle
+from outrider.engine.engine import Engine
+from outrider.engine.scheduler import Scheduler
+from outrider.errors import ConfigError, VocabularyMismatchError
+from outrider.inputs.tokenizer import Tokenizer
+from outrider.models.loader import load_model, load_tokenizer
+from outrider.models.model import Model
+from outrider.models.row_invariance import check_row_invariance
+from outrider.verification.build import build_rule
+
+BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
+BUNDLED_TARGET = str(BUNDLED / "target")
+BUNDLED_DRAFT = str(BUNDLED / "draft")
+
+
+def load_target(config: EngineConfig) -> tuple[Model, Tokenizer]:
+    """Load the target and its tokenizer.
+
+    Raises:
+        ModelLoadError: it cannot be loaded, or its outputs would be wrong.
+        ExactnessError: bitwise mode on a model or device that is not row-invariant.
+    """
+    path = config.model or BUNDLED_TARGET
+    bitwise = config.exactness == "bitwise"
+    model = load_model(
+        path, revision=config.revision, dtype=config.dtype, device=config.device, row_invariant=bitwise
+    )
+    if bitwise:
+        check_row_invariance(model)
+    return model, Tokenizer(load_tokenizer(path, revision=config.revision))
+
+
+def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> Engine:
+    """Put drafter, rule, caches and scheduler around a loaded target.
+
+    Raises:
+        ConfigError: settings that do not go together.
+        ModelLoadError: the draft model cannot be loaded.
+        VocabularyMismatchError: the draft's token ids are not the target's.
+    """
+    rule = build_rule(config.verification)
+    cache = build_cache(config.cache, config.scheduler, model)
+
+    def build_draft_model(drafter: DraftModelConfig, style: DraftStyle) -> DraftModelDrafter:
+        if drafter.model is None and config.model is not None:
+            raise ConfigError(
+                "draft_model drafter",
+                got="no draft model",
+                expected="a folder or hub id",
+                remedy="pass drafter={'method': 'draft_model', 'model': ...}, or --draft-model",
+            )
+        path = drafter.model or BUNDLED_DRAFT
+        draft = load_model(path, revision=drafter.revision, dtype=drafter.dtype, device=config.device)
+        check_same_vocabulary(tokenizer, Tokenizer(load_tokenizer(path, revision=drafter.revision)))
+        draft_cache = build_cache(config.cache, config.scheduler, draft)
+        return DraftModelDrafter(
+            drafter, style, draft, draft_cache, model.vocab_size, config.scheduler.max_batch_tokens
+        )
+
+    drafter = build_drafter(
+        config.drafter,
+        DraftStyle(rule.draft_noise, rule.sibling_draws, rule.chains_only),
+        vocab_size=model.vocab_size,
+        build_draft_model=build_draft_model,
+    )
+    return Engine(
+        model,
+        drafter,
+        rule,
+        cache,
+        Scheduler(config.scheduler, cache, drafter.max_nodes),
+        row_invariant=config.exactness == "bitwise",
+    )
+
+
+def build_cache(cache: CacheConfig, scheduler: SchedulerConfig, model: Model) -> KVCache:
+    """A cache within the memory limit, no larger than the scheduler could ever fill."""
+    block_bytes = cache.block_size * _bytes_per_position(model.layer_shapes, model.dtype.itemsize)
+    affordable = int(cache.memory_gb * 2**30 / block_bytes)
+    useful = scheduler.max_num_seqs * math.ceil(model.context_length / cache.block_size)
+    num_blocks = cache.num_blocks or min(affordable, useful)
+    if num_blocks < 1:
+        raise ConfigError(
+            "cache.memory_gb", got=cache.memory_gb, expected=f"at least one block of {block_bytes} bytes"
+        )
+    return KVCache(
+        model.layer_shapes,
+        num_blocks=num_blocks,
+        block_size=cache.block_size,
+        dtype=model.dtype,
+        device=model.device,
+        prefix_caching=cache.prefix_caching,
+    )
+
+
+def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
+    """Token ids must mean the same to both models; padding of the embedding beyond the tokenizer may differ.
+
+    Raises:
+        VocabularyMismatchError: a token has another id, or is missing.
+    """
+    if target.vocab == draft.vocab:
+        return
+    differing = sorted(target.vocab.items() ^ draft.vocab.items())[:2]
+    raise VocabularyMismatchError(
+        f"draft vocabulary of {len(draft.vocab)} tokens differs from the target's {len(target.vocab)}",
+        got=f"tokens such as {differing}",
+        expected="the same token ids in both",
+        remedy="use a draft with the target's tokenizer, or drafter='ngram' or 'recycling'",
+    )
+
+
+def _bytes_per_position(layers: Sequence[LayerShape], itemsize: int) -> int:
+    return sum(s.num_heads * (s.key_dim + s.value_dim) for s in layers) * itemsize

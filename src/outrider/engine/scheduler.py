@@ -1,0 +1,148 @@
+"""Who runs in a step and with how many rows: continuous batching with one counter and no phases.
+
+Every request is scheduled from its computed towards its known tokens. What is missing is its *chunk*: a piece of
+the prompt, everything after a preemption, or the single last token of a decode step. Where the chunk reaches the
+last known token the request may have a tree behind it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from outrider.cache.kv_cache import KVCache
+from outrider.config import SchedulerConfig
+from outrider.errors import CacheError, ConfigError
+from outrider.request import Request
+
+
+@dataclass(frozen=True, eq=False)
+class ScheduledSequence:
+    """One request's share of a step.
+
+    Attributes:
+        num_computed: committed positions in the cache.
+        chunk_size: known tokens to compute, from `num_computed` on.
+        max_draft_nodes: draft tokens that may follow; cache room for them is reserved.
+    """
+
+    request: Request
+    num_computed: int
+    chunk_size: int
+    max_draft_nodes: int
+
+    @property
+    def yields_token(self) -> bool:
+        return self.num_computed + self.chunk_size == len(self.request.token_ids)
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig, cache: KVCache, max_draft_nodes: int) -> None:
+        self._config = config
+        self._cache = cache
+        self._max_draft_nodes = max_draft_nodes
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission: the last one is preempted first
+        self.preempted: list[str] = []  # ids that lost their place since the last call of `schedule`
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ConfigError: the queue is full.
+            CacheError: the request could never fit into the cache, even alone.
+        """
+        if len(self.waiting) >= self._config.max_waiting:
+            raise ConfigError("request queue", got=f"{len(self.waiting)} waiting", expected="fewer than max_waiting")
+        capacity = self._cache.num_positions
+        if request.max_length > capacity:
+            raise CacheError(
+                "request length",
+                got=f"{request.num_prompt_tokens} prompt tokens, up to {request.max_length} in all",
+                expected=f"at most the cache's {capacity} positions",
+                remedy="lower max_tokens or raise cache.memory_gb",
+            )
+        self.waiting.append(request)
+
+    def schedule(self) -> list[ScheduledSequence]:
+        """The sequences of the next step; their rows are reserved in the cache."""
+        self.preempted = []
+        budget = self._config.max_batch_tokens
+        plan: list[ScheduledSequence] = []
+        queue = deque(self.running)
+        while queue and budget > 0:
+            request = queue.popleft()
+            scheduled = self._place(request, budget, num_behind=len(queue))
+            while scheduled is None and queue:
+                self._preempt(queue.pop())
+                scheduled = self._place(request, budget, num_behind=len(queue))
+            if scheduled is None:  # every younger request has given way: make it wait itself
+                self._preempt(request)
+                break
+            plan.append(scheduled)
+            budget -= scheduled.chunk_size + scheduled.max_draft_nodes
+        if not self.preempted:
+            self._admit(plan, budget)
+        assert plan or not self.has_unfinished, "nothing could be scheduled"
+        return plan
+
+    def finish(self, request: Request) -> None:
+        """Take a finished or aborted request out and release its blocks."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        if request.request_id in self._cache:
+            self._cache.release(request.request_id)
+
+    def _admit(self, plan: list[ScheduledSequence], budget: int) -> None:
+        while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
+            request = self.waiting[0]
+            num_cached = self._cache.admit(request.request_id, request.token_ids)
+            scheduled = self._place(request, budget, num_behind=0, num_spare_blocks=len(self.running))
+            if scheduled is None:
+                self._cache.release(request.request_id)
+                return
+            if request.metrics.num_preemptions == 0:
+                request.metrics.num_cached_tokens = num_cached
+            self.waiting.popleft()
+            self.running.append(request)
+            plan.append(scheduled)
+            budget -= scheduled.chunk_size + scheduled.max_draft_nodes
+
+    def _place(
+        self, request: Request, budget: int, *, num_behind: int, num_spare_blocks: int = 0
+    ) -> ScheduledSequence | None:
+        """Reserve rows for a request: with drafts if there is room, else without; None if not even that fits.
+
+        Args:
+            num_behind: running requests still to be placed in this step; each is left a row and a block before
+                drafts are given room, so that drafts never cost another request its step.
+            num_spare_blocks: blocks that must stay available for running requests to grow into.
+        """
+        cache, request_id = self._cache, request.request_id
+        num_computed = cache.num_computed(request_id)
+        chunk_size = min(len(request.token_ids) - num_computed, budget - min(num_behind, budget - 1))
+        available = cache.pool.num_available - num_spare_blocks
+        max_nodes = 0
+        is_last_chunk = num_computed + chunk_size == len(request.token_ids)
+        if is_last_chunk and request.max_length - len(request.token_ids) > 1:
+            max_nodes = min(self._max_draft_nodes, (budget - chunk_size - num_behind) // (num_behind + 1))
+            if cache.num_new_blocks(request_id, chunk_size + max_nodes) + num_behind > available:
+                max_nodes = 0
+        if cache.num_new_blocks(request_id, chunk_size + max_nodes) > available:
+            return None
+        cache.reserve(request_id, chunk_size + max_nodes)
+        return ScheduledSequence(request, num_computed, chunk_size, max_nodes)
+
+    def _preempt(self, request: Request) -> None:
+        """Take a request's blocks; it starts again from its known tokens, so its output does not change."""
+        self._cache.release(request.request_id)
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+        request.metrics.num_preemptions += 1
+        self.preempted.append(request.request_id)

@@ -1,0 +1,73 @@
+"""What the engine counts: where a step's time goes, and how drafts fare."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class EngineStats:
+    """Sums since the last `reset`; seconds of wall time.
+
+    Attributes:
+        draft_s: in the drafter's propose and observe.
+        target_s: in the target's forward.
+        verify_s: in processors and the verification rule.
+        step_s: whole steps; what is in none of the three is the engine's own time.
+        num_steps: steps run.
+        num_verifications: trees verified (a request's decode steps).
+        num_drafts: trees with at least one draft token.
+        num_draft_tokens, num_accepted_tokens: draft tokens verified, and accepted.
+        num_output_tokens: tokens that reached an output.
+        accepted_at_depth: how often a draft token at depth d + 1 was accepted.
+    """
+
+    draft_s: float = 0.0
+    target_s: float = 0.0
+    verify_s: float = 0.0
+    step_s: float = 0.0
+    num_steps: int = 0
+    num_verifications: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_output_tokens: int = 0
+    accepted_at_depth: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens per verification, the bonus token included."""
+        return 1.0 + self.num_accepted_tokens / max(1, self.num_verifications)
+
+    @property
+    def other_s(self) -> float:
+        return self.step_s - self.draft_s - self.target_s - self.verify_s
+
+    @property
+    def own_ms_per_step(self) -> float:
+        """The engine's time per step outside draft and target forwards, verification included."""
+        return 1e3 * (self.step_s - self.draft_s - self.target_s) / max(1, self.num_steps)
+
+    def count_path(self, num_draft_tokens: int, num_accepted: int, num_output: int) -> None:
+        self.num_verifications += 1
+        self.num_output_tokens += num_output
+        self.num_drafts += num_draft_tokens > 0
+        self.num_draft_tokens += num_draft_tokens
+        self.num_accepted_tokens += num_accepted
+        if len(self.accepted_at_depth) < num_accepted:
+            self.accepted_at_depth.extend([0] * (num_accepted - len(self.accepted_at_depth)))
+        for depth in range(num_accepted):
+            self.accepted_at_depth[depth] += 1
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the block's wall time to ``<phase>_s``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            name = f"{phase}_s"
+            setattr(self, name, getattr(self, name) + time.perf_counter() - start)

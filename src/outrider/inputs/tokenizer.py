@@ -1,0 +1,101 @@
+"""The tokenizer as the engine's users see it: text in, text out, and chat messages rendered safely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from outrider.errors import ConfigError, PromptError
+
+MAX_TEMPLATE_OUTPUT = 4_000_000
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer; `backend` is what `transformers.AutoTokenizer` gave."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._environment = _chat_environment()
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        return dict(self._backend.get_vocab())
+
+    def __len__(self) -> int:
+        return len(self._backend)
+
+    @property
+    def chat_template(self) -> str | None:
+        template = getattr(self._backend, "chat_template", None)
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        return template
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str:
+        """The text of one token by itself (bytes that are no whole character become U+FFFD)."""
+        return self._backend.decode([token_id], skip_special_tokens=False)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt text of a conversation by the model's own template, in a sandbox.
+
+        Raises:
+            ConfigError: the model has no chat template, or the template is malformed or does what the sandbox forbids.
+            PromptError: the messages are not what the template expects.
+        """
+        if self.chat_template is None:
+            raise ConfigError("chat", got="a model without a chat template", expected="one", remedy="use generate()")
+        if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
+            raise PromptError(
+                "chat messages", got=repr(messages)[:80], expected="a non-empty list of {'role': ..., 'content': ...}"
+            )
+        special = {name: str(token) for name, token in self._backend.special_tokens_map.items()}
+        try:
+            text = self._environment.from_string(self.chat_template).render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **special, **variables
+            )
+        except PromptError:
+            raise
+        except SecurityError as error:
+            raise ConfigError("chat template", got=f"a forbidden operation ({error})", expected="a harmless template") from error
+        except (TemplateError, TypeError, ValueError, OverflowError) as error:
+            raise ConfigError("chat template", got=f"{type(error).__name__}: {error}", expected="a template that renders") from error
+        if len(text) > MAX_TEMPLATE_OUTPUT:
+            raise PromptError("rendered chat", got=f"{len(text)} characters", expected=f"at most {MAX_TEMPLATE_OUTPUT}")
+        return text
+
+
+def _chat_environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as chat templates expect it: the names that `transformers` defines, nothing else, sandboxed."""
+
+    def raise_exception(message: str) -> None:
+        raise PromptError("chat messages", got=message, expected="what the model's template accepts")
+
+    def strftime_now(pattern: str) -> str:
+        return datetime.now().strftime(pattern)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    environment.filters["tojson"] = _tojson
+    return environment
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False, indent=indent)

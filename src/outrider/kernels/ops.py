@@ -1,0 +1,65 @@
+"""Which kernel computes what: the one place where faster kernels join.
+
+Legend: N rows of the step, H query heads, K key/value heads, D key width, E value width, S cache slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from outrider.kernels import reference
+from outrider.kernels.attention import ROW_BUCKET, AttentionBatch, AttentionParams, RowBucket
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    batch: AttentionBatch,
+    params: AttentionParams,
+) -> Tensor:
+    """Write the step's keys and values to the cache, then attend.
+
+    Args:
+        query: ``[N, H, D]``; keys: ``[N, K, D]``; values: ``[N, K, E]``.
+        key_cache: ``[S, K, D]``; value_cache: ``[S, K, E]``.
+
+    Returns:
+        ``[N, H, E]`` in the dtype of `query`.
+    """
+    reference.write_rows(keys, values, key_cache, value_cache, batch.write_slots)
+    if not batch.row_invariant:
+        return reference.attention(query, key_cache, value_cache, batch, params)
+    mixed = []
+    for bucket in batch.row_buckets:
+        rows = query[bucket.start : bucket.end]
+        padded = torch.cat((rows, rows[:1].expand(ROW_BUCKET - len(rows), -1, -1)))
+        attended = reference.row_bucket_attention(padded, key_cache, value_cache, bucket, params)
+        mixed.append(attended[: len(rows)])
+    return torch.cat(mixed)
+
+
+def row_bucket_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    bucket: RowBucket,
+    params: AttentionParams,
+) -> Tensor:
+    """As `attention`, for one bucket of the bitwise mode that is padded to ROW_BUCKET rows already.
+
+    Only the bucket's own rows are written; the padding's results are not to be read.
+
+    Returns:
+        ``[ROW_BUCKET, H, E]`` in the dtype of `query`.
+    """
+    num_rows = bucket.end - bucket.start
+    reference.write_rows(keys[:num_rows], values[:num_rows], key_cache, value_cache, bucket.write_slots)
+    return reference.row_bucket_attention(query, key_cache, value_cache, bucket, params)

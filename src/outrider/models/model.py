@@ -1,0 +1,50 @@
+"""What the engine asks of a model: logits for the rows of one flattened batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from outrider.cache.kv_cache import KVCache, LayerShape
+from outrider.kernels.attention import AttentionBatch
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardBatch:
+    """Rows of many sequences in one flattened forward; no padding.
+
+    Attributes:
+        token_ids: ``[N]`` int64.
+        positions: ``[N]`` int64 positions in their sequences.
+        attention: who attends to whom, and where keys and values go.
+        logits_rows: ``[R]`` int64 rows whose logits are wanted; None for all rows.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    attention: AttentionBatch
+    logits_rows: Tensor | None
+
+
+class Model(Protocol):
+    """Attributes:
+    vocab_size: width of the logits.
+    context_length: the most positions a sequence may have.
+    layer_shapes: the cache that each attention layer needs.
+    eos_token_ids: tokens that end a text, from the model's own configuration.
+    """
+
+    name: str
+    vocab_size: int
+    context_length: int
+    layer_shapes: tuple[LayerShape, ...]
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Logits ``[R, vocab]`` float32 of the wanted rows; writes the rows' keys and values into `cache`."""
+        ...

@@ -1,0 +1,55 @@
+"""The coupled rule: the target chooses with its own keyed noise, and the walk follows its choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from outrider.sampling.noise import Purpose
+from outrider.token_tree import (
+    DraftNoise,
+    SiblingDraws,
+    TokenTree,
+    TokenTreeBatch,
+    VerifiedPath,
+    VerifyResult,
+)
+from outrider.verification.rule import Decisions
+
+
+class CoupledRule:
+    """Emits, token for token, what plain decoding with the same seed gives, whatever the drafter proposes.
+
+    Drafters that draw with the same noise tend to the same choice: Gumbel-max sampling coupled by common
+    random numbers (Daliri et al., arXiv 2408.07978).
+    """
+
+    name = "coupled"
+    lossless = True
+    draft_noise: DraftNoise = "shared"
+    sibling_draws: SiblingDraws = "without_replacement"
+    chains_only = False
+
+    def verify(self, trees: TokenTreeBatch, target_log_probs: Tensor, decisions: Decisions) -> VerifyResult:
+        """See `VerificationRule.verify`; the target's choice of every node is drawn at once."""
+        choices = decisions.sample(target_log_probs, range(trees.num_nodes), Purpose.TARGET)
+        paths = [follow_choices(tree, choices[trees.rows(index)]) for index, tree in enumerate(trees.trees)]
+        return VerifyResult(tuple(paths))
+
+
+def follow_choices(tree: TokenTree, choices: Sequence[int]) -> VerifiedPath:
+    """Walk while the choice at the current node is one of its children; the first that is not ends the path.
+
+    Args:
+        choices: ``[tree.num_nodes]`` the target's choice of each node's successor.
+    """
+    child_of: dict[tuple[int, int], int] = {}
+    for node in range(1, tree.num_nodes):
+        child_of.setdefault((tree.parents[node], tree.tokens[node]), node)  # of equal siblings the first
+    accepted: list[int] = []
+    node = 0
+    while (child := child_of.get((node, choices[node]))) is not None:
+        accepted.append(child)
+        node = child
+    return VerifiedPath(tuple(accepted), choices[node])

@@ -1,0 +1,206 @@
+"""Token equality: whatever the drafter, the batch, the cache and the parameters, the output is plain decoding's."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from outrider.config import SchedulerConfig
+from outrider.sampling.params import SamplingParams
+from tests.losslessness.engine_harness import DRAFTERS, decode, make_engine, make_request, run
+from tests.toy_model import ToyModel
+
+SETTINGS: dict[str, SamplingParams] = {
+    "greedy": SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True),
+    "greedy-eos": SamplingParams(temperature=0.0, max_tokens=60),
+    "sampled": SamplingParams(temperature=0.9, max_tokens=40, seed=11, ignore_eos=True),
+    "sampled-eos": SamplingParams(temperature=1.0, max_tokens=80, seed=12),
+    "top_k": SamplingParams(temperature=1.0, top_k=4, max_tokens=30, seed=13),
+    "top_p": SamplingParams(temperature=1.2, top_p=0.7, max_tokens=30, seed=14),
+    "min_p": SamplingParams(temperature=1.5, min_p=0.2, max_tokens=30, seed=15),
+    "penalties": SamplingParams(
+        temperature=0.7, repetition_penalty=1.3, presence_penalty=0.6, frequency_penalty=0.4, max_tokens=40, seed=16
+    ),
+    "greedy-penalties": SamplingParams(temperature=0.0, frequency_penalty=0.9, max_tokens=40),
+    "logit_bias": SamplingParams(temperature=1.0, logit_bias={3: 4.0, 5: -100.0}, max_tokens=30, seed=17),
+    "min_tokens": SamplingParams(temperature=1.0, min_tokens=25, max_tokens=60, seed=18, logit_bias={0: 3.0}),
+    "stop": SamplingParams(temperature=1.0, stop=["ab", "c", "hq"], max_tokens=80, seed=19, ignore_eos=True),
+    "stop-late": SamplingParams(
+        temperature=0.5, stop=["b", "j"], min_tokens=9, max_tokens=80, seed=20, ignore_eos=True
+    ),
+    "stop_token_ids": SamplingParams(temperature=1.0, stop_token_ids=[4, 9], max_tokens=80, seed=21),
+    "one": SamplingParams(temperature=1.0, max_tokens=1, seed=22),
+    "two": SamplingParams(temperature=0.0, max_tokens=2),
+    "logprobs": SamplingParams(temperature=0.8, max_tokens=30, seed=23, logprobs=3),
+}
+
+
+def prompts(count: int, seed: int = 5) -> list[list[int]]:
+    rng = random.Random(seed)
+    made = []
+    for index in range(count):
+        base = [rng.randrange(1, 24) for _ in range(rng.choice([1, 2, 7, 15, 33, 60]))]
+        made.append(base * 2 if index % 3 == 0 else base)
+    return made
+
+
+_PLAIN: dict[tuple[str, tuple[int, ...]], dict] = {}
+
+
+def plain(name: str, prompt: list[int], params: SamplingParams) -> dict:
+    """What plain decoding gives, alone, without prefix caching: the reference of all comparisons."""
+    key = (name, tuple(prompt))
+    if key not in _PLAIN:
+        request = make_request("plain", prompt, params)
+        run(make_engine("none", prefix_caching=False), [request])
+        _PLAIN[key] = summary(request)
+    return _PLAIN[key]
+
+
+def summary(request) -> dict:
+    return {
+        "token_ids": request.output_token_ids,
+        "finish_reason": request.finish_reason,
+        "stop_reason": request.stop_reason,
+        "text": request.detokenizer.text if request.detokenizer else None,
+        "logprobs": [{t: (round(v.logprob, 5), v.rank) for t, v in of.items()} for of in request.logprobs],
+    }
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_equal_to_plain_decoding_alone(drafter: str, setting: str) -> None:
+    params = SETTINGS[setting]
+    for prompt in prompts(4):
+        request = make_request("r", prompt, params)
+        run(make_engine(drafter), [request])
+        assert summary(request) == plain(setting, prompt, params)
+        assert request.metrics.num_accepted_tokens <= request.metrics.num_draft_tokens
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize(
+    ("num_blocks", "max_num_seqs", "max_batch_tokens", "prefix_caching"),
+    [
+        (400, 16, 256, True),  # all at once
+        (400, 16, 256, False),
+        (400, 4, 9, True),  # prompts in chunks of a few tokens, requests in turns
+        (40, 16, 256, True),  # blocks run out: preemption
+        (36, 3, 11, False),  # everything at once
+    ],
+)
+def test_equal_to_plain_decoding_in_every_batch_mix(
+    drafter: str, num_blocks: int, max_num_seqs: int, max_batch_tokens: int, prefix_caching: bool
+) -> None:
+    scheduler = SchedulerConfig(max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens)
+    engine = make_engine(drafter, num_blocks=num_blocks, scheduler=scheduler, prefix_caching=prefix_caching)
+    names = list(SETTINGS)
+    mixed = [(names[i % len(names)], prompt) for i, prompt in enumerate(prompts(len(names) + 3))]
+    requests = [make_request(f"r{i}", prompt, SETTINGS[name]) for i, (name, prompt) in enumerate(mixed)]
+    run(engine, requests)
+    for (name, prompt), request in zip(mixed, requests, strict=True):
+        assert summary(request) == plain(name, prompt, SETTINGS[name]), name
+    if num_blocks == 40:
+        assert sum(request.metrics.num_preemptions for request in requests) > 0, "the mix was to preempt"
+    # The same prompts again: now they hit the prefix index, and nothing changes.
+    again = [make_request(f"again{i}", prompt, SETTINGS[name]) for i, (name, prompt) in enumerate(mixed)]
+    run(engine, again)
+    for (name, prompt), request in zip(mixed, again, strict=True):
+        assert summary(request) == plain(name, prompt, SETTINGS[name]), name
+    if prefix_caching and num_blocks == 400:
+        assert sum(request.metrics.num_cached_tokens for request in again) > 0, "the second round was to hit"
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_requests_that_come_and_go_do_not_disturb_each_other(drafter: str) -> None:
+    rng = random.Random(3)
+    engine = make_engine(drafter, num_blocks=60, scheduler=SchedulerConfig(max_num_seqs=5, max_batch_tokens=40))
+    names = list(SETTINGS)
+    arrivals = [(names[i % len(names)], prompt) for i, prompt in enumerate(prompts(24, seed=8))]
+    live, finished, aborted = [], [], 0
+    while arrivals or engine.has_unfinished:
+        while arrivals and rng.random() < 0.4:
+            name, prompt = arrivals.pop()
+            request = make_request(f"q{len(arrivals)}", prompt, SETTINGS[name])
+            engine.add(request)
+            live.append((name, prompt, request))
+        if live and rng.random() < 0.05:
+            _, _, victim = live.pop(rng.randrange(len(live)))
+            if not victim.finished:
+                engine.abort(victim)
+                aborted += 1
+        if engine.has_unfinished:
+            engine.step()
+            engine.cache.check_integrity()
+        finished += [entry for entry in live if entry[2].finished]
+        live = [entry for entry in live if not entry[2].finished]
+    assert engine.cache.pool.num_used == 0
+    assert len(finished) >= 15
+    assert aborted > 0
+    for name, prompt, request in finished:
+        assert summary(request) == plain(name, prompt, SETTINGS[name]), name
+
+
+@pytest.mark.parametrize("drafter", [name for name in DRAFTERS if name != "none"])
+def test_drafts_are_accepted(drafter: str) -> None:
+    """An equality that holds because nothing is ever accepted proves nothing."""
+    params = SETTINGS["greedy"]
+    requests = [make_request(f"r{i}", prompt, params) for i, prompt in enumerate(prompts(6))]
+    engine = make_engine(drafter, model=ToyModel(memory=0.2))
+    run(engine, requests)
+    assert engine.stats.num_accepted_tokens > 10
+    assert engine.stats.num_output_tokens == sum(request.num_output_tokens for request in requests)
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("rule", ["rejection", "tree_rejection"])
+def test_greedy_is_the_same_under_rejection_rules(rule: str, drafter: str) -> None:
+    for name in ("greedy", "greedy-penalties", "two", "greedy-eos"):
+        for prompt in prompts(3):
+            request = make_request("r", prompt, SETTINGS[name])
+            run(make_engine(drafter, rule=rule), [request])
+            assert summary(request) == plain(name, prompt, SETTINGS[name])
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+@pytest.mark.parametrize("rule", ["rejection", "tree_rejection"])
+def test_sampling_under_rejection_rules_is_repeatable(rule: str, drafter: str) -> None:
+    outputs = []
+    for _ in range(2):
+        request = make_request("r", prompts(1)[0], SETTINGS["sampled"])
+        run(make_engine(drafter, rule=rule), [request])
+        outputs.append(request.output_token_ids)
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) == 40
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_unsound_logits_end_one_request_and_no_other(drafter: str) -> None:
+    model = ToyModel(poison=7)
+    params = SamplingParams(temperature=1.0, max_tokens=40, seed=2, ignore_eos=True)
+    requests = [make_request(f"r{i}", prompt, params) for i, prompt in enumerate([[7], [1, 2, 3], [4, 4]])]
+    safe = SamplingParams(temperature=1.0, max_tokens=40, seed=2, ignore_eos=True, logit_bias={7: -100.0})
+    requests.append(make_request("safe", [1, 2, 3], safe))
+    engine = make_engine(drafter, model=model)
+    run(engine, requests)
+    assert requests[0].finish_reason == "error"
+    assert "NaN" in str(requests[0].error)
+    assert requests[3].finish_reason == "length"
+    alone = make_request("alone", [1, 2, 3], safe)
+    run(make_engine("none"), [alone])
+    assert alone.output_token_ids == requests[3].output_token_ids
+
+
+def test_text_of_stop_strings_never_leaks() -> None:
+    params = SETTINGS["stop"]
+    for drafter in DRAFTERS:
+        for prompt in prompts(6, seed=21):
+            request = make_request("r", prompt, params)
+            run(make_engine(drafter), [request])
+            full = decode(request.output_token_ids)
+            assert request.detokenizer is not None
+            assert full.startswith(request.detokenizer.text)
+            assert not any(stop in request.detokenizer.text for stop in params.stop)
+            if request.finish_reason == "stop":
+                assert full == request.detokenizer.text + str(request.stop_reason)
