@@ -47,14 +47,15 @@ class ToyModel:
         self.num_rows.append(len(batch.token_ids))
         rows: list[Tensor] = []
         for sequence in batch.attention.sequences:
-            tokens, positions = keys[sequence.slots], values[sequence.slots]
-            for row in range(sequence.end - sequence.start):
-                visible = torch.ones(len(tokens), dtype=torch.bool)
-                own = torch.zeros(sequence.end - sequence.start, dtype=torch.bool)
-                own[: row + 1] = True if sequence.row_mask is None else sequence.row_mask[row, : row + 1]
-                visible[sequence.num_context :] = own
-                seen = tuple(int(t) for t in tokens[visible])
-                assert [int(p) for p in positions[visible]] == list(range(len(seen))), "positions have gaps"
+            tokens = keys[sequence.slots].numpy().astype(np.int64)
+            positions = values[sequence.slots].numpy().astype(np.int64)
+            context, num_rows = sequence.num_context, sequence.end - sequence.start
+            mask = np.ones((1, 1), bool) if sequence.row_mask is None else sequence.row_mask.numpy()
+            for row in range(num_rows):
+                own = np.flatnonzero(mask[row, : row + 1]) + context
+                seen = (*tokens[:context].tolist(), *tokens[own].tolist())
+                seen_positions = [*positions[:context].tolist(), *positions[own].tolist()]
+                assert seen_positions == list(range(len(seen))), "positions have gaps"
                 rows.append(torch.from_numpy(self._logits(seen)))
         logits = torch.stack(rows)
         return logits if batch.logits_rows is None else logits[batch.logits_rows]

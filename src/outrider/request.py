@@ -34,6 +34,12 @@ class RequestMetrics:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
 
+    def count_path(self, num_draft_tokens: int, num_accepted: int, now: float) -> None:
+        self.first_token_time = self.first_token_time or now
+        self.num_steps += 1
+        self.num_draft_tokens += num_draft_tokens
+        self.num_accepted_tokens += num_accepted
+
 
 @dataclass(eq=False)
 class Request:

@@ -30,7 +30,7 @@ from outrider.verification.rule import Decisions
 Verify = Callable[[TokenTreeBatch, Tensor, Decisions], VerifyResult]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mutant:
     """A `VerificationRule` that is wrong.
 
@@ -44,19 +44,13 @@ class Mutant:
     base: str
     patches: Mapping[str, Any] = field(default_factory=dict)
     tamper: Callable[[Verify, TokenTreeBatch, Tensor, Decisions], VerifyResult] | None = None
-    lossless: bool = True
 
-    @property
-    def draft_noise(self) -> DraftNoise:
-        return build_rule(self.base).draft_noise
-
-    @property
-    def sibling_draws(self) -> SiblingDraws:
-        return build_rule(self.base).sibling_draws
-
-    @property
-    def chains_only(self) -> bool:
-        return build_rule(self.base).chains_only
+    def __post_init__(self) -> None:
+        base = build_rule(self.base)
+        self.lossless = base.lossless
+        self.draft_noise: DraftNoise = base.draft_noise
+        self.sibling_draws: SiblingDraws = base.sibling_draws
+        self.chains_only = base.chains_only
 
     def verify(self, trees: TokenTreeBatch, target_log_probs: Tensor, decisions: Decisions) -> VerifyResult:
         verify = build_rule(self.base).verify

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from outrider.errors import ConfigError, TokenTreeError
 from outrider.token_tree import TokenTree, TokenTreeBatch
 from outrider.verification.build import RULE_NAMES, build_rule
+from outrider.verification.rejection import acceptance, residual
 from tests.losslessness.enumeration import EnumeratedDecisions, check_rule
 from tests.losslessness.mutants import MUTANTS, Mutant
 
@@ -33,8 +35,22 @@ def test_chain_rule_refuses_trees() -> None:
 
 
 def test_unknown_rule_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="coupled.*rejection.*tree_rejection.*multi_candidate"):
+    with pytest.raises(ConfigError, match=", ".join(RULE_NAMES)):
         build_rule("magic")
+
+
+def test_residual_of_equal_distributions_is_p() -> None:
+    p = np.array([0.0, 0.25, 0.75])
+    assert residual(p, p.copy(), 2).tolist() == p.tolist()
+    assert residual(p, np.array([0.5, 0.5, 0.0]), 0).tolist() == [0.0, 0.0, 1.0]
+    certain = np.array([0.0, 1.0, 0.0])
+    assert residual(certain, None, 1).tolist() == certain.tolist()
+
+
+def test_token_that_q_rules_out_is_a_point_mass() -> None:
+    p, q = np.array([0.25, 0.25, 0.5]), np.array([0.0, 0.5, 0.5])
+    assert acceptance(p, q, 0) == acceptance(p, None, 0) == 0.25
+    assert residual(p, q, 0).tolist() == pytest.approx([0.0, 1 / 3, 2 / 3])
 
 
 @pytest.mark.parametrize("name", RULE_NAMES)

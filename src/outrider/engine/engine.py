@@ -120,7 +120,7 @@ class Engine:
         requests = [scheduled.request for scheduled in drafting]
         sound = check_finite(logits)
         if not bool(sound.all()):
-            logits[~sound] = 0.0  # their requests end with an error below; the others must not suffer
+            logits[~sound] = 0.0  # whoever reaches such a row ends there, see `_update`; no rule has to bear it
         contexts = [
             RowContext(
                 rows=trees.rows(i),
@@ -140,7 +140,7 @@ class Engine:
         )
         result = self.rule.verify(trees, process_logits(logits, contexts), decisions)
         return [
-            _Verified(request, trees.trees[i], path, logits[trees.rows(i)], bool(sound[trees.rows(i)].all()))
+            _Verified(request, trees.trees[i], path, logits[trees.rows(i)], sound[trees.rows(i)])
             for i, (request, path) in enumerate(zip(requests, result.paths, strict=True))
         ]
 
@@ -159,42 +159,38 @@ class Engine:
         self.cache.commit(commits)
 
     def _observe(self, verified: Sequence[_Verified]) -> None:
-        outcomes = [
-            DraftOutcome(v.request.request_id, v.request.token_ids + v.new_tokens, v.tree, v.path, v.logits)
-            for v in verified
-            if v.sound
-        ]
-        if outcomes:
-            self.drafter.observe(outcomes)
+        if verified:
+            self.drafter.observe(
+                [
+                    DraftOutcome(v.request.request_id, v.request.token_ids + v.new_tokens, v.tree, v.path, v.logits)
+                    for v in verified
+                ]
+            )
 
     def _update(self, verified: Sequence[_Verified]) -> list[Request]:
         """Hand the new tokens to their requests and take out those that end."""
         now = time.monotonic()
         for outcome in verified:
-            request, metrics = outcome.request, outcome.request.metrics
-            if not outcome.sound:
+            request, num_drafted = outcome.request, outcome.tree.num_nodes - 1
+            num_sound = outcome.num_sound
+            num_appended = append_tokens(request, outcome.new_tokens[:num_sound])
+            if num_sound < len(outcome.new_tokens) and not request.finished:
                 request.finish_reason = "error"
                 request.error = NumericsError(
                     f"logits of request {request.request_id}",
-                    got=f"NaN or infinity at output token {request.num_output_tokens}",
+                    got=f"NaN or infinity for output token {request.num_output_tokens}",
                     expected="finite numbers",
                     remedy="check the weights, or load the model with dtype='float32'",
                 )
-            else:
-                num_appended = append_tokens(request, outcome.new_tokens)
-                num_accepted = min(num_appended, len(outcome.path.accepted_nodes))
-                self.stats.count_path(outcome.tree.num_nodes - 1, num_accepted, num_appended)
-                metrics.first_token_time = metrics.first_token_time or now
-                metrics.num_steps += 1
-                metrics.num_draft_tokens += outcome.tree.num_nodes - 1
-                metrics.num_accepted_tokens += num_accepted
-                if request.params.logprobs is not None:
-                    rows = outcome.logits[[0, *outcome.path.accepted_nodes][:num_appended]]
-                    request.logprobs.extend(
-                        token_logprobs(rows, outcome.new_tokens[:num_appended], request.params.logprobs)
-                    )
+            num_accepted = min(num_appended, len(outcome.path.accepted_nodes))
+            self.stats.count_path(num_drafted, num_accepted, num_appended)
+            request.metrics.count_path(num_drafted, num_accepted, now)
+            if request.params.logprobs is not None:
+                rows = outcome.logits[outcome.path_rows[:num_appended]]
+                chosen = outcome.new_tokens[:num_appended]
+                request.logprobs.extend(token_logprobs(rows, chosen, request.params.logprobs))
             if request.finished:
-                metrics.finish_time = now
+                request.metrics.finish_time = now
                 self._release(request)
         return [outcome.request for outcome in verified]
 
@@ -205,14 +201,30 @@ class Engine:
 
 @dataclass(frozen=True, eq=False)
 class _Verified:
-    """What a step made of one request's tree; `sound` is False if its logits were NaN or infinite."""
+    """What a step made of one request's tree.
+
+    Attributes:
+        logits: ``[tree.num_nodes, vocab]`` raw logits.
+        sound: ``[tree.num_nodes]`` bool; False for rows with NaN or infinite logits.
+    """
 
     request: Request
     tree: TokenTree
     path: VerifiedPath
-    logits: Tensor  # [tree.num_nodes, vocab] raw
-    sound: bool
+    logits: Tensor
+    sound: Tensor
+
+    @property
+    def path_rows(self) -> list[int]:
+        """The nodes whose logits chose each of the new tokens."""
+        return [0, *self.path.accepted_nodes]
 
     @property
     def new_tokens(self) -> list[int]:
         return [*(self.tree.tokens[node] for node in self.path.accepted_nodes), self.path.next_token]
+
+    @property
+    def num_sound(self) -> int:
+        """New tokens before the first that was chosen from unsound logits; rejected drafts do not count."""
+        sound = self.sound.tolist()
+        return next((i for i, row in enumerate(self.path_rows) if not sound[row]), len(self.path_rows))

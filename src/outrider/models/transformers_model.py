@@ -140,6 +140,7 @@ class TransformersModel:
     def __init__(self, module: PreTrainedModel, *, name: str, row_invariant: bool = False) -> None:
         _register()
         self.name = name
+        self.row_invariant = row_invariant
         self.module = module
         self.config = module.config.get_text_config(decoder=True)
         self.device = module.device
@@ -147,32 +148,19 @@ class TransformersModel:
         self._takes_logits_rows = "logits_to_keep" in inspect.signature(module.forward).parameters
         _refuse_foreign_layers(module, self.config)
         self.use_own_attention()
-        if row_invariant and getattr(module, "_can_set_experts_implementation", bool)():
-            module.set_experts_implementation(ROW_INVARIANT_EXPERTS_NAME)
+        self.use_own_experts(row_invariant)
         survey = _Survey(self.config)
         logits = self._survey_forward(survey)
         self.vocab_size = logits.shape[-1]
         self.dtype = survey.key_dtype or module.dtype
         self._layers = survey.layers
-
-    @property
-    def layer_shapes(self) -> tuple[LayerShape, ...]:
-        return tuple(layer.shape for layer in self._layers.values())
+        self.layer_shapes = tuple(layer.shape for layer in survey.layers.values())
+        self.eos_token_ids = _eos_token_ids(module)
 
     @property
     def attention_params(self) -> tuple[AttentionParams, ...]:
         """How each attention layer attends, in the order of `layer_shapes`."""
         return tuple(layer.params for layer in self._layers.values())
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text by the generation config, or else by the model's config."""
-        generation = getattr(self.module, "generation_config", None)
-        for source in (generation, self.config, self.module.config):
-            ids = getattr(source, "eos_token_id", None)
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
-        return ()
 
     def use_own_attention(self) -> None:
         """Let the module attend through outrider.
@@ -181,6 +169,17 @@ class TransformersModel:
             UnsupportedModelError: transformers kept another implementation.
         """
         _switch_attention(self.module, ATTENTION_NAME)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether rows are routed to experts."""
+        return any("experts" in name for name, _ in self.module.named_modules())
+
+    def use_own_experts(self, own: bool) -> None:
+        """Let a mixture's experts compute whole buckets, or as transformers alone would."""
+        can_set = getattr(self.module, "_can_set_experts_implementation", None)
+        if self.row_invariant and self.is_mixture and can_set is not None and can_set():
+            self.module.set_experts_implementation(ROW_INVARIANT_EXPERTS_NAME if own else "eager")
 
     def with_sliding_window(self, window: int) -> TransformersModel:
         """The same module with `window` in all its sliding layers: few rows then test them."""
@@ -241,6 +240,10 @@ class TransformersModel:
         logits = output.logits[0]
         if logits_rows is not None and not self._takes_logits_rows:
             logits = logits[logits_rows]
+        if isinstance(active, _Step) and active.num_calls != len(self._layers):
+            raise _unsupported(
+                f"{active.num_calls} of its {len(self._layers)} attention layers went through the interface"
+            )
         return logits.float()
 
     @torch.inference_mode()
@@ -377,6 +380,20 @@ def _context_length(config: PretrainedConfig) -> int:
             )
             length = min(length, original or length)
     return length
+
+
+def _eos_token_ids(module: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens that end a text by the generation config, or else by the model's config."""
+    sources = (
+        getattr(module, "generation_config", None),
+        module.config.get_text_config(decoder=True),
+        module.config,
+    )
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+    return ()
 
 
 def _unsupported(reason: str) -> UnsupportedModelError:

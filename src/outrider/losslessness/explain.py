@@ -1,0 +1,280 @@
+"""Why two runs differ: a numerical tie, or a bug.
+
+Forwards of different shapes round differently, so two tokens that are equal but for rounding may be chosen
+either way. The explainer recomputes the logits of the first differing token in several shapes, takes their
+largest difference as the size of the rounding, and asks whether logits within a few times that much give the
+other token by the request's whole pipeline (penalties, filters, keyed choice). If not, rounding is no excuse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from outrider.cache.kv_cache import KVCache, SequenceCommit
+from outrider.models.batch import SequenceRows, build_forward_batch
+from outrider.models.model import Model
+from outrider.sampling.noise import Purpose
+from outrider.sampling.params import SamplingParams
+from outrider.sampling.processors import RowContext, process_logits
+from outrider.sampling.sampler import KeyedDecisions
+from outrider.token_tree import TokenTree, TokenTreeBatch
+
+Verdict = Literal["tie", "bug"]
+
+ROUNDING_FACTOR = 4.0
+"""How much more than between the replayed shapes the rounding of the two runs may have differed."""
+
+FLOOR_ULPS = 4.0
+"""Rounding to expect anyway, in units in the last place of the model's dtype at the largest logit."""
+
+NUM_TREE_ROWS = 8
+NUM_SEQUENCES = 4
+BLOCK_SIZE = 16
+CHUNK_SIZE = 512
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Two outputs of one request that differ.
+
+    Attributes:
+        plain_token_ids, other_token_ids: outputs of plain decoding and of the run in question.
+        stop_ids: token ids that `min_tokens` holds back.
+        row_invariant: the runs claimed the bitwise mode, in which no difference is rounding.
+    """
+
+    prompt_token_ids: Sequence[int]
+    plain_token_ids: Sequence[int]
+    other_token_ids: Sequence[int]
+    params: SamplingParams
+    seed: int
+    stop_ids: Collection[int] = ()
+    row_invariant: bool = False
+
+    @property
+    def position(self) -> int:
+        """Index into the outputs of the first difference; the shorter one's length if it is a prefix."""
+        pairs = zip(self.plain_token_ids, self.other_token_ids, strict=False)
+        shorter = min(len(self.plain_token_ids), len(self.other_token_ids))
+        return next((i for i, (plain, other) in enumerate(pairs) if plain != other), shorter)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the replay of a divergence showed; logits are raw unless said otherwise.
+
+    Attributes:
+        verdict: "tie" or "bug".
+        reason: the verdict in words.
+        position: index into the outputs of the first differing token.
+        plain_token, other_token: the two tokens; None where an output had ended.
+        replayed_token: what plain decoding at one row per forward chooses there.
+        top_two: the two largest raw logits and their tokens, ``((token, logit), (token, logit))``.
+        delta: largest difference of a logit between the replayed shapes.
+        tolerance: the rounding that was allowed for.
+        differences: per shape, its largest difference of a logit from one row per forward.
+        choices: per shape, the token chosen.
+    """
+
+    verdict: Verdict
+    reason: str
+    position: int
+    plain_token: int | None
+    other_token: int | None
+    replayed_token: int | None = None
+    top_two: tuple[tuple[int, float], ...] = ()
+    delta: float = 0.0
+    tolerance: float = 0.0
+    differences: dict[str, float] | None = None
+    choices: dict[str, int] | None = None
+
+    @property
+    def top_two_gap(self) -> float:
+        return self.top_two[0][1] - self.top_two[1][1] if len(self.top_two) == 2 else math.inf
+
+    def record(self) -> dict[str, Any]:
+        """As a JSON object."""
+        gap = self.top_two_gap
+        return {**asdict(self), "top_two_gap": gap if math.isfinite(gap) else None}
+
+
+@torch.inference_mode()
+def explain_divergence(model: Model, divergence: Divergence) -> Explanation:
+    """Replay the first differing position of two outputs and tell rounding from error.
+
+    Args:
+        model: the target, in the state in which it gave the outputs.
+        divergence: the outputs must differ, or one be a prefix of the other.
+    """
+    at = divergence.position
+    if at >= min(len(divergence.plain_token_ids), len(divergence.other_token_ids)):
+        plain, other = (next(iter(ids[at:]), None) for ids in (divergence.plain_token_ids, divergence.other_token_ids))
+        reason = "the tokens agree as far as they go, but one output ended earlier: no logit explains that"
+        return Explanation("bug", reason, at, plain, other)
+    plain, other = divergence.plain_token_ids[at], divergence.other_token_ids[at]
+    logits = dict(_replay(model, divergence))
+    choose = _chooser(divergence)
+    reference = logits["one row"]
+    differences = {shape: _largest_difference(reference, of) for shape, of in logits.items()}
+    delta = max(differences.values())
+    tolerance = 0.0
+    if not divergence.row_invariant and math.isfinite(delta):
+        tolerance = ROUNDING_FACTOR * delta + FLOOR_ULPS * _ulp(reference, model.dtype)
+    chosen = choose(reference)
+    unreachable = [token for token in (plain, other) if not _reaches(choose, reference, chosen, token, tolerance)]
+    top = reference.topk(min(2, reference.shape[-1]))
+    return Explanation(
+        verdict="bug" if unreachable else "tie",
+        reason=_reason(unreachable, tolerance, divergence.row_invariant),
+        position=at,
+        plain_token=plain,
+        other_token=other,
+        replayed_token=chosen,
+        top_two=tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+        delta=delta,
+        tolerance=tolerance,
+        differences=differences,
+        choices={shape: choose(of) for shape, of in logits.items()},
+    )
+
+
+def _reason(unreachable: Sequence[int], tolerance: float, row_invariant: bool) -> str:
+    if not unreachable:
+        return f"logits within {tolerance:.3g} of the replayed ones give either token"
+    if row_invariant:
+        return "the bitwise mode promises equal bits, and none of its runs may differ"
+    tokens = " nor ".join(str(token) for token in unreachable)
+    return f"no logits within {tolerance:.3g} of the replayed ones give token {tokens}"
+
+
+def _largest_difference(left: Tensor, right: Tensor) -> float:
+    """Of two rows of logits; infinite where only one of them is a number."""
+    differences = torch.where(left == right, 0.0, (left - right).abs())
+    return float(differences.nan_to_num(nan=math.inf).max())
+
+
+def _ulp(logits: Tensor, dtype: torch.dtype) -> float:
+    """The unit in the last place of `dtype` at the largest magnitude of ``[vocab]`` `logits`."""
+    _, exponent = math.frexp(float(logits[logits.isfinite()].abs().max()))
+    return torch.finfo(dtype).eps * 2.0 ** (exponent - 1)
+
+
+def _chooser(divergence: Divergence) -> Callable[[Tensor], int]:
+    """The request's whole pipeline at the differing position, from raw logits ``[vocab]`` to its token."""
+    output = list(divergence.plain_token_ids[: divergence.position])
+    prefix = [*divergence.prompt_token_ids, *output]
+    tree = TokenTree.root_only(prefix[-1])
+    context = RowContext(
+        slice(0, 1), divergence.params, list(divergence.prompt_token_ids), output, tree, divergence.stop_ids
+    )
+    decisions = KeyedDecisions(
+        TokenTreeBatch.from_trees([tree]), [divergence.seed], [len(prefix)], [divergence.params.greedy]
+    )
+
+    def choose(logits: Tensor) -> int:
+        return decisions.sample(process_logits(logits[None], [context]), [0], Purpose.TARGET)[0]
+
+    return choose
+
+
+def _reaches(
+    choose: Callable[[Tensor], int], logits: Tensor, chosen: int, token: int, tolerance: float
+) -> bool:
+    """Whether some logits within `tolerance` of ``[vocab]`` `logits` make `token` the choice."""
+    if token == chosen:
+        return True
+    return any(choose(moved) == token for moved in _perturbations(logits, chosen, token, tolerance))
+
+
+def _perturbations(logits: Tensor, chosen: int, token: int, tolerance: float) -> Iterator[Tensor]:
+    """The corners of the box around `logits` that favour `token` most.
+
+    Each raises it and lowers the chosen one. What lies above either of them moves too in the later ones, because
+    the borders of top_p and min_p depend on it: up to push the chosen one out, down to let `token` in.
+    """
+    nothing = torch.zeros_like(logits)
+    above_chosen, above_token = logits > logits[chosen], logits > logits[token]
+    for sign_above, sign_below, above in (
+        (0.0, 0.0, above_chosen),
+        (1.0, -1.0, above_chosen),
+        (-1.0, 1.0, above_token),
+        (-1.0, -1.0, above_token),
+    ):
+        moves = torch.where(above, nothing + sign_above, nothing + sign_below)
+        moves[token], moves[chosen] = 1.0, -1.0
+        yield logits + tolerance * moves
+
+
+def _replay(model: Model, divergence: Divergence) -> Iterator[tuple[str, Tensor]]:
+    """Raw logits ``[vocab]`` of the differing position from forwards of several shapes, plain decoding's first."""
+    prompt = list(divergence.prompt_token_ids)
+    prefix = [*prompt, *divergence.plain_token_ids[: divergence.position]]
+    num_drafts = min(NUM_TREE_ROWS - 1, model.context_length - len(prefix))
+    drafts = list(divergence.other_token_ids[divergence.position :][:num_drafts])
+    drafts += drafts[-1:] * (num_drafts - len(drafts))
+    decoder = _Replayer(model, divergence.row_invariant)
+    num_rows = max(len(prefix) - 1, 1)
+    yield "one row", decoder.run([prompt[:-1], *([token] for token in prefix[len(prompt) - 1 :])])
+    yield "prefill", decoder.run([prefix])
+    yield f"{1 + num_drafts} rows", decoder.run([prefix[:-1], [prefix[-1], *drafts]], row=0)
+    yield f"{NUM_SEQUENCES} sequences", decoder.run([prefix[:num_rows], prefix[num_rows:]], copies=NUM_SEQUENCES)
+
+
+class _Replayer:
+    """Runs a token sequence through the model in pieces of given lengths."""
+
+    def __init__(self, model: Model, row_invariant: bool) -> None:
+        self._model = model
+        self._row_invariant = row_invariant
+
+    def run(self, pieces: Sequence[Sequence[int]], *, row: int = -1, copies: int = 1) -> Tensor:
+        """Logits ``[vocab]`` of one row of the last piece.
+
+        Args:
+            pieces: token ids, one forward each (more where they are longer than a chunk); empty ones are skipped.
+            row: of the last piece.
+            copies: equal sequences that run side by side.
+        """
+        *context, last = [piece for piece in pieces if piece]
+        chunks = [piece[i : i + CHUNK_SIZE] for piece in context for i in range(0, len(piece), CHUNK_SIZE)]
+        split = len(last) - 1 - (len(last) - 1) % CHUNK_SIZE if row == -1 else 0
+        chunks += [last[i : i + CHUNK_SIZE] for i in range(0, split, CHUNK_SIZE)]
+        last = last[split:]
+        names = [str(copy) for copy in range(copies)]
+        num_tokens = sum(len(chunk) for chunk in chunks) + len(last)
+        cache = KVCache(
+            self._model.layer_shapes,
+            num_blocks=copies * math.ceil(num_tokens / BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
+            dtype=self._model.dtype,
+            device=self._model.device,
+            prefix_caching=False,
+        )
+        seen: list[int] = []
+        for name in names:
+            cache.admit(name, [0])
+        for chunk in chunks:
+            self._forward(cache, names, chunk, len(chunk) - 1)
+            seen += chunk
+            cache.commit({name: SequenceCommit(range(len(chunk)), seen) for name in names})
+        return self._forward(cache, names, last, row % len(last))[0].clone()
+
+    def _forward(self, cache: KVCache, names: Sequence[str], tokens: Sequence[int], row: int) -> Tensor:
+        sequences = [
+            SequenceRows(
+                token_ids=tokens,
+                parents=range(-1, len(tokens) - 1),
+                num_context=cache.num_computed(name),
+                slots=cache.reserve(name, len(tokens)),
+                logits_rows=[row],
+            )
+            for name in names
+        ]
+        batch = build_forward_batch(sequences, self._model.device, row_invariant=self._row_invariant)
+        return self._model.forward(batch, cache)

@@ -1,0 +1,322 @@
+"""From a folder or a hub id to a model that is known to run right: everything checked, nothing executed.
+
+Weights are read from safetensors only and no code of a checkpoint is run. What transformers lets pass with a
+warning (tensors that are missing and stay random, shapes that do not fit) is an error here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from outrider.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from outrider.models.probe import probe_model
+from outrider.models.transformers_model import WHAT_RUNS, TransformersModel
+
+_DOWNLOADED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_GENERATIVE_CLASS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", re.IGNORECASE)
+_CONVERT = (
+    "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other) writes safetensors"
+)
+
+
+def load_model(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    row_invariant: bool = False,
+) -> TransformersModel:
+    """Load a causal language model and prove by a probe that it computes what transformers alone would.
+
+    Args:
+        path_or_hub_id: a folder with config.json and safetensors, or ``owner/name`` on the Hugging Face hub
+            (HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply).
+        revision: branch, tag or commit on the hub.
+        dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        row_invariant: prepare for the bitwise mode (`check_row_invariance` proves it).
+
+    Raises:
+        ModelLoadError: nothing there, or incomplete, or damaged.
+        UnsupportedModelError: no causal language model, or one that would run wrong.
+        ConfigError: an unknown dtype, or a device that is not there.
+    """
+    _check_device_and_dtype(device, dtype)
+    folder = _folder_of(path_or_hub_id, revision)
+    with _quiet_transformers():
+        config = _read_config(folder)
+        _check_weight_files(folder)
+        module = _read_weights(folder, config, "auto" if dtype == "auto" else _DTYPES[dtype])
+        module = module.to(device).eval().requires_grad_(False)
+        model = TransformersModel(module, name=str(path_or_hub_id), row_invariant=row_invariant)
+        probe_model(model)
+    return model
+
+
+def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -> Any:
+    """The fast or slow tokenizer of a model folder or hub id.
+
+    Raises:
+        ModelLoadError: there is none, or it is damaged or needs code of the checkpoint.
+    """
+    folder = _folder_of(path_or_hub_id, revision)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelLoadError(
+            f"tokenizer of {folder}",
+            got="no tokenizer file",
+            expected=f"one of {', '.join(_TOKENIZER_FILES)}",
+            remedy="copy the tokenizer files of the model next to config.json",
+        )
+    with _quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelLoadError(
+                f"tokenizer of {folder} cannot be read", got=_first_line(error), remedy="check its files"
+            ) from error
+
+
+def _check_device_and_dtype(device: str, dtype: str) -> None:
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ConfigError("dtype", got=repr(dtype), expected=f"'auto' or one of {', '.join(_DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ConfigError(
+            "device",
+            got=repr(device),
+            expected="a device of this machine, such as 'cpu'",
+            remedy=_first_line(error),
+        ) from error
+
+
+def _folder_of(path_or_hub_id: str | Path, revision: str | None) -> Path:
+    """The local folder, downloaded if it is a hub id."""
+    name = str(path_or_hub_id)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(
+                "revision", got=f"{revision!r} with the local folder {folder}", expected="a hub id"
+            )
+        return folder
+    if folder.exists():
+        raise ModelLoadError(
+            f"model {folder}", got="a file", expected="a folder with config.json and safetensors files"
+        )
+    if isinstance(path_or_hub_id, Path) or not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ModelLoadError(
+            f"model folder {folder}",
+            got="nothing there",
+            expected="an existing folder, or a hub id owner/name",
+        )
+    return _download(name, revision)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    quiet_already = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_DOWNLOADED))
+    except GatedRepoError as error:
+        remedy = "accept its licence on the hub and set HF_TOKEN"
+        raise ModelLoadError(f"model {hub_id} is gated", got=_first_line(error), remedy=remedy) from error
+    except RepositoryNotFoundError as error:
+        raise ModelLoadError(
+            f"model {hub_id}",
+            got="neither a local folder nor a model on the hub",
+            remedy="check the name; for a private model set HF_TOKEN",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelLoadError(
+            f"model {hub_id}",
+            got="no local folder, no cached copy and no connection to the hub",
+            remedy="pass the path of a folder, or download where there is a connection (HF_HOME is the cache)",
+        ) from error
+    except Exception as error:  # HTTP, validation and file system errors share no base class
+        remedy = "check the name, the revision and the connection"
+        raise ModelLoadError(f"download of {hub_id} failed", got=_first_line(error), remedy=remedy) from error
+    finally:
+        if not quiet_already:
+            enable_progress_bars()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"{path} cannot be read",
+            got=_first_line(error),
+            expected="a JSON object",
+            remedy="restore the file",
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path}", got=type(content).__name__, expected="a JSON object")
+    return content
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a causal language model that transformers knows without code of the checkpoint."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelLoadError(
+            f"model folder {folder}", got="no config.json", expected="a Hugging Face model folder"
+        )
+    raw = _read_json(path)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        custom = " and code of its own (auto_map), which outrider never runs" if "auto_map" in raw else ""
+        raise UnsupportedModelError(
+            f"{path}",
+            got=f"model_type {model_type!r}{custom}",
+            expected="a type that transformers knows",
+            remedy=WHAT_RUNS,
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # configuration classes validate with several exception types
+        raise ModelLoadError(
+            f"{path} is not valid", got=_first_line(error), remedy="restore the file"
+        ) from error
+    architectures = raw.get("architectures") or []
+    if (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or config.is_encoder_decoder
+        or not all(_GENERATIVE_CLASS.search(str(name)) for name in architectures)
+    ):
+        raise UnsupportedModelError(
+            f"{folder}",
+            got=f"{', '.join(map(str, architectures)) or model_type}",
+            expected="a decoder-only causal language model",
+            remedy=WHAT_RUNS,
+        )
+    return config
+
+
+def _check_weight_files(folder: Path) -> None:
+    """All safetensors files are there and whole."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        raise ModelLoadError(
+            f"weights of {folder}",
+            got=f"only pickle files ({', '.join(pickles[:3])})" if pickles else "none",
+            expected="safetensors files (pickles can run code when they are read)",
+            remedy=_CONVERT if pickles else "download the *.safetensors files of the model",
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = _read_json(index).get("weight_map")
+        shards = set(shards.values()) if isinstance(shards, Mapping) else set()
+        absent = sorted(name for name in shards if not (folder / str(name)).is_file())
+        if absent or not shards:
+            raise ModelLoadError(
+                f"{index}",
+                got=f"missing files {absent[:3]}" if absent else "no weight_map",
+                expected="a map from tensors to the files next to it",
+                remedy="download the missing files",
+            )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(
+                f"{file} is damaged",
+                got=_first_line(error),
+                expected="a complete safetensors file",
+                remedy="download it again",
+            ) from error
+
+
+def _read_weights(folder: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> Any:
+    """The module with every one of its tensors from the checkpoint."""
+    loaded: Any  # with output_loading_info a pair, which the stubs do not say
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # anything that a model class raises on an unexpected configuration
+        raise ModelLoadError(
+            f"model {folder} cannot be built",
+            got=f"{type(error).__name__}: {_first_line(error)}",
+            expected="weights and a configuration that fit together",
+            remedy="check config.json against the weights",
+        ) from error
+    module, report = loaded
+    mismatched = [str(key) for key in report["mismatched_keys"]]
+    if mismatched:
+        raise ModelLoadError(
+            f"weights of {folder}",
+            got=f"{len(mismatched)} tensors of other shapes, such as {mismatched[0]}",
+            expected="the shapes that config.json asks for",
+            remedy="use config.json and weights of the same model",
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelLoadError(
+            f"weights of {folder}",
+            got=f"{len(missing)} tensors missing, such as {', '.join(missing[:3])}",
+            expected=f"every tensor of {type(module).__name__} (missing ones would be random)",
+            remedy="download all files of the model; adapters must be merged into their base model first",
+        )
+    return module
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars, reports or warnings of transformers on stderr: what matters is an error of ours."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
