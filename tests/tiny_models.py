@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 CONTEXT_LENGTH = 256
 SLIDING_WINDOW = 6  # smaller than the contexts of the tests
@@ -111,6 +114,12 @@ def build_tiny(
 def make_tiny(
     family: str, path: Path, vocab_size: int = 128, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Save a tiny model of `family` (safetensors and config.json, no tokenizer); returns `path`."""
+    """Save a tiny model of `family` with a tokenizer whose text is ``t5 t7 t9``; returns `path`."""
     build_tiny(family, vocab_size, seed, dtype).save_pretrained(path)
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"t{i}": i for i in range(3, vocab_size)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(path)
     return path

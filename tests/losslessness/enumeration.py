@@ -1,8 +1,8 @@
 """Proofs by exhaustion: all drafts and all decisions of a verification rule, with their exact probabilities.
 
-A rule is run as a probabilistic program: `enumerate_runs` runs it again and again, each time down another branch
-of its random choices, in float64. The distribution of what it emits must be the target's within 1e-12. Target
-and drafter are tables with another distribution after every prefix, so that a row out of place shows.
+A rule is run as a probabilistic program: `enumerate_runs` runs it again and again, each time down another
+branch of its random choices, in float64. The distribution of what it emits must be the target's within 1e-12.
+Target and drafter are tables with another distribution after every prefix, so that a row out of place shows.
 
 A new rule joins by one line in `test_rules.py`; `check_rule` is all that is asked of it.
 """
@@ -30,8 +30,8 @@ TOLERANCE = 1e-12
 # How p and q relate: everywhere positive; with zeros at random; no token in common; equal; nearly certain.
 Kind = Literal["dense", "zeros", "disjoint", "equal", "peaked"]
 KINDS: tuple[Kind, ...] = ("dense", "zeros", "disjoint", "equal", "peaked")
-# How the tokens of a tree come about: drawn from q; drawn, and once q has no token left, the lowest ids that are
-# not among the siblings yet; given, with no distribution.
+# How the tokens of a tree come about: drawn from q; drawn, and once q has no token left, the lowest ids that
+# are not among the siblings yet; given, with no distribution.
 Proposal = Literal["drawn", "drawn_and_filled", "given"]
 
 
@@ -151,9 +151,9 @@ class Case:
         return [Tables(self.vocab, self.kind, 100 * self.seed + index) for index in range(len(self.shapes))]
 
 
-ROOT = (-1,)
-CHAINS = ((-1, 0), (-1, 0, 1), (-1, 0, 1, 2))
-TREES = (
+ROOT: tuple[int, ...] = (-1,)
+CHAINS: tuple[tuple[int, ...], ...] = ((-1, 0), (-1, 0, 1), (-1, 0, 1, 2))
+TREES: tuple[tuple[int, ...], ...] = (
     (-1, 0, 0),
     (-1, 0, 0, 0),
     (-1, 0, 0, 1, 2),
@@ -182,7 +182,7 @@ def cases_for(rule: VerificationRule) -> Iterator[Case]:
             continue  # given tokens are drawn neither way, and a q drawn from with replacement never runs out
         if len(shape) > 1:
             yield Case(shape, 2, kind, draws, proposal, seed=1)
-        elif len(shape[0]) > 4:
+        elif max(map(len, shape)) > 4:
             yield Case(shape, 3, kind, draws, proposal, seed=1)
         else:
             for seed in range(1, 5):

@@ -11,8 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
+REPORT_WIDTH = 160
+
+
 def stderr_console() -> Console:
     return Console(stderr=True, highlight=False)
+
+
+def stdout_console() -> Console:
+    """For reports; wide where stdout is no terminal, so that tables in files keep their lines."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else REPORT_WIDTH)
 
 
 def progress_bar(*, enabled: bool = True) -> Progress:

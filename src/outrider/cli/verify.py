@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli import options as opt
-from outrider.cli.console import note, progress_bar, report_json
+from outrider.cli.console import note, progress_bar, report_json, stdout_console
 from outrider.cli.options import ENGINE, SAMPLING, EngineOptions, base_seed, option, parse_numbers
 from outrider.cli.prompts import prompts_or_held_out
 from outrider.config import CacheConfig, EngineConfig
@@ -139,10 +139,9 @@ def _settings_for_rule(settings: list[Setting], verification: str) -> list[Setti
 
 
 def _print_report(report: Report, record: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = stdout_console()
     table = Table(title=f"{record['model']}, {record['dtype']}, {record['exactness']}", title_justify="left")
     for heading in ("setting", "drafter", "batch"):
         table.add_column(heading)

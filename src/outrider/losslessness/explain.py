@@ -16,9 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from outrider.cache.kv_cache import KVCache, SequenceCommit
-from outrider.models.batch import SequenceRows, build_forward_batch
 from outrider.models.model import Model
+from outrider.models.probe import CachedRun
 from outrider.sampling.noise import Purpose
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.processors import RowContext, process_logits
@@ -36,7 +35,7 @@ FLOOR_ULPS = 4.0
 NUM_TREE_ROWS = 8
 NUM_SEQUENCES = 4
 BLOCK_SIZE = 16
-CHUNK_SIZE = 512
+CHUNK_SIZE = 256  # of a prefill, whose rows' logits are all computed
 
 
 @dataclass(frozen=True)
@@ -213,68 +212,35 @@ def _perturbations(logits: Tensor, chosen: int, token: int, tolerance: float) ->
 
 def _replay(model: Model, divergence: Divergence) -> Iterator[tuple[str, Tensor]]:
     """Raw logits ``[vocab]`` of the differing position from forwards of several shapes, plain decoding's first."""
-    prompt = list(divergence.prompt_token_ids)
-    prefix = [*prompt, *divergence.plain_token_ids[: divergence.position]]
+    num_prompt = len(divergence.prompt_token_ids)
+    prefix = [*divergence.prompt_token_ids, *divergence.plain_token_ids[: divergence.position]]
+    last = len(prefix) - 1
     num_drafts = min(NUM_TREE_ROWS - 1, model.context_length - len(prefix))
     drafts = list(divergence.other_token_ids[divergence.position :][:num_drafts])
     drafts += drafts[-1:] * (num_drafts - len(drafts))
-    decoder = _Replayer(model, divergence.row_invariant)
-    num_rows = max(len(prefix) - 1, 1)
-    yield "one row", decoder.run([prompt[:-1], *([token] for token in prefix[len(prompt) - 1 :])])
-    yield "prefill", decoder.run([prefix])
-    yield f"{1 + num_drafts} rows", decoder.run([prefix[:-1], [prefix[-1], *drafts]], row=0)
-    yield f"{NUM_SEQUENCES} sequences", decoder.run([prefix[:num_rows], prefix[num_rows:]], copies=NUM_SEQUENCES)
 
-
-class _Replayer:
-    """Runs a token sequence through the model in pieces of given lengths."""
-
-    def __init__(self, model: Model, row_invariant: bool) -> None:
-        self._model = model
-        self._row_invariant = row_invariant
-
-    def run(self, pieces: Sequence[Sequence[int]], *, row: int = -1, copies: int = 1) -> Tensor:
-        """Logits ``[vocab]`` of one row of the last piece.
-
-        Args:
-            pieces: token ids, one forward each (more where they are longer than a chunk); empty ones are skipped.
-            row: of the last piece.
-            copies: equal sequences that run side by side.
-        """
-        *context, last = [piece for piece in pieces if piece]
-        chunks = [piece[i : i + CHUNK_SIZE] for piece in context for i in range(0, len(piece), CHUNK_SIZE)]
-        split = len(last) - 1 - (len(last) - 1) % CHUNK_SIZE if row == -1 else 0
-        chunks += [last[i : i + CHUNK_SIZE] for i in range(0, split, CHUNK_SIZE)]
-        last = last[split:]
-        names = [str(copy) for copy in range(copies)]
-        num_tokens = sum(len(chunk) for chunk in chunks) + len(last)
-        cache = KVCache(
-            self._model.layer_shapes,
-            num_blocks=copies * math.ceil(num_tokens / BLOCK_SIZE),
+    def start(end: int, num_sequences: int = 1) -> CachedRun:
+        """A run whose sequences, named 0, 1, ..., hold ``prefix[:end]``."""
+        run = CachedRun(
+            model,
             block_size=BLOCK_SIZE,
-            dtype=self._model.dtype,
-            device=self._model.device,
-            prefix_caching=False,
+            num_positions=len(prefix) + num_drafts,
+            num_sequences=num_sequences,
+            row_invariant=divergence.row_invariant,
         )
-        seen: list[int] = []
-        for name in names:
-            cache.admit(name, [0])
-        for chunk in chunks:
-            self._forward(cache, names, chunk, len(chunk) - 1)
-            seen += chunk
-            cache.commit({name: SequenceCommit(range(len(chunk)), seen) for name in names})
-        return self._forward(cache, names, last, row % len(last))[0].clone()
+        for sequence in range(num_sequences):
+            for at in range(0, end, CHUNK_SIZE):
+                run.feed(str(sequence), prefix[at : min(at + CHUNK_SIZE, end)])
+        return run
 
-    def _forward(self, cache: KVCache, names: Sequence[str], tokens: Sequence[int], row: int) -> Tensor:
-        sequences = [
-            SequenceRows(
-                token_ids=tokens,
-                parents=range(-1, len(tokens) - 1),
-                num_context=cache.num_computed(name),
-                slots=cache.reserve(name, len(tokens)),
-                logits_rows=[row],
-            )
-            for name in names
-        ]
-        batch = build_forward_batch(sequences, self._model.device, row_invariant=self._row_invariant)
-        return self._model.forward(batch, cache)
+    run = start(num_prompt - 1)
+    for token in prefix[num_prompt - 1 : last]:
+        run.feed("0", [token])
+    yield "one row", run.feed("0", prefix[last:])[-1]
+    split = last - last % CHUNK_SIZE
+    yield "prefill", start(split).feed("0", prefix[split:])[-1]
+    rows = ([prefix[last], *drafts], range(-1, num_drafts))
+    yield f"{1 + num_drafts} rows", start(last).step({"0": rows})["0"][0]
+    row = (prefix[last:], (-1,))
+    batch = {str(sequence): row for sequence in range(NUM_SEQUENCES)}
+    yield f"{NUM_SEQUENCES} sequences", start(last, NUM_SEQUENCES).step(batch)["0"][0]

@@ -160,7 +160,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise ModelLoadError(
             f"model {hub_id}",
             got="no local folder, no cached copy and no connection to the hub",
-            remedy="pass the path of a folder, or download where there is a connection (HF_HOME is the cache)",
+            remedy="pass the path of a folder, or download it where there is a connection (to HF_HOME)",
         ) from error
     except Exception as error:  # HTTP, validation and file system errors share no base class
         remedy = "check the name, the revision and the connection"

@@ -53,9 +53,9 @@ class VerificationRule(Protocol):
 
         Args:
             trees: the proposals of the step.
-            target_log_probs: ``[trees.num_nodes, vocab]`` the target's log p of each node's successor, after all
-                processors; -inf marks excluded tokens; normalised up to a constant per row. A greedy request's
-                row is its processed logits too, and `decisions` knows that it is greedy.
+            target_log_probs: ``[trees.num_nodes, vocab]`` the target's log p of each node's successor, after
+                all processors; -inf marks excluded tokens; normalised up to a constant per row. A greedy
+                request's row is its processed logits too, and `decisions` knows that it is greedy.
             decisions: the only source of randomness.
         """
         ...

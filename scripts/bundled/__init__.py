@@ -1,0 +1,1 @@
+"""How the bundled pair of models is made; `scripts/train_bundled.py` is the command line."""

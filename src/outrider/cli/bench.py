@@ -1,0 +1,205 @@
+"""`outrider bench`: how fast every way of decoding is, on the user's model and machine."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outrider.bench.workloads import prompts_hash
+from outrider.cli import options as opt
+from outrider.cli.console import note, progress_bar, report_json, stdout_console
+from outrider.cli.options import EngineOptions, base_seed
+from outrider.cli.prompts import Prompt, prompts_or_held_out
+from outrider.config import CacheConfig, EngineConfig, SchedulerConfig
+from outrider.errors import ConfigError
+from outrider.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from outrider.bench.runner import Contender, Results
+    from outrider.llm import LLM
+
+DEFAULT_NUM_PROMPTS = 8
+MEASURING = "Measuring"
+
+bench_app = typer.Typer(help="Measure speed; every figure stands beside the equality of its output.", no_args_is_help=True)
+
+
+@bench_app.callback()
+def _bench() -> None:
+    pass
+
+
+@bench_app.command("decode")
+def decode(
+    *,
+    model: opt.Model = None,
+    revision: opt.Revision = None,
+    dtype: opt.Dtype = EngineConfig.dtype,
+    device: opt.Device = EngineConfig.device,
+    drafter: opt.Drafters = None,
+    draft_model: opt.DraftModel = None,
+    drafter_settings: opt.DrafterSettings = None,
+    verification: opt.Verification = EngineConfig.verification,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", "-p", help="A file of prompts, or how many pieces of held-out code."),
+    ] = None,
+    batch_size: Annotated[
+        int, opt.option("--batch-size", "-b", help="Prompts that run together.", panel=MEASURING)
+    ] = 1,
+    repeats: Annotated[
+        int, opt.option("--repeats", "-r", help="Times that every contender runs.", panel=MEASURING)
+    ] = 3,
+    with_transformers: Annotated[
+        bool,
+        typer.Option(
+            "--transformers/--no-transformers",
+            help="Also measure generate() of transformers: plain, assisted, prompt lookup.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = True,
+    max_tokens: opt.MaxTokens = 128,
+    temperature: opt.Temperature = 0.0,
+    seed: opt.Seed = None,
+    exactness: opt.ExactnessMode = EngineConfig.exactness,
+    cache_gb: opt.CacheGb = CacheConfig.memory_gb,
+    max_batch_tokens: opt.MaxBatchTokens = SchedulerConfig.max_batch_tokens,
+    threads: opt.Threads = None,
+    json_out: opt.JsonOut = False,
+    output: opt.OutputFile = None,
+) -> None:
+    """Measure plain decoding, every drafter and transformers on the same weights and prompts.
+
+    The contenders take turns; an interruption prints what there is.
+    """
+    wanted, source = prompts_or_held_out(prompts, DEFAULT_NUM_PROMPTS)
+    for name, value in (("--batch-size", batch_size), ("--repeats", repeats)):
+        if not 1 <= value <= 1000:
+            raise ConfigError(name, got=value, expected="1 to 1000")
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=base_seed(seed, 1))
+    engine = EngineOptions(
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        draft_model=draft_model,
+        drafter_settings=drafter_settings,
+        verification=verification,
+        exactness=exactness,
+        cache_gb=cache_gb,
+        max_num_seqs=max(batch_size, 1),
+        max_batch_tokens=max_batch_tokens,
+        threads=threads,
+        prefix_caching=False,
+    )
+    names = [name for name in opt.drafter_names(drafter, engine) if name != "none"]
+    specs = opt.drafter_specs(names, engine)
+    llm = engine.load("none")
+    prompt_ids = _encode(llm, wanted)
+    contenders = _contenders(llm, specs, params, batch_size, draft_model, with_transformers)
+
+    from outrider.bench.runner import Results
+
+    results = Results()
+    settings = {
+        "command": sys.argv,
+        "config": asdict(llm.config),
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "drafters": specs,
+        "sampling": asdict(params),
+        "batch_size": batch_size,
+        "repeats": repeats,
+        "warm_up": "8 tokens of another prompt before every run, after a fresh start of the drafter",
+        "prompts": {
+            "source": source,
+            "count": len(prompt_ids),
+            "num_tokens": [len(ids) for ids in prompt_ids],
+            "sha256": prompts_hash(prompt_ids),
+        },
+    }
+    try:
+        _measure(contenders, prompt_ids, repeats, results)
+    finally:
+        _report(results, contenders, settings, json_out=json_out, output=output)
+
+
+def _encode(llm: LLM, prompts: list[Prompt]) -> list[list[int]]:
+    return [llm.tokenizer.encode(p) if isinstance(p, str) else p["prompt_token_ids"] for p in prompts]
+
+
+def _contenders(
+    llm: LLM,
+    specs: dict[str, dict[str, Any]],
+    params: SamplingParams,
+    batch_size: int,
+    draft_model: str | None,
+    with_transformers: bool,
+) -> list[Contender]:
+    from outrider.bench.runner import PLAIN, OutriderContender, transformers_contenders
+
+    contenders: list[Contender] = [
+        OutriderContender(name, llm, spec, params, batch_size)
+        for name, spec in {PLAIN: {"method": "none"}, **specs}.items()
+    ]
+    if with_transformers:
+        contenders += transformers_contenders(llm, draft_model, params, batch_size)
+    return contenders
+
+
+def _measure(
+    contenders: list[Contender], prompts: list[list[int]], repeats: int, results: Results
+) -> None:
+    from outrider.bench.runner import run_rounds
+
+    with progress_bar() as progress:
+        total = repeats * len(contenders)
+        task = progress.add_task("measuring", total=total, completed=-1)
+
+        def advance(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        run_rounds(contenders, prompts, repeats, results, advance)
+
+
+def _report(
+    results: Results,
+    contenders: list[Contender],
+    settings: dict[str, Any],
+    *,
+    json_out: bool,
+    output: str | None,
+) -> None:
+    """Print and write what was measured."""
+
+    from outrider.bench.report import environment, speed_table, summarise
+
+    comparable = {contender.name: contender.comparable for contender in contenders}
+    summaries = [summarise(name, results, comparable[name]) for name in results.complete()]
+    if not summaries:
+        note("nothing was measured")
+        return
+    record = {
+        "benchmark": "decode",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **environment(),
+        **settings,
+        "results": summaries,
+    }
+    report_json(record, to_stdout=json_out, path=output)
+    if json_out:
+        return
+    console = stdout_console()
+    machine, prompts = record["machine"], settings["prompts"]
+    title = (
+        f"{settings['config']['model'] or 'bundled model'}, {settings['dtype']}, {settings['config']['exactness']}, "
+        f"temperature {settings['sampling']['temperature']:g}, batch {settings['batch_size']}, "
+        f"{prompts['count']} prompts, up to {settings['sampling']['max_tokens']} tokens, "
+        f"{settings['repeats']} repeats; {machine['cpu']}, {machine['torch_threads']} threads"
+    )
+    console.print(speed_table(summaries, title))
+    if any(summary["num_equal"] not in (None, summary["num_outputs"]) for summary in summaries):
+        console.print("Some outputs differ from plain decoding's; `outrider verify` tells ties from bugs.")

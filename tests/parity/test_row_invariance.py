@@ -1,0 +1,103 @@
+"""The bitwise mode: a row's bits do not depend on its batch, and the self-test notices when they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from outrider.cache.kv_cache import KVCache
+from outrider.errors import ExactnessError
+from outrider.kernels import reference
+from outrider.kernels.attention import KEY_SPLIT, AttentionParams, RowBucket
+from outrider.models.model import ForwardBatch
+from outrider.models.probe import probe_model
+from outrider.models.row_invariance import check_row_invariance
+from outrider.models.transformers_model import TransformersModel
+from tests.tiny_models import FAMILIES, MIXTURE_FAMILIES, build_tiny
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_holds(family: str, dtype: torch.dtype) -> None:
+    model = TransformersModel(build_tiny(family, dtype=dtype), name=family, row_invariant=True)
+    check_row_invariance(model)
+
+
+def test_holds_where_the_context_is_short() -> None:
+    module = build_tiny("gpt2")
+    module.config.n_positions = 32
+    model = TransformersModel(module, name="short", row_invariant=True)
+    assert model.context_length == 32
+    check_row_invariance(model)
+
+
+class WithoutBuckets(TransformersModel):
+    """A mutant: the bitwise mode is asked for and ignored."""
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        return super().forward(replace(batch, attention=replace(batch.attention, row_invariant=False)), cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss"])
+def test_ignoring_the_mode_is_noticed(family: str, dtype: torch.dtype) -> None:
+    model = WithoutBuckets(build_tiny(family, dtype=dtype), name=family, row_invariant=True)
+    with pytest.raises(ExactnessError, match="not row-invariant"):
+        check_row_invariance(model)
+
+
+@pytest.mark.parametrize("family", MIXTURE_FAMILIES)
+def test_experts_that_depend_on_the_batch_are_noticed(family: str) -> None:
+    model = TransformersModel(build_tiny(family), name=family, row_invariant=False)
+    with pytest.raises(ExactnessError, match="not row-invariant"):
+        check_row_invariance(model)
+
+
+def splits_counted_from_the_end(true: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A mutant: where a row's splits begin depends on the longest row of its bucket."""
+
+    def attend(
+        query: Tensor, keys: Tensor, values: Tensor, bucket: RowBucket, params: AttentionParams
+    ) -> Tensor:
+        shift = -int(bucket.num_keys.max()) % KEY_SPLIT
+        padding = bucket.slots[:, -1:].expand(-1, shift)
+        shifted = torch.cat((padding, bucket.slots[:, : bucket.slots.shape[1] - shift]), dim=1)
+        scores_shift = replace(bucket, slots=shifted, num_keys=bucket.num_keys + shift)
+        window = int(bucket.num_keys.max())
+        return true(query, keys, values, scores_shift, replace(params, sliding_window=window))
+
+    return attend
+
+
+def whole_rows(
+    query: Tensor, keys: Tensor, values: Tensor, bucket: RowBucket, params: AttentionParams
+) -> Tensor:
+    """A mutant: one softmax over all keys of the bucket's longest row, without splits."""
+    group = query.shape[1] // keys.shape[1]
+    longest = int(bucket.num_keys.max())
+    slots = bucket.slots[:, :longest]
+    k = keys[slots].repeat_interleave(group, dim=2)
+    v = values[slots].repeat_interleave(group, dim=2)
+    scores = torch.einsum("rhd,rlhd->rhl", query, k) * params.scaling
+    hidden = torch.arange(longest) >= bucket.num_keys[:, None]
+    weights = scores.masked_fill(hidden[:, None], float("-inf")).softmax(dim=-1)
+    return torch.einsum("rhl,rlhd->rhd", weights, v)
+
+
+MUTANTS = {
+    "whole rows": whole_rows,
+    "shifted splits": splits_counted_from_the_end(reference.row_bucket_attention),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_other_attention_is_noticed(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "row_bucket_attention", MUTANTS[mutant])
+    model = TransformersModel(build_tiny("llama"), name="mutant", row_invariant=True)
+    probe_model(model)  # it computes the right thing, only not always in the same order
+    with pytest.raises(ExactnessError, match="not row-invariant"):
+        check_row_invariance(model)
