@@ -250,8 +250,7 @@ def check_equal(src: Path, dst: Path, sizes: Sizes, dtype: torch.dtype, exact_no
     compute = torch.float32 if sizes.params <= MAX_PARAMS_CHECKED_IN_FP32 else dtype
     prompt = check_prompt(src, sizes.vocab)
     small, large = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=compute)(prompt).logits.float()
-        for folder in (src, dst)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=compute)(prompt).logits.float() for folder in (src, dst)
     )
     difference = ((small - large).abs().max() / small.abs().max()).item()
     stored_exactly = dtype == torch.float32 or exact_norms
@@ -290,11 +289,7 @@ def inflate(
     state = grow_weights(weights, Grower(small, large, DTYPES[dtype], seed))
     dst.mkdir(parents=True, exist_ok=True)
     for path in src.iterdir():
-        if (
-            path.is_file()
-            and path.suffix in (".json", ".jinja", ".txt", ".model")
-            and "index" not in path.name
-        ):
+        if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and "index" not in path.name:
             shutil.copyfile(path, dst / path.name)
     (dst / "config.json").write_text(json.dumps(grown_config(config, small, large, dtype), indent=2) + "\n")
     save_file(state, dst / "model.safetensors", metadata={"format": "pt"})

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bundled.evaluate import DRAFT_SHAPES
+
 CARD = """\
 # The bundled pair
 
@@ -25,11 +27,15 @@ Both: context 1,024 tokens, tied embeddings, bf16 weights, a byte-level BPE toke
 
 **The draft for the target**, on text neither has seen: the same most likely token at
 {h[top1_agreement]:.1%} of {h[tokens]:,.0f} positions; overlap of the distributions (the chance that
-a sampled draft token is accepted at temperature 1) {h[overlap]:.1%}. Greedy chains along the target's
-own greedy continuations of {a[prompts]} held-out prompts ({a[tokens_per_prompt]} tokens each):
-{a[accepted_per_step_4]:.2f} accepted tokens a step with 4 draft tokens,
-{a[accepted_per_step_6]:.2f} with 6; with the bonus token {a[tokens_per_step_4]:.2f} and
-{a[tokens_per_step_6]:.2f}.
+a sampled draft token is accepted at temperature 1) {h[overlap]:.1%}. Along the target's own greedy
+continuations of {a[prompts]} held-out prompts (256 tokens, and {a[tokens_per_prompt]} new ones) the draft's
+first choice is the target's at {a[agreement]:.1%} of the tokens, which makes, in tokens a step:
+
+| greedy drafting with | accepted draft tokens | with the bonus token |
+|---|---|---|
+| a chain of 4 | {a[accepted_chain_4]:.2f} | {bonus[chain_4]:.2f} |
+| a chain of 6 | {a[accepted_chain_6]:.2f} | {bonus[chain_6]:.2f} |
+| a fixed tree of 12 nodes, 6 deep | {a[accepted_tree_12]:.2f} | {bonus[tree_12]:.2f} |
 
 ## Data
 
@@ -46,16 +52,16 @@ and, past a file's beginning, at least 512.
 
 ## Training
 
-One loop for both: the target by cross-entropy, the draft by the target's own distribution in the same
-forward. {steps:,} steps, {tokens_seen:,} tokens ({epochs:.1f} epochs) of a planned {tokens:,}; bf16
+First one loop for both: the target by cross-entropy, the draft by the target's own distribution in the
+same forward. {steps:,} steps, {tokens_seen:,} tokens ({epochs:.1f} epochs) of a planned {tokens:,}; bf16
 autocast with fp32 weights; Muon for matrices, AdamW for embeddings and norms; peak rate {lr:g}, falling
 linearly to zero over the last {decay_share:.0%}; rows of {short_len} tokens, of 1,024 in the last
-{long_share:.0%}; seed {seed}; {hours:.1f} hours on two CPU cores that had other work as well.
-
+{long_share:.0%}; seed {seed}; {hours:.1f} hours, most of them on one CPU core.
+{distill}
     python scripts/train_bundled.py all
 
-does all of it again: corpus, tokenizer, training, export, evaluation and this page. Another Python
-version gives another corpus, and so other weights.
+does all of it again: corpus, tokenizer, both stages of training, export, evaluation and this page.
+Another Python version gives another corpus, and so other weights.
 
 ## Limits
 
@@ -64,6 +70,35 @@ chat, no other language to speak of. What they write is often not valid or not s
 continuations fall into loops, which also raises acceptance. They may repeat passages of the standard
 library, with its licence. They are for trying, testing and measuring decoding, not for use as models.
 """
+
+DISTILL = """
+Then the target was frozen and the draft, {grown}, learned on for {tokens_seen:,} tokens: {own_share:.0%}
+of them text that the target wrote itself ({rows:,} continuations of prefixes of the training corpus,
+{greedy_share:.0%} of them greedy, the others sampled at temperatures {low:g} to {high:g}), the others
+from the corpus. Loss: {kl_weight:g} of KL(target || draft) and {argmax_weight:g} of the cross-entropy with
+the target's most likely token; peak rate {lr:g}, falling to zero along a cosine; {minutes:.0f} minutes.
+"""
+
+
+def distill_text(exported: dict[str, Any]) -> str:
+    distilled = exported["distill"]
+    if distilled is None:
+        return ""
+    settings, progress = distilled["settings"], distilled["progress"]
+    own, shape = settings["own_text"], settings["shape"]
+    before = exported["joint_draft_shape"]
+    grown = ", ".join(f"its {k} grown from {before[k]} to {v}" for k, v in shape.items() if v != before[k])
+    return DISTILL.format(
+        **{k: settings[k] for k in ("own_share", "argmax_weight", "lr")},
+        grown=grown or "as it was",
+        tokens_seen=progress["tokens_seen"],
+        minutes=progress["seconds"] / 60,
+        kl_weight=1 - settings["argmax_weight"],
+        rows=own["rows"],
+        greedy_share=own["greedy_share"],
+        low=own["temperatures"][0],
+        high=own["temperatures"][1],
+    )
 
 
 def model_card(work: Path, record: dict[str, Any]) -> str:
@@ -80,6 +115,8 @@ def model_card(work: Path, record: dict[str, Any]) -> str:
         draft_parameters=record["parameters"]["draft"],
         h=record["held_out"],
         a=record["acceptance"],
+        bonus={n: record["acceptance"][f"accepted_{n}"] + 1 for n in DRAFT_SHAPES},
+        distill=distill_text(exported),
         c=corpus,
         epochs=progress["tokens_seen"] / corpus["tokens"],
         hours=progress["seconds"] / 3600,

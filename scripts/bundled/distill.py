@@ -5,9 +5,10 @@ Shapes: B rows, T positions, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bundled.common import CHUNK, check_same_settings, save_state
+from bundled.common import CHUNK, check_same_settings, log, save_state
 from bundled.corpus import ChunkStream
-from bundled.generate import weights_digest
-from bundled.model import Shape, grow_model
+from bundled.generate import GenerateConfig, weights_digest
+from bundled.model import DISTILLED_SHAPE, Shape, build_model, grow_model
 from bundled.train import apply_step, build_optimizers, check_finite
 
 
@@ -36,6 +37,27 @@ class DistillConfig:
     own_share: float = 0.5  # of the steps, on the target's own text
     argmax_weight: float = 0.3  # of the target's most likely token beside its distribution
     bf16: bool = True
+    shape: Shape = DISTILLED_SHAPE  # the joint stage's draft is grown to it
+    own_text: GenerateConfig = field(default_factory=GenerateConfig)
+
+
+def frozen_target(target: Any) -> Any:
+    """A copy with the weights that are exported: rounded to bf16, in fp32."""
+    return copy.deepcopy(target).to(torch.bfloat16).float().eval().requires_grad_(False)
+
+
+def load_distilled(path: Path, source: dict[str, str]) -> tuple[dict[str, Any], Any, Shape] | None:
+    """(checkpoint, draft, its shape), or None where there is none for this joint checkpoint."""
+    if not path.exists():
+        return None
+    state = torch.load(path, weights_only=True)
+    if state["settings"]["source"] != source:
+        log(f"{path} is for another target or draft; leaving it aside")
+        return None
+    shape = Shape(**state["settings"]["shape"])
+    draft = build_model(shape, state["draft"]["model.embed_tokens.weight"].shape[0], 0)
+    draft.load_state_dict(state["draft"])
+    return state, draft, shape
 
 
 def cosine_rate(tokens_seen: int, config: DistillConfig) -> float:
@@ -45,9 +67,7 @@ def cosine_rate(tokens_seen: int, config: DistillConfig) -> float:
     return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def distill_loss(
-    target_logits: Tensor, draft_logits: Tensor, argmax_weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def distill_loss(target_logits: Tensor, draft_logits: Tensor, argmax_weight: float) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, KL(target || draft), share of positions with the same argmax)."""
     target_logits = target_logits.detach().flatten(0, 1).float()  # [B * T, V]
     log_p = target_logits.log_softmax(-1)
@@ -73,26 +93,30 @@ class Distiller:
     def __init__(
         self,
         config: DistillConfig,
-        target: Any,
-        draft: Any,
-        shape: Shape,
+        models: nn.ModuleDict,
         stream: ChunkStream,
         own_rows: np.ndarray,
+        *,
         compiled: bool = False,
     ) -> None:
-        """draft: of the joint stage; it is grown to `shape` where that is larger."""
-        if own_rows.shape[1] > CHUNK or config.chunks_per_step * CHUNK % own_rows.shape[1]:
+        """models: of the joint stage. own_rows: [rows, T] that its target wrote."""
+        if config.chunks_per_step * CHUNK % own_rows.shape[1]:
             raise ValueError(f"rows of {own_rows.shape[1]} tokens do not fill steps of {CHUNK} tokens")
-        self.config, self.shape, self.stream, self.own_rows = config, shape, stream, own_rows
-        self.target = target.requires_grad_(False)
-        self.draft = grow_model(draft, shape, config.seed)
-        self.source = {"target": weights_digest(target), "draft": weights_digest(draft)}
+        self.config, self.stream, self.own_rows = config, stream, own_rows
+        self.target = frozen_target(models["target"])
+        self.draft = grow_model(models["draft"], config.shape, config.seed)
+        self.source = self.source_of(models)
         self.optimizers = build_optimizers(self.draft, config.lr, config.weight_decay)
         self.tokens_seen = 0
         self.steps = 0
         self.seconds = 0.0
         self._recent = [(0.0, 0.0), (0.0, 0.0)]
         self._loss = torch.compile(self._forward_loss, dynamic=False) if compiled else self._forward_loss
+
+    @staticmethod
+    def source_of(models: nn.ModuleDict) -> dict[str, str]:
+        """What says which joint checkpoint a distilled draft belongs to."""
+        return {name: weights_digest(model) for name, model in models.items()}
 
     def _forward_loss(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.bf16):
@@ -148,7 +172,7 @@ class Distiller:
         return self.tokens_seen >= self.config.tokens
 
     def settings(self) -> dict[str, Any]:
-        return asdict(self.config) | {"shape": asdict(self.shape), "source": self.source}
+        return asdict(self.config) | {"source": self.source}
 
     def save(self, path: Path) -> None:
         state = {

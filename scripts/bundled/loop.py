@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,10 +20,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Stage(Protocol):
     """What the loop runs."""
 
+    loss_names: ClassVar[tuple[str, ...]]
     tokens_seen: int
-
-    @property
-    def loss_names(self) -> tuple[str, ...]: ...
 
     @property
     def total_tokens(self) -> int: ...

@@ -27,7 +27,8 @@ class Shape:
 
 
 TARGET_SHAPE = Shape(hidden=256, layers=6, heads=8, kv_heads=4, ffn=896)
-DRAFT_SHAPE = Shape(hidden=128, layers=2, heads=4, kv_heads=2, ffn=352)
+DRAFT_SHAPE = Shape(hidden=128, layers=2, heads=4, kv_heads=2, ffn=352)  # in the joint stage
+DISTILLED_SHAPE = Shape(hidden=128, layers=2, heads=4, kv_heads=2, ffn=768)
 
 
 def build_model(shape: Shape, vocab: int, seed: int) -> Any:
@@ -106,7 +107,6 @@ def load_pair(out: Path) -> tuple[Any, Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     pair = [
-        AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval()
-        for name in ("target", "draft")
+        AutoModelForCausalLM.from_pretrained(out / name, dtype=torch.float32).eval() for name in ("target", "draft")
     ]
     return pair[0], pair[1], AutoTokenizer.from_pretrained(out / "target")

@@ -72,9 +72,7 @@ def build_optimizers(models: nn.Module, lr: float, weight_decay: float) -> list[
     matrices = [p for n, p in named if p.ndim == 2 and "embed_tokens" not in n]
     embeddings = [p for n, p in named if "embed_tokens" in n]
     norms = [p for n, p in named if p.ndim == 1]
-    muon = torch.optim.Muon(
-        matrices, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(
         [{"params": embeddings, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}],
         lr=lr,
@@ -96,6 +94,15 @@ def apply_step(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
 def check_finite(losses: tuple[float, ...], steps: int) -> None:
     if not all(map(math.isfinite, losses)):
         raise FloatingPointError(f"loss is {losses} at step {steps}; lower --lr")
+
+
+def load_models(path: Path) -> tuple[dict[str, Any], nn.ModuleDict]:
+    """A joint checkpoint and the models in it."""
+    state = torch.load(path, weights_only=True)
+    vocab = state["config"]["vocab"]
+    models = nn.ModuleDict({n: build_model(Shape(**shape), vocab, 0) for n, shape in state["shapes"].items()})
+    models.load_state_dict(state["models"])
+    return state, models
 
 
 class Trainer:

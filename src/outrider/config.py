@@ -87,7 +87,12 @@ class NgramConfig:
     max_nodes: int = 12
 
     def __post_init__(self) -> None:
-        _require(1 <= self.min_ngram <= self.max_ngram, "ngram.min_ngram", self.min_ngram, "1 <= min_ngram <= max_ngram")
+        _require(
+            1 <= self.min_ngram <= self.max_ngram,
+            "ngram.min_ngram",
+            self.min_ngram,
+            "1 <= min_ngram <= max_ngram",
+        )
         _check_tree_limits("ngram", self.depth, self.max_nodes)
         _require(1 <= self.num_candidates <= 64, "ngram.num_candidates", self.num_candidates, "1 to 64")
 
@@ -176,7 +181,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(
-            self.exactness in ("numerical", "bitwise"), "exactness", self.exactness, "'numerical' or 'bitwise'"
+            self.exactness in ("numerical", "bitwise"),
+            "exactness",
+            self.exactness,
+            "'numerical' or 'bitwise'",
         )
         dtypes = ("auto", "float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"one of {', '.join(dtypes)}")

@@ -93,7 +93,9 @@ class LLM:
         """Another LLM over the same loaded weights, with a cache and requests of its own."""
         other = copy(self)
         other.config = replace(
-            self.config, drafter=drafter_config(drafter), verification=verification or self.config.verification
+            self.config,
+            drafter=drafter_config(drafter),
+            verification=verification or self.config.verification,
         )
         other.engine = build_engine(other.config, self.model, self.tokenizer)
         return other
@@ -118,8 +120,7 @@ class LLM:
                 outputs, those of the other prompts complete.
         """
         jobs = self._jobs(prompts, sampling_params)
-        pending = {request.request_id: job for job in jobs for request in job.requests}
-        self._run_jobs(jobs, pending, on_output)
+        self._run_jobs(jobs, on_output)
         outputs = [self._output(job) for job in jobs]
         for job in jobs:
             for request in job.requests:
@@ -181,7 +182,9 @@ class LLM:
         params = sampling_params if sampling_params is not None else SamplingParams()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
-            raise SamplingParamsError("sampling_params", got=f"{len(each)} for {len(prompts)} prompts", expected="one each")
+            raise SamplingParamsError(
+                "sampling_params", got=f"{len(each)} for {len(prompts)} prompts", expected="one each"
+            )
         return [self._job(prompt, p, streaming) for prompt, p in zip(prompts, each, strict=True)]
 
     def _job(self, prompt: Prompt, params: SamplingParams, streaming: bool) -> _Job:
@@ -231,26 +234,26 @@ class LLM:
                 expected=f"fewer than the model's context of {model.context_length}",
                 remedy="shorten the prompt",
             )
-        for name, ids in (("prompt token id", token_ids), ("logit_bias token id", params.logit_bias), ("stop token id", params.stop_token_ids)):
+        for name, ids in (
+            ("prompt token id", token_ids),
+            ("logit_bias token id", params.logit_bias),
+            ("stop token id", params.stop_token_ids),
+        ):
             for token in ids:
                 if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.vocab_size:
                     raise PromptError(name, got=repr(token)[:40], expected=f"an integer in [0, {model.vocab_size})")
 
-    def _run_jobs(
-        self,
-        jobs: Sequence[_Job],
-        pending: dict[str, _Job],
-        on_output: Callable[[RequestOutput], None] | None,
-    ) -> None:
-        requests = [request for job in jobs for request in job.requests]
+    def _run_jobs(self, jobs: Sequence[_Job], on_output: Callable[[RequestOutput], None] | None) -> None:
+        job_of = {request: job for job in jobs for request in job.requests}
+        requests = list(job_of)
         try:
             for request in requests:
                 self.engine.add(request)
             while self.engine.has_unfinished:
                 for request in self.engine.step():
-                    if request.finished and (job := pending.pop(request.request_id, None)) is not None:
-                        if on_output is not None and all(r.finished for r in job.requests):
-                            on_output(self._output(job))
+                    job = job_of.get(request)
+                    if on_output is not None and job is not None and all(r.finished for r in job.requests):
+                        on_output(self._output(job))
         finally:
             self._abort(requests)
 

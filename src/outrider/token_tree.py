@@ -59,7 +59,9 @@ class TokenTree:
     def __post_init__(self) -> None:
         if not self.tokens or len(self.tokens) != len(self.parents):
             raise TokenTreeError(
-                "token tree", got=f"{len(self.tokens)} tokens, {len(self.parents)} parents", expected="equal, >= 1"
+                "token tree",
+                got=f"{len(self.tokens)} tokens, {len(self.parents)} parents",
+                expected="equal, >= 1",
             )
         if self.parents[0] != -1 or any(not 0 <= p < i for i, p in enumerate(self.parents[1:], 1)):
             raise TokenTreeError(

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from outrider.cache.kv_cache import KVCache
-from outrider.config import DraftModelConfig, DrafterConfig, NgramConfig, NoDrafterConfig, RecyclingConfig, SchedulerConfig
+from outrider.config import (
+    DrafterConfig,
+    DraftModelConfig,
+    NgramConfig,
+    NoDrafterConfig,
+    RecyclingConfig,
+    SchedulerConfig,
+)
 from outrider.drafting.build import build_drafter
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftStyle
@@ -15,7 +22,6 @@ from outrider.engine.scheduler import Scheduler
 from outrider.request import Request
 from outrider.sampling.params import SamplingParams
 from outrider.verification.build import build_rule
-
 from tests.toy_model import ToyModel
 
 DRAFTERS: dict[str, DrafterConfig] = {
@@ -58,7 +64,12 @@ def make_engine(
     def build_draft_model(config: DraftModelConfig, style: DraftStyle) -> DraftModelDrafter:
         draft = ToyModel(model.vocab_size, model.context_length, memory=0.3)
         return DraftModelDrafter(
-            config, style, draft, cache(draft_blocks), model.vocab_size, scheduler.max_batch_tokens
+            config,
+            style,
+            model=draft,
+            cache=cache(draft_blocks),
+            vocab_size=model.vocab_size,
+            max_batch_tokens=scheduler.max_batch_tokens,
         )
 
     built = build_drafter(

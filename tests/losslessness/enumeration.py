@@ -232,9 +232,7 @@ def check_greedy(rule: VerificationRule, case: Case) -> None:
     tokens = _run_step(rule, case, EnumeratedDecisions((), greedy=True))
     for tables, path in zip(case.tables, tokens, strict=True):
         for length, token in enumerate(path):
-            assert token == int(tables.p(path[:length]).argmax()), (
-                f"{rule.name}, {case}: {path} is not greedy"
-            )
+            assert token == int(tables.p(path[:length]).argmax()), f"{rule.name}, {case}: {path} is not greedy"
 
 
 def check_certain_paths(rule: VerificationRule) -> None:
@@ -249,9 +247,7 @@ def check_certain_paths(rule: VerificationRule) -> None:
                 rows[tree.parents[node], tree.tokens[node]] = 0.0
             result = rule.verify(TokenTreeBatch.from_trees([tree]), rows, EnumeratedDecisions(()))
             expected = VerifiedPath(tree.path(leaf), len(shape))
-            assert result.paths == (expected,), (
-                f"{rule.name}, {shape}: got {result.paths}, expected {expected}"
-            )
+            assert result.paths == (expected,), f"{rule.name}, {shape}: got {result.paths}, expected {expected}"
 
 
 def draw_tree(
@@ -299,9 +295,7 @@ def emitted_tokens(tree: TokenTree, path: VerifiedPath) -> tuple[int, ...]:
     return (*(tree.tokens[node] for node in path.accepted_nodes), path.next_token)
 
 
-def _run_step(
-    rule: VerificationRule, case: Case, decisions: EnumeratedDecisions
-) -> tuple[tuple[int, ...], ...]:
+def _run_step(rule: VerificationRule, case: Case, decisions: EnumeratedDecisions) -> tuple[tuple[int, ...], ...]:
     """Draft, verify, and give each tree's emitted tokens."""
     trees = [
         draw_tree(tables, shape, case, decisions.choose)

@@ -135,18 +135,14 @@ def _with_rows(
 
     def tamper(verify: Verify, trees: TokenTreeBatch, rows: Tensor, decisions: Decisions) -> VerifyResult:
         index = [
-            row_of(trees, tree, node)
-            for tree, nodes in enumerate(trees.trees)
-            for node in range(nodes.num_nodes)
+            row_of(trees, tree, node) for tree, nodes in enumerate(trees.trees) for node in range(nodes.num_nodes)
         ]
         return verify(trees, rows[torch.tensor(index)], decisions)
 
     return tamper
 
 
-def _bonus_from_parent(
-    verify: Verify, trees: TokenTreeBatch, rows: Tensor, decisions: Decisions
-) -> VerifyResult:
+def _bonus_from_parent(verify: Verify, trees: TokenTreeBatch, rows: Tensor, decisions: Decisions) -> VerifyResult:
     """Where all was accepted, the bonus token comes from the row before the last."""
     paths = []
     for index, path in enumerate(verify(trees, rows, decisions).paths):
@@ -172,9 +168,7 @@ def _other_draws(verify: Verify, trees: TokenTreeBatch, rows: Tensor, decisions:
     return verify(TokenTreeBatch.from_trees(changed), rows, decisions)
 
 
-def _draft_rows_off_by_one(
-    verify: Verify, trees: TokenTreeBatch, rows: Tensor, decisions: Decisions
-) -> VerifyResult:
+def _draft_rows_off_by_one(verify: Verify, trees: TokenTreeBatch, rows: Tensor, decisions: Decisions) -> VerifyResult:
     """Reads row i + 1 of q for node i."""
     changed = []
     for tree in trees.trees:

@@ -20,7 +20,12 @@ SETTINGS: dict[str, SamplingParams] = {
     "top_p": SamplingParams(temperature=1.2, top_p=0.7, max_tokens=30, seed=14),
     "min_p": SamplingParams(temperature=1.5, min_p=0.2, max_tokens=30, seed=15),
     "penalties": SamplingParams(
-        temperature=0.7, repetition_penalty=1.3, presence_penalty=0.6, frequency_penalty=0.4, max_tokens=40, seed=16
+        temperature=0.7,
+        repetition_penalty=1.3,
+        presence_penalty=0.6,
+        frequency_penalty=0.4,
+        max_tokens=40,
+        seed=16,
     ),
     "greedy-penalties": SamplingParams(temperature=0.0, frequency_penalty=0.9, max_tokens=40),
     "logit_bias": SamplingParams(temperature=1.0, logit_bias={3: 4.0, 5: -100.0}, max_tokens=30, seed=17),
@@ -202,6 +207,16 @@ def test_unsound_logits_end_the_requests_that_reach_them_and_no_other(drafter: s
         alone = make_request("alone", prompt, p)
         run(make_engine("none", model=ToyModel(poison=7)), [alone])
         assert summary(alone) == summary(request)
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection", "tree_rejection"])
+def test_a_request_that_leaves_no_token_to_choose_ends_with_an_error(rule: str) -> None:
+    everything = SamplingParams(temperature=1.0, min_tokens=9, max_tokens=20, stop_token_ids=list(range(24)), seed=1)
+    bad = make_request("bad", [1, 2, 3], everything)
+    good = make_request("good", [1, 2, 3], SETTINGS["greedy"])
+    run(make_engine("ngram", rule=rule), [bad, good])
+    assert bad.finish_reason == "error"
+    assert summary(good) == plain("greedy", [1, 2, 3], SETTINGS["greedy"])
 
 
 def test_text_of_stop_strings_never_leaks() -> None:

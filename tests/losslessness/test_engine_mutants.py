@@ -27,8 +27,7 @@ NAMES = ["greedy", "sampled", "penalties", "stop", "min_tokens", "two", "sampled
 # Blocks of equal tokens after unequal ones, and prompts that begin alike.
 ALIKE = [[*start, 5, 6, 7, 8, 9, 10, 11, 12, end] for start in ([1, 2, 3, 4], [4, 3, 2, 1], []) for end in (13, 14)]
 MIX = [
-    (NAMES[i % len(NAMES)], prompt)
-    for i, prompt in enumerate([p for p in prompts(30) if len(p) <= 40][:12] + ALIKE)
+    (NAMES[i % len(NAMES)], prompt) for i, prompt in enumerate([p for p in prompts(30) if len(p) <= 40][:12] + ALIKE)
 ]
 
 
@@ -41,7 +40,8 @@ def check_equality(drafter: str) -> None:
     engine = make_engine(drafter, num_blocks=32, scheduler=SchedulerConfig(max_num_seqs=8, max_batch_tokens=60))
     for round_ in range(2):
         requests = [
-            (name, prompt, make_request(f"r{round_}-{i}", prompt, SETTINGS[name])) for i, (name, prompt) in enumerate(MIX)
+            (name, prompt, make_request(f"r{round_}-{i}", prompt, SETTINGS[name]))
+            for i, (name, prompt) in enumerate(MIX)
         ]
         run(engine, [request for _, _, request in requests])
         for name, prompt, request in requests:
@@ -132,7 +132,9 @@ def siblings_see_each_other(patch: Patch) -> None:
 def prefixes_by_last_block_only(patch: Patch) -> None:
     """Blocks are found by their own tokens, whatever stood before them."""
     right = PrefixIndex.insert
-    patch.setattr(PrefixIndex, "insert", lambda self, parent, tokens, block: right(self, ROOT, tokens, block) and ROOT)
+    patch.setattr(
+        PrefixIndex, "insert", lambda self, parent, tokens, block: right(self, ROOT, tokens, block) and ROOT
+    )
 
 
 def resumed_as_if_computed(patch: Patch) -> None:

@@ -50,9 +50,7 @@ class Stream:
         while len(output) < NUM_TOKENS:
             tokens = (*PROMPT, *output)
             root = TokenTree.root_only(tokens[-1])
-            row = process_logits(self.logits(tokens)[None], [self.context(output, root, slice(0, 1))])[
-                0
-            ].numpy()
+            row = process_logits(self.logits(tokens)[None], [self.context(output, root, slice(0, 1))])[0].numpy()
             if self.params.temperature > 0:
                 row = row + gumbel_noise(self.seed, len(tokens), Purpose.TARGET, VOCAB)
             output.append(int(row.argmax()))
@@ -194,9 +192,7 @@ def _greedy_of_first(
     return KeyedDecisions(trees, seeds, positions, [greedy[0]] * len(greedy))
 
 
-@pytest.mark.parametrize(
-    "wrong", [_PositionOfNode, _PositionOfRoot, _one_late, _seed_of_first, _greedy_of_first]
-)
+@pytest.mark.parametrize("wrong", [_PositionOfNode, _PositionOfRoot, _one_late, _seed_of_first, _greedy_of_first])
 def test_wrong_noise_is_found(wrong: MakeDecisions) -> None:
     temperatures = (1.0, 0.0, 1.0)
     streams = [

@@ -24,7 +24,7 @@ BATCHES = {
     "wide tree": [((-1, *(0,) * 11), 30, True)],
     "ragged": [(TREE, 9, False), ((-1,), 70, True), (CHUNK_AND_TREE, 5, True), (FOREST, 12, False)],
     "prefill": [(tuple(range(-1, 19)), 0, True), (tuple(range(-1, 9)), 3, False)],
-    "long prefill": [(tuple(range(-1, 299)), 17, False)],
+    "long prefill": [(tuple(range(-1, 139)), 17, False)],
 }
 PARAMS = {
     "plain": {},

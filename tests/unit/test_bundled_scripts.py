@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = ROOT / "src" / "outrider" / "bundled"
+sys.path.insert(0, str(ROOT / "scripts"))
 
+import inflate  # noqa: E402
+import train_bundled  # noqa: E402
+from bundled import corpus, distill, evaluate, generate, model, train  # noqa: E402
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-train_bundled = load_script("train_bundled")
-inflate = load_script("inflate")
-
-TINY = train_bundled.Shape(hidden=32, layers=2, heads=4, kv_heads=2, ffn=48)
-TINY_DRAFT = train_bundled.Shape(hidden=16, layers=1, heads=2, kv_heads=1, ffn=32)
-CONFIG = train_bundled.TrainConfig(tokens=6 * 1024, vocab=64, chunks_per_step=1, warmup_tokens=1024)
+TINY = model.Shape(hidden=32, layers=2, heads=4, kv_heads=2, ffn=48)
+TINY_DRAFT = model.Shape(hidden=16, layers=1, heads=2, kv_heads=1, ffn=32)
+CONFIG = train.TrainConfig(tokens=6 * 1024, vocab=64, chunks_per_step=1, warmup_tokens=1024)
 
 
 # ------------------------------------------------------------------------------------- tokenizer
@@ -93,12 +83,12 @@ def test_bundled_files_are_small_and_alike() -> None:
 
 def test_held_out_modules_are_whole() -> None:
     for path in ("argparse.py", "json/decoder.py", "json/__init__.py", "test/test_ast/test_ast.py"):
-        assert train_bundled.is_held_out(path)
+        assert corpus.is_held_out(path)
     for path in ("http/server.py", "test/test_asyncio/test_queues.py", "jsonish.py", "csvx/a.py"):
-        assert not train_bundled.is_held_out(path)
+        assert not corpus.is_held_out(path)
     record = json.loads((BUNDLED / "held_out.json").read_text())
-    assert record["modules"] == list(train_bundled.HELD_OUT_MODULES)
-    assert all(map(train_bundled.is_held_out, record["files"]))
+    assert record["modules"] == list(corpus.HELD_OUT_MODULES)
+    assert all(map(corpus.is_held_out, record["files"]))
 
 
 def test_corpus_keeps_held_out_files_and_their_copies_apart(tmp_path: Path) -> None:
@@ -111,8 +101,8 @@ def test_corpus_keeps_held_out_files_and_their_copies_apart(tmp_path: Path) -> N
     (tmp_path / "encodings" / "table.py").write_text("x = 1\n")
     (tmp_path / "data.py").write_text('x = "\\x00"\n' * 9)
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n")
-    train, held_out = train_bundled.collect_corpus(tmp_path)
-    assert list(train) == ["other.py"]
+    seen, held_out = corpus.collect_corpus(tmp_path)
+    assert list(seen) == ["other.py"]
     assert list(held_out) == ["json/decoder.py"]
 
 
@@ -120,7 +110,7 @@ def synthetic_stream(seed: int = 0):
     random = np.random.default_rng(1)
     documents = [random.integers(1, 64, size=size).astype(np.uint16) for size in (3000, 900, 2500, 1700)]
     offsets = np.cumsum([0, *map(len, documents)])
-    return train_bundled.ChunkStream(np.concatenate(documents), offsets, seed)
+    return corpus.ChunkStream(np.concatenate(documents), offsets, seed)
 
 
 def test_stream_is_a_function_of_seed_and_position() -> None:
@@ -140,20 +130,20 @@ def test_stream_is_a_function_of_seed_and_position() -> None:
 
 
 def test_learning_rate_warms_up_stays_and_decays_to_zero() -> None:
-    config = train_bundled.TrainConfig(tokens=1_000_000, lr=1.0, warmup_tokens=100_000, decay_share=0.5)
-    rate = train_bundled.learning_rate
+    config = train.TrainConfig(tokens=1_000_000, lr=1.0, warmup_tokens=100_000, decay_share=0.5)
+    rate = train.learning_rate
     assert 0 < rate(0, config) < 1e-4
     assert rate(50_000, config) == pytest.approx(0.5, abs=1e-3)
     assert rate(300_000, config) == 1.0
     assert rate(750_000, config) == pytest.approx(0.5)
     assert rate(1_000_000, config) == 0.0
     assert rate(750_000, replace(config, tokens=800_000)) == pytest.approx(0.125)  # a lowered total
-    assert train_bundled.row_length(840_000, config) == 512
-    assert train_bundled.row_length(850_000, config) == 1024
+    assert train.row_length(840_000, config) == 512
+    assert train.row_length(850_000, config) == 1024
 
 
 def tiny_trainer(config=CONFIG):
-    return train_bundled.Trainer(config, synthetic_stream(), TINY, TINY_DRAFT)
+    return train.Trainer(config, synthetic_stream(), TINY, TINY_DRAFT)
 
 
 def test_resumed_training_equals_uninterrupted(tmp_path: Path) -> None:
@@ -182,26 +172,176 @@ def test_resume_takes_another_total_but_no_other_setting(tmp_path: Path) -> None
 def test_draft_loss_reaches_the_draft_only() -> None:
     target = torch.randn(1, 4, 8, requires_grad=True)
     draft = torch.randn(1, 4, 8, requires_grad=True)
-    _, draft_loss = train_bundled.joint_loss(target, draft, torch.zeros(1, 4, dtype=torch.long))
+    _, draft_loss = train.joint_loss(target, draft, torch.zeros(1, 4, dtype=torch.long))
     draft_loss.backward()
     assert target.grad is None
     expected = (draft.softmax(-1) - target.softmax(-1)) / 4
     torch.testing.assert_close(draft.grad, expected.detach())
 
 
+# ------------------------------------------------------------------------------------ evaluation
+
+
 def test_accepted_per_step_counts_chains() -> None:
     # chains of 2 over seven tokens: TT|T, TF, T and the text's end
-    matches = [True, True, True, True, False, True, True]
-    assert train_bundled.accepted_per_step(matches, 2) == (5, 3)
-    assert train_bundled.accepted_per_step([False] * 3, 4) == (0, 3)
-    assert train_bundled.accepted_per_step([True] * 10, 4) == (8, 2)
+    assert evaluate.accepted_per_step([0, 0, 0, 0, 2, 0, 0], evaluate.chain(2)) == (5, 3)
+    assert evaluate.accepted_per_step([3] * 3, evaluate.chain(4)) == (0, 3)
+    assert evaluate.accepted_per_step([0] * 10, evaluate.chain(4)) == (8, 2)
+
+
+def test_accepted_per_step_counts_trees() -> None:
+    tree = frozenset({(0,), (1,), (0, 1), (1, 0)})
+    # (1, 0) then its bonus; (0) as (0, 2) is no path, with the 2 as bonus; (1) and the text's end
+    assert evaluate.accepted_per_step([1, 0, 3, 0, 2, 1], tree) == (4, 3)
+    for name, shape in evaluate.DRAFT_SHAPES.items():
+        assert all(path[:-1] in shape for path in shape if len(path) > 1), name
+    assert len(evaluate.DRAFT_SHAPES["tree_12"]) == 12
+
+
+# ---------------------------------------------------------------------------------- distillation
+
+OWN_TEXT = generate.GenerateConfig(
+    rows=6, row_length=256, min_prefix=8, max_prefix=64, rows_per_batch=4, greedy_share=0.5
+)
+GROWN = replace(TINY_DRAFT, ffn=48, layers=2)
+DISTILL = distill.DistillConfig(
+    tokens=8 * 1024, chunks_per_step=1, warmup_tokens=1024, shape=GROWN, own_text=OWN_TEXT
+)
+
+
+def tiny_models() -> nn.ModuleDict:
+    return nn.ModuleDict({"target": model.build_model(TINY, 64, 0), "draft": model.build_model(TINY_DRAFT, 64, 0)})
+
+
+def tiny_distiller(config=DISTILL, **options):
+    rows = np.random.default_rng(2).integers(1, 64, size=(6, 256)).astype(np.uint16)
+    return distill.Distiller(config, tiny_models(), synthetic_stream(), rows, **options)
+
+
+def test_grown_model_has_the_same_logits() -> None:
+    small = model.build_model(TINY_DRAFT, 64, seed=0)
+    large = model.grow_model(small, GROWN, seed=1)
+    assert len(large.model.layers) == 2
+    ids = torch.randint(64, (2, 40), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        torch.testing.assert_close(large(ids).logits, small(ids).logits)
+    with pytest.raises(ValueError, match="more than ffn and layers"):
+        model.grow_model(small, TINY, seed=1)
+
+
+def test_continuations_are_what_the_model_would_write() -> None:
+    target = model.build_model(TINY, 64, seed=0)
+    prefix = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(3))
+    random = torch.Generator().manual_seed(0)
+    temperature = torch.tensor([0.0, 0.0, 1.0])
+    fast = generate.generator_of(target).float()
+    rows = generate.continue_rows(fast, prefix, 40, temperature, random)
+    assert torch.equal(rows[:, :9], prefix)
+    fast.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        logits = fast(input_ids=rows).logits
+    assert torch.equal(logits[:2, 8:-1].argmax(-1), rows[:2, 9:])
+    assert not torch.equal(logits[2, 8:-1].argmax(-1), rows[2, 9:])
+
+
+def test_generation_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, stream = tiny_models()["target"], synthetic_stream()
+    whole = generate.generate(target, stream, tmp_path / "whole", OWN_TEXT)
+    assert whole is not None
+    assert whole.shape == (6, 256)
+    first = generate.generate(target, stream, tmp_path / "parts", replace(OWN_TEXT, rows=3))
+    assert first is not None
+    made: list[int] = []
+    batch = generate.generate_batch
+    monkeypatch.setattr(generate, "generate_batch", lambda *a: made.append(a[2]) or batch(*a))
+    rest = generate.generate(target, stream, tmp_path / "parts", OWN_TEXT)
+    assert made == [1]
+    assert (rest == whole).all()
+    generate.generate(target, stream, tmp_path / "parts", replace(OWN_TEXT, seed=1))
+    assert made == [1, 0, 1]  # other settings: anew
+
+
+def test_distillation_follows_the_target_and_leaves_it_alone() -> None:
+    torch.set_num_threads(1)
+    distiller = tiny_distiller(replace(DISTILL, lr=5e-3, tokens=40 * 1024, argmax_weight=0.0))
+    with torch.no_grad():
+        distiller.target.model.embed_tokens.weight.mul_(20)  # so that it is far from uniform
+    before = {n: t.clone() for n, t in distiller.target.state_dict().items()}
+    losses = [distiller.step() for _ in range(40)]
+    assert losses[-1][0] < 0.8 * losses[0][0]
+    assert distiller.done
+    assert distiller.rate == 0
+    for name, tensor in distiller.target.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_distillation_alternates_between_the_corpus_and_own_text() -> None:
+    distiller = tiny_distiller(replace(DISTILL, own_share=0.25))
+    kinds = []
+    for distiller.steps in range(8):
+        inputs, own = distiller.batch()
+        kinds.append(own)
+        assert inputs.shape == ((4, 256) if own else (1, 1024))
+    assert kinds == [False, False, False, True] * 2
+
+
+def test_resumed_distillation_equals_uninterrupted(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    path = tmp_path / "distill.pt"
+    whole, first, second = tiny_distiller(), tiny_distiller(), tiny_distiller()
+    for _ in range(8):
+        last = whole.step()
+    for _ in range(3):
+        first.step()
+    first.save(path)
+    assert distill.load_distilled(path, {"target": "", "draft": ""}) is None
+    loaded = distill.load_distilled(path, second.source)
+    assert loaded is not None
+    assert loaded[2] == GROWN
+    second.load(path)
+    for _ in range(5):
+        resumed = second.step()
+    assert whole.done
+    assert second.done
+    assert resumed[0] == last[0] or resumed[1] == last[1]
+    for name, tensor in whole.draft.state_dict().items():
+        assert torch.equal(tensor, second.draft.state_dict()[name]), name
+        assert torch.equal(first.draft.state_dict()[name], loaded[1].state_dict()[name]), name
+    with pytest.raises(ValueError, match="lr"):
+        tiny_distiller(replace(DISTILL, lr=1e-5)).load(path)
+
+
+def test_cosine_rate() -> None:
+    config = replace(DISTILL, tokens=1_000_000, lr=1.0, warmup_tokens=100_000)
+    assert 0 < distill.cosine_rate(0, config) < 1e-4
+    assert distill.cosine_rate(500_000, config) == pytest.approx(0.5)
+    assert distill.cosine_rate(1_000_000, config) == pytest.approx(0.0)
+
+
+def test_export_takes_the_distilled_draft_of_this_target(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    (work / "tokenizer").mkdir(parents=True)
+    trainer = tiny_trainer()
+    trainer.save(work / "checkpoint.pt")
+    train_bundled.export_command(work, out)
+    assert json.loads((out / "draft" / "config.json").read_text())["intermediate_size"] == 32
+    rows = np.ones((4, 256), dtype=np.uint16)
+    distiller = distill.Distiller(DISTILL, trainer.models, synthetic_stream(), rows)
+    distiller.save(work / "distill.pt")
+    train_bundled.export_command(work, out)
+    assert json.loads((out / "draft" / "config.json").read_text())["intermediate_size"] == 48
+    assert json.loads((work / "export.json").read_text())["distill"]["progress"]["steps"] == 0
+    trainer.step()
+    trainer.save(work / "checkpoint.pt")  # another target: the distilled draft is not its own
+    train_bundled.export_command(work, out)
+    assert json.loads((out / "draft" / "config.json").read_text())["intermediate_size"] == 32
 
 
 # --------------------------------------------------------------------------------------- inflate
 
 
 def save_tiny_llama(folder: Path, *, tied: bool, dtype: torch.dtype) -> None:
-    model = train_bundled.build_model(TINY, 64, seed=0)
+    model = model.build_model(TINY, 64, seed=0)
     config = model.config
     config.tie_word_embeddings = tied
     torch.manual_seed(0)
@@ -214,17 +354,13 @@ def save_tiny_llama(folder: Path, *, tied: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("hidden", "dtype"), [(32, "fp32"), (96, "fp32"), (128, "bf16"), (None, "bf16")])
-def test_inflated_model_has_the_same_logits(
-    tmp_path: Path, tied: bool, hidden: int | None, dtype: str
-) -> None:
+def test_inflated_model_has_the_same_logits(tmp_path: Path, tied: bool, hidden: int | None, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
     save_tiny_llama(tmp_path / "small", tied=tied, dtype=inflate.DTYPES[dtype])
     wanted = 2_000_000
-    count = inflate.inflate(
-        tmp_path / "small", tmp_path / "large", wanted, 5, dtype=dtype, seed=1, hidden=hidden
-    )
+    count = inflate.inflate(tmp_path / "small", tmp_path / "large", wanted, 5, dtype=dtype, seed=1, hidden=hidden)
     large = AutoModelForCausalLM.from_pretrained(tmp_path / "large", dtype=torch.float32)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
     assert sum(p.numel() for p in large.parameters()) == count

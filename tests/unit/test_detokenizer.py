@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +40,7 @@ def test_pieces_add_up_to_the_text(text: str) -> None:
     shown, _ = feed(detokenizer, text.encode())
     assert detokenizer.text == text
     assert all("\ufffd" not in part or "\ufffd" in text for part in shown)
-    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(shown))
 
 
 @given(st.lists(st.integers(0, 7), max_size=20), st.lists(st.integers(0, 7), min_size=1, max_size=4))
@@ -60,7 +62,10 @@ def test_incomplete_characters_wait_and_end_as_replacement() -> None:
     assert detokenizer.text == "a\ufffd"
 
 
-@given(st.text(alphabet="abé", max_size=24), st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3))
+@given(
+    st.text(alphabet="abé", max_size=24),
+    st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
+)
 def test_stop_strings_against_a_plain_search(text: str, stop: list[str]) -> None:
     """The reference looks at every prefix of the text: the first that contains a stop string is where it ends."""
     detokenizer = IncrementalDetokenizer(decode_bytes, stop=stop)

@@ -25,12 +25,18 @@ ALLOWED: dict[str, set[str]] = {
     "verification": {"errors", "token_tree", "sampling"},
     "drafting": {"errors", "config", "token_tree", "sampling", "cache", "models"},
     "engine": {
-        "errors", "config", "token_tree", "request", "sampling", "cache", "inputs", "models", "verification", "drafting",
+        "errors", "config", "token_tree", "request", "sampling", "cache", "inputs", "models", "verification",
+        "drafting",
     },
     "outputs": {"request", "sampling"},
     "llm": {"errors", "config", "request", "sampling", "inputs", "engine", "outputs", "models"},
 }  # fmt: skip
-TOP = {"cli", "bench", "losslessness", "__init__"}  # may import everything; nothing imports them, but for each other
+TOP = {
+    "cli",
+    "bench",
+    "losslessness",
+    "__init__",
+}  # may import everything; nothing imports them, but for each other
 
 
 def part_of(path: Path) -> str:

@@ -48,9 +48,7 @@ def test_stream_is_the_published_algorithm(seed: int, position: int, purpose: Pu
     words = [word for block in (1, 2) for word in philox_block((seed, purpose), (block, 0, position, trial))]
     halves = [half for word in words for half in (word & 0xFFFFFFFF, word >> 32)]
     expected = -np.log(-np.log((np.array(halves) + 0.5) / 2.0**32))
-    assert gumbel_noise(seed, position, purpose, 13, trial) == pytest.approx(
-        expected[:13], rel=1e-6, abs=1e-6
-    )
+    assert gumbel_noise(seed, position, purpose, 13, trial) == pytest.approx(expected[:13], rel=1e-6, abs=1e-6)
     assert uniform(seed, position, purpose, trial) == ((words[0] >> 12) + 0.5) / 2.0**52
 
 
@@ -113,9 +111,7 @@ def test_gumbel_max_draws_the_distribution_at_every_position() -> None:
     """Chi-square over positions of one seed, and of adjacent pairs: the counters do not correlate."""
     p = np.array([0.5, 0.25, 0.15, 0.1])
     num_positions = 20_000
-    drawn = np.array(
-        [np.argmax(np.log(p) + gumbel_noise(7, pos, Purpose.TARGET, 4)) for pos in range(num_positions)]
-    )
+    drawn = np.array([np.argmax(np.log(p) + gumbel_noise(7, pos, Purpose.TARGET, 4)) for pos in range(num_positions)])
     expected = num_positions * p
     assert ((np.bincount(drawn, minlength=4) - expected) ** 2 / expected).sum() < 16.3  # 3 df, 0.1%
     pairs = np.bincount(4 * drawn[:-1] + drawn[1:], minlength=16)

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outrider.errors import SamplingParamsError
 from outrider.sampling.params import SamplingParams
-from outrider.sampling.processors import RowContext, check_token_ids, process_logits
+from outrider.sampling.processors import RowContext, process_logits
 from outrider.sampling.sampler import check_finite
 from outrider.token_tree import TokenTree, TokenTreeBatch
 
@@ -173,9 +172,7 @@ def test_cold_temperatures_stay_finite(temperature: float) -> None:
     assert row.softmax(-1).tolist() == pytest.approx([0.5, 0.0, 0.0, 0.5], abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "params", [FULL, SamplingParams(top_k=2), SamplingParams(top_p=0.5, temperature=0.5)]
-)
+@pytest.mark.parametrize("params", [FULL, SamplingParams(top_k=2), SamplingParams(top_p=0.5, temperature=0.5)])
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, -math.inf]])
 def test_unsound_rows_stay_unsound_and_alone(params: SamplingParams, bad: list[float]) -> None:
     logits = logits_of(2 * TREE.num_nodes, 8)
@@ -191,9 +188,3 @@ def test_excluding_every_token_gives_an_unsound_row() -> None:
     params = SamplingParams(min_tokens=5)
     context = RowContext(slice(0, 1), params, [], [], TokenTree.root_only(0), range(8))
     assert check_finite(process_logits(logits_of(1, 8), [context])).tolist() == [False]
-
-
-def test_bias_on_a_token_the_model_lacks_is_refused() -> None:
-    check_token_ids(SamplingParams(logit_bias={7: 1.0}), 8)
-    with pytest.raises(SamplingParamsError, match="got 8, expected below the vocabulary's 8"):
-        check_token_ids(SamplingParams(logit_bias={8: 1.0}), 8)

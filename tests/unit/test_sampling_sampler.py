@@ -67,9 +67,7 @@ def test_acceptance_uses_the_uniform_of_its_position_and_trial() -> None:
 
 def test_check_finite() -> None:
     nan, inf = math.nan, math.inf
-    rows = torch.tensor(
-        [[1.0, 2.0], [nan, 1.0], [1.0, nan], [inf, 0.0], [-inf, 0.0], [-inf, -inf], [inf, -inf]]
-    )
+    rows = torch.tensor([[1.0, 2.0], [nan, 1.0], [1.0, nan], [inf, 0.0], [-inf, 0.0], [-inf, -inf], [inf, -inf]])
     expected = [True, False, False, False, True, False, False]
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert check_finite(rows.to(dtype)).tolist() == expected

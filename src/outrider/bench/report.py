@@ -77,12 +77,12 @@ def speed_table(summaries: Sequence[dict[str, Any]], title: str, *, brief: bool 
         brief: without the times of a step.
     """
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     headings = ["tokens/s", "speedup", "acceptance"]
     if not brief:
         headings += [*(f"{phase} ms (%)" for phase in PHASES), "own ms a step"]
     for heading in [*headings, "identical"]:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         different = summary["num_equal"] not in (None, summary["num_outputs"])
         table.add_row(*_cells(summary, brief), style="red" if different else None)

@@ -1,12 +1,10 @@
-"""Measuring decoding: contenders take turns over the same prompts, and their outputs are held against each other."""
+"""Measuring decoding: contenders take turns over the same prompts, and their outputs are compared."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from typing import Any, Protocol
 
 import torch
@@ -112,7 +110,11 @@ class TransformersContender:
         self.name = name
         self.comparable = params.greedy
         self._module, self._batch_size = module, batch_size
-        sampling = {"do_sample": False} if params.greedy else {"do_sample": True, "temperature": params.temperature, "top_k": 0}
+        sampling = (
+            {"do_sample": False}
+            if params.greedy
+            else {"do_sample": True, "temperature": params.temperature, "top_k": 0}
+        )
         self._options = {"max_new_tokens": params.max_tokens, "pad_token_id": 0, **sampling, **options}
 
     def prepare(self) -> None:
@@ -134,8 +136,7 @@ class TransformersContender:
         mask = torch.tensor(
             [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self._module.device
         )
-        with redirect_stderr(StringIO()):  # its advice on options
-            result = self._module.generate(padded, attention_mask=mask, **{**self._options, **options})
+        result = self._module.generate(padded, attention_mask=mask, **{**self._options, **options})
         eos = self._module.generation_config.eos_token_id
         ends = set(eos if isinstance(eos, list) else [eos])
         return [_until_end(row, ends) for row in result[:, width:].tolist()]
@@ -149,7 +150,7 @@ def _until_end(token_ids: list[int], ends: set[int]) -> list[int]:
 def transformers_contenders(
     llm: LLM, draft_model: str | None, params: SamplingParams, batch_size: int
 ) -> list[TransformersContender]:
-    """Plain, and for single prompts assisted and prompt-lookup decoding (which transformers runs for those alone).
+    """Plain, and for single prompts assisted and prompt-lookup decoding (transformers has no batches there).
 
     Args:
         llm: whose model and dtype to use.

@@ -18,9 +18,9 @@ MIN_FUNCTION_LINES = 16  # so that a prompt is the beginning of something
 # Where a Python comes without its library's source.
 BUILT_IN_PROMPTS = (
     "def quicksort(items):\n    if len(items) <= 1:\n        return items\n",
-    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n        self._items = []\n',
+    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n',
     "import unittest\n\n\nclass TestQueue(unittest.TestCase):\n    def setUp(self):\n",
-    'def read_lines(path):\n    """Yield the lines of a file without their ends."""\n    with open(path) as file:\n',
+    'def read_lines(path):\n    """Yield the lines of a file."""\n    with open(path) as file:\n',
 )
 
 

@@ -72,4 +72,6 @@ class BlockPool:
         assert not free & cached, f"free and cached at once: {free & cached}"
         for block, count in enumerate(self._ref_counts):
             assert count >= 0
-            assert (count == 0) == (block in free or block in cached), f"block {block} with {count} references is lost"
+            assert (count == 0) == (block in free or block in cached), (
+                f"block {block} with {count} references is lost"
+            )

@@ -167,7 +167,10 @@ class KVCache:
             self._drop_blocks_after(sequence)
             self._index_full_blocks(sequence, commit.token_ids)
         if sources:
-            source, target = torch.from_numpy(np.concatenate(sources)), torch.from_numpy(np.concatenate(targets))
+            source, target = (
+                torch.from_numpy(np.concatenate(sources)),
+                torch.from_numpy(np.concatenate(targets)),
+            )
             for storage in self._storages.values():
                 storage[:, target] = storage[:, source]
 

@@ -48,7 +48,7 @@ class PrefixIndex:
         return entry[0]
 
     def remove(self, block: int) -> None:
-        """Forget an evicted block. Entries below it can no longer be reached and age out of the pool by themselves."""
+        """Forget an evicted block; entries below it are out of reach now, and are evicted in their turn."""
         del self._entries[self._key_of_block.pop(block)]
 
     def check_integrity(self) -> None:

@@ -1,6 +1,6 @@
 """The command line's entry point: the commands, and how each of them may end.
 
-Exit status: 0 done, 1 a check failed (`verify`), 2 bad input, 130 interrupted, 141 the reader of a pipe went away.
+Exit status: 0 done, 1 a check failed (`verify`), 2 bad input, 130 interrupted, 141 the pipe's reader is gone.
 """
 
 from __future__ import annotations

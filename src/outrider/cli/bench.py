@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 DEFAULT_NUM_PROMPTS = 8
 MEASURING = "Measuring"
 
-bench_app = typer.Typer(help="Measure speed; every figure stands beside the equality of its output.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure speed; every figure stands beside the equality of its output.", no_args_is_help=True
+)
 
 
 @bench_app.callback()
@@ -100,7 +102,9 @@ def decode(
     specs = opt.drafter_specs(names, engine)
     llm = engine.load("none")
     prompt_ids = _encode(llm, wanted)
-    contenders = _contenders(llm, specs, params, batch_size, draft_model, with_transformers)
+    contenders = _contenders(
+        llm, specs, params, batch_size, draft_model=draft_model, with_transformers=with_transformers
+    )
 
     from outrider.bench.runner import Results
 
@@ -136,6 +140,7 @@ def _contenders(
     specs: dict[str, dict[str, Any]],
     params: SamplingParams,
     batch_size: int,
+    *,
     draft_model: str | None,
     with_transformers: bool,
 ) -> list[Contender]:
@@ -150,9 +155,7 @@ def _contenders(
     return contenders
 
 
-def _measure(
-    contenders: list[Contender], prompts: list[list[int]], repeats: int, results: Results
-) -> None:
+def _measure(contenders: list[Contender], prompts: list[list[int]], repeats: int, results: Results) -> None:
     from outrider.bench.runner import run_rounds
 
     with progress_bar() as progress:
@@ -194,8 +197,9 @@ def _report(
         return
     console = stdout_console()
     machine, prompts = record["machine"], settings["prompts"]
+    config = settings["config"]
     title = (
-        f"{settings['config']['model'] or 'bundled model'}, {settings['dtype']}, {settings['config']['exactness']}, "
+        f"{config['model'] or 'bundled model'}, {settings['dtype']}, {config['exactness']}, "
         f"temperature {settings['sampling']['temperature']:g}, batch {settings['batch_size']}, "
         f"{prompts['count']} prompts, up to {settings['sampling']['max_tokens']} tokens, "
         f"{settings['repeats']} repeats; {machine['cpu']}, {machine['torch_threads']} threads"

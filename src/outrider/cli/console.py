@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 REPORT_WIDTH = 160
 
@@ -42,6 +48,17 @@ def note(text: str) -> None:
     """One line for whoever watches; nothing where stderr is not a terminal."""
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
+
+
+def check_writable(path: str | None) -> None:
+    """Find out before a long run, not after it, that its report cannot be written.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if path is not None:
+        with Path(path).open("a"):
+            pass
 
 
 def report_json(record: dict[str, Any], *, to_stdout: bool, path: str | None) -> None:

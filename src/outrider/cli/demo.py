@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outrider.cli import options as opt
 from outrider.cli.console import progress_bar, stdout_console
-from outrider.cli.options import EngineOptions, base_seed
+from outrider.cli.options import SAMPLING, EngineOptions, base_seed, option
 from outrider.errors import PromptError
 from outrider.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from outrider.llm import LLM
 
 DEMO_PROMPT = '''def flatten(items):
     """Return the elements of nested lists, in order."""
 '''
+DEMO_TEMPERATURES = (0.0, 0.8)
 REPEATS = 3
 
 
@@ -22,37 +28,49 @@ def demo(
     prompt: Annotated[str, typer.Argument(help="Code to continue.")] = DEMO_PROMPT,
     *,
     max_tokens: opt.MaxTokens = 128,
-    temperature: opt.Temperature = 0.0,
+    temperature: Annotated[
+        float | None, option("--temperature", "-t", help="Without it 0 and 0.8 in turn.", panel=SAMPLING)
+    ] = None,
     seed: opt.Seed = None,
     threads: opt.Threads = None,
 ) -> None:
     """Continue a piece of code by plain decoding and by every drafter: the same text, in less time."""
-    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=base_seed(seed, 1))
+    first_seed = base_seed(seed, 1)
+    settings = [
+        SamplingParams(temperature=value, max_tokens=max_tokens, seed=first_seed)
+        for value in (DEMO_TEMPERATURES if temperature is None else (temperature,))
+    ]
     if not prompt:
         raise PromptError("prompt", got="no text", expected="at least one token")
     engine = EngineOptions(threads=threads, prefix_caching=False)
     specs = opt.drafter_specs(["none", *opt.drafter_names(["all"], engine)], engine)
+    with stdout_console().status("loading the bundled model"):
+        llm = engine.load("none")
+    all_equal = [_decode_and_show(llm, specs, prompt, params) for params in settings]
+    if all(all_equal):
+        print("Every drafter gave the tokens of plain decoding.")
+    else:
+        print("A drafter gave other tokens than plain decoding: `outrider verify` tells ties from bugs.")
 
+
+def _decode_and_show(llm: LLM, specs: dict[str, dict[str, Any]], prompt: str, params: SamplingParams) -> bool:
+    """Decode in every way, print the text and the speeds; returns whether all outputs are equal."""
     from rich.syntax import Syntax
 
-    console = stdout_console()
-    with console.status("loading the bundled model"):
-        llm = engine.load("none")
     from outrider.bench.report import speed_table, summarise
     from outrider.bench.runner import PLAIN, OutriderContender, Results, run_rounds
 
     contenders = [OutriderContender(name, llm, spec, params, batch_size=1) for name, spec in specs.items()]
-    prompt_ids = llm.tokenizer.encode(prompt)
     results = Results()
     with progress_bar() as progress:
         task = progress.add_task("decoding", total=REPEATS * len(contenders), completed=-1)
+        prompt_ids = llm.tokenizer.encode(prompt)
         run_rounds(contenders, [prompt_ids], REPEATS, results, lambda _: progress.advance(task))
-    text = llm.tokenizer.decode(results.samples[PLAIN][0].token_ids[0])
-    console.print(Syntax(prompt + text, "python", background_color="default", word_wrap=True))
+    token_ids = results.samples[PLAIN][0].token_ids[0]
+    how = "greedy" if params.greedy else f"temperature {params.temperature:g}, seed {params.seed}"
+    title = f"bundled model, {how}, {len(token_ids)} tokens, {REPEATS} repeats"
     summaries = [summarise(name, results, comparable=True) for name in specs]
-    size = f"{sum(p.numel() for p in llm.model.module.parameters()) / 1e6:.1f}M parameters"
-    console.print(speed_table(summaries, f"bundled model, {size}, {max_tokens} tokens", brief=True))
-    if all(summary["num_equal"] == summary["num_outputs"] for summary in summaries):
-        console.print("Every drafter gave the tokens of plain decoding.")
-    else:
-        console.print("A drafter gave other tokens than plain decoding; `outrider verify` tells ties from bugs.")
+    console = stdout_console()
+    code = Syntax(prompt + llm.tokenizer.decode(token_ids), "python", background_color="default", word_wrap=True)
+    console.print(code, speed_table(summaries, title, brief=True), sep="\n")
+    return all(summary["num_equal"] == summary["num_outputs"] for summary in summaries)

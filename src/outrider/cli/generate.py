@@ -34,7 +34,9 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            "--prompts", "-p", help="File of prompts, one per line, or JSONL with {\"prompt\": ...}; - is stdin."
+            "--prompts",
+            "-p",
+            help='File of prompts, one per line, or JSONL with {"prompt": ...}; - is stdin.',
         ),
     ] = None,
     model: opt.Model = None,
@@ -86,8 +88,12 @@ def generate(
     max_num_seqs: opt.MaxNumSeqs = SchedulerConfig.max_num_seqs,
     max_batch_tokens: opt.MaxBatchTokens = SchedulerConfig.max_batch_tokens,
     threads: opt.Threads = None,
-    stream: Annotated[bool, option("--stream", help="Print the text as it comes (one prompt).", panel=OUTPUT)] = False,
-    json_out: Annotated[bool, option("--json", help="Print one JSON object per prompt and line.", panel=OUTPUT)] = False,
+    stream: Annotated[
+        bool, option("--stream", help="Print the text as it comes (one prompt).", panel=OUTPUT)
+    ] = False,
+    json_out: Annotated[
+        bool, option("--json", help="Print one JSON object per prompt and line.", panel=OUTPUT)
+    ] = False,
     output: Annotated[
         str | None,
         option("--output", "-o", help="Append the JSON objects to this file as they come.", panel=OUTPUT),
@@ -218,9 +224,8 @@ def _generate_to_file(
 
 def _digest(engine: EngineOptions, params: SamplingParams) -> str:
     """Of all that the tokens depend on; under the coupled rule the drafter is not among it."""
-    local = engine.model is not None and os.path.exists(engine.model)
     settings: dict[str, Any] = {
-        "model": os.path.realpath(engine.model) if local else engine.model,
+        "model": _identity(engine.model),
         "revision": engine.revision,
         "dtype": engine.dtype,
         "verification": engine.verification,
@@ -229,6 +234,10 @@ def _digest(engine: EngineOptions, params: SamplingParams) -> str:
     if engine.verification != "coupled":
         settings["drafter"] = engine.drafter_spec()
     return settings_digest(settings)
+
+
+def _identity(model: str | None) -> str | None:
+    return os.path.realpath(model) if model is not None and os.path.exists(model) else model
 
 
 def _generate(
@@ -274,5 +283,5 @@ def _note_summary(outputs: Sequence[RequestOutput]) -> None:
     end = max((sample.metrics.finish_time or start for sample in samples), default=start)
     seed = f", seed {samples[0].seed}" if len(samples) == 1 else ""
     if end > start and sys.stderr.isatty():
-        speed = num_tokens / (end - start)
-        note(f"{num_tokens} tokens, {speed:.1f} tokens/s, {num_tokens / max(1, num_steps):.2f} tokens a step{seed}")
+        speed, length = num_tokens / (end - start), num_tokens / max(1, num_steps)
+        note(f"{num_tokens} tokens, {speed:.1f} tokens/s, {length:.2f} tokens a step{seed}")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the engine that they ask for. Imports no torch: `--help` is quick."""
+"""Options that several commands share, and the engine that they ask for (no torch: `--help` is quick)."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ Model = Annotated[
     option("--model", "-m", help="Folder or hub id (safetensors); without it the bundled model.", panel=MODEL),
 ]
 Revision = Annotated[str | None, option("--revision", help="Branch, tag or commit of the hub id.", panel=MODEL)]
-Dtype = Annotated[
-    str, option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.", panel=MODEL)
-]
+Dtype = Annotated[str, option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.", panel=MODEL)]
 Device = Annotated[str, option("--device", help="Torch device.", panel=MODEL)]
 
 Drafter = Annotated[
@@ -89,7 +87,8 @@ Threads = Annotated[
 MaxTokens = Annotated[int, option("--max-tokens", help="Most tokens to generate per sequence.", panel=SAMPLING)]
 Temperature = Annotated[float, option("--temperature", "-t", help="0 is greedy decoding.", panel=SAMPLING)]
 Seed = Annotated[
-    int | None, option("--seed", help="Of the keyed noise; the same seed gives the same text.", panel=SAMPLING)
+    int | None,
+    option("--seed", help="Of the keyed noise; the same seed gives the same text.", panel=SAMPLING),
 ]
 JsonOut = Annotated[bool, option("--json", help="Print JSON.", panel=OUTPUT)]
 OutputFile = Annotated[str | None, option("--output", "-o", help="Write the JSON to this file.", panel=OUTPUT)]

@@ -17,7 +17,7 @@ Prompt = str | dict[str, Any]
 
 
 def read_prompts(argument: str | None, source: str | None) -> list[Prompt]:
-    """The prompts of one call: the argument (``-``: all of stdin), or those of a file (``-``: stdin), one per line.
+    """The prompt given as an argument (``-``: all of stdin), or those of a file (``-``: lines of stdin).
 
     Raises:
         PromptError: neither or both given, an unreadable or empty file, a line that is no prompt.
@@ -40,8 +40,8 @@ def read_prompts(argument: str | None, source: str | None) -> list[Prompt]:
 def prompts_from_file(source: str) -> list[Prompt]:
     """One prompt per line that is not blank.
 
-    A file that ends in .jsonl, or whose first line is a JSON object with a prompt, holds a JSON object per line
-    (their other keys are ignored); every other file is plain text.
+    A file that ends in .jsonl, or whose first line is a JSON object with a prompt, holds a JSON object per
+    line (its other keys are ignored); every other file is plain text.
 
     Raises:
         PromptError: the file is missing, empty or not UTF-8, or a line is no prompt.
@@ -81,7 +81,9 @@ def _read_utf8(source: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"prompts of {name}", got=f"byte {error.object[error.start]:#04x} at {error.start}", expected="UTF-8 text"
+            f"prompts of {name}",
+            got=f"byte {error.object[error.start]:#04x} at {error.start}",
+            expected="UTF-8 text",
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)

@@ -51,7 +51,12 @@ def _sample_record(sample: CompletionOutput, num_prompt_tokens: int) -> Record:
     if sample.logprobs is not None:
         record["logprobs"] = [
             [
-                {"token_id": token, "token": of.decoded_token, "logprob": _finite(of.logprob), "rank": of.rank}
+                {
+                    "token_id": token,
+                    "token": of.decoded_token,
+                    "logprob": _finite(of.logprob),
+                    "rank": of.rank,
+                }
                 for token, of in alternatives.items()
             ]
             for alternatives in sample.logprobs
@@ -100,7 +105,7 @@ class ResultFile:
     def __init__(self, path: str, settings: str, *, resume: bool) -> None:
         self._path = path
         self._settings = settings
-        self._file = Path(path).open("ab")
+        self._file = Path(path).open("ab")  # noqa: SIM115 - closed by __exit__
         if not resume and self._file.tell() and not Path(path).read_bytes().endswith(b"\n"):
             self._file.write(b"\n")
 

@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli import options as opt
-from outrider.cli.console import note, progress_bar, report_json, stdout_console
+from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
 from outrider.cli.options import ENGINE, SAMPLING, EngineOptions, base_seed, option, parse_numbers
 from outrider.cli.prompts import prompts_or_held_out
 from outrider.config import CacheConfig, EngineConfig
 from outrider.errors import ConfigError
-from outrider.sampling.params import SamplingParams
+from outrider.losslessness.settings import Setting, default_settings, temperature_settings
 
 if TYPE_CHECKING:
-    from outrider.losslessness.report import Mismatch, Report, Setting
+    from outrider.losslessness.report import Cell, Mismatch, Report, Verifier
 
 DEFAULT_NUM_PROMPTS = 16
-MAX_EXPLAINED = 10  # mismatches printed in full; the JSON has all
+DEFAULT_MAX_TOKENS = 24
+MAX_EXPLAINED = 8  # divergences printed; the JSON has all
 
 
 def verify(
@@ -35,10 +36,15 @@ def verify(
         str | None,
         typer.Option("--prompts", "-p", help="A file of prompts, or how many pieces of held-out code."),
     ] = None,
-    max_tokens: opt.MaxTokens = 32,
+    max_tokens: opt.MaxTokens = DEFAULT_MAX_TOKENS,
     temperatures: Annotated[
         str | None,
-        option("--temperatures", help="Verify these instead of the default settings.", panel=SAMPLING, metavar="T,..."),
+        option(
+            "--temperatures",
+            help="Verify these instead of the default settings.",
+            panel=SAMPLING,
+            metavar="T,...",
+        ),
     ] = None,
     seed: opt.Seed = None,
     batch_sizes: Annotated[
@@ -68,62 +74,47 @@ def verify(
         threads=threads,
     )
     names = opt.drafter_names(drafter, engine)
-    specs = opt.drafter_specs(names, engine)
+    specs = {"none": {"method": "none"}, **opt.drafter_specs(names, engine)}
     sizes = parse_numbers(batch_sizes, "--batch-sizes", int)
-    if not sizes or min(sizes) < 1:
+    if min(sizes) < 1:
         raise ConfigError("--batch-sizes", got=repr(batch_sizes), expected="integers of at least 1")
-    first_seed = base_seed(seed, len(wanted))
-    chosen = _chosen_params(temperatures, max_tokens, first_seed)
+    settings = _settings(temperatures, max_tokens, base_seed(seed, len(wanted)), verification)
+    check_writable(output)
 
     plain = engine.load("none")
-    from outrider.losslessness.report import Setting, Verifier, default_settings
+    from outrider.losslessness.report import Verifier
 
-    settings = [Setting(name, params) for name, params in chosen] or default_settings(max_tokens, first_seed)
-    settings = _settings_for_rule(settings, verification)
     llms = {name: plain.with_drafter(spec) for name, spec in specs.items()}
-    batches = {"none": plain.with_drafter("none")} if max(sizes) > 1 else {}
-    verifier = Verifier(plain, {**batches, **llms}, wanted, sizes)
+    verifier = Verifier(plain, llms, wanted, sizes)
+    record = {
+        "model": plain.model.name if model else "bundled model",
+        "dtype": str(plain.model.dtype).removeprefix("torch."),
+        "exactness": exactness,
+        "verification": verification,
+        "drafters": specs,
+        "settings": {setting.name: str(setting.params) for setting in settings},
+        "prompts": {"source": source, "count": len(wanted)},
+    }
     try:
-        with progress_bar() as progress:
-            task = progress.add_task("verifying", total=verifier.num_generations(len(settings)))
-            verifier.run(settings, lambda count: progress.advance(task, count))
-    finally:
-        report = verifier.report
-        record = {
-            "model": plain.model.name,
-            "dtype": str(plain.model.dtype).removeprefix("torch."),
-            "exactness": exactness,
-            "verification": verification,
-            "drafters": specs,
-            "prompts": {"source": source, "count": len(wanted)},
-            "max_tokens": max_tokens,
-            "seed": first_seed,
-            **report.record(),
-        }
-        report_json(record, to_stdout=json_out, path=output)
+        _run(verifier, settings)
+    finally:  # an interruption reports what there is
+        report_json({**record, **verifier.report.record()}, to_stdout=json_out, path=output)
         if not json_out:
-            _print_report(report, record)
-    if report.num_bugs:
+            _print_report(verifier.report, record)
+    if verifier.report.num_bugs:
         raise typer.Exit(1)
 
 
-def _chosen_params(temperatures: str | None, max_tokens: int, seed: int) -> list[tuple[str, SamplingParams]]:
-    """A setting for each temperature asked for; checked before the model is loaded."""
-    SamplingParams(max_tokens=max_tokens)
-    if temperatures is None:
-        return []
-    return [
-        (f"temperature {value:g}", SamplingParams(temperature=value, max_tokens=max_tokens, seed=seed))
-        for value in parse_numbers(temperatures, "--temperatures", float)
-    ]
-
-
-def _settings_for_rule(settings: list[Setting], verification: str) -> list[Setting]:
-    """All settings for the coupled rule; for the others the greedy ones, where they too promise equal tokens.
+def _settings(temperatures: str | None, max_tokens: int, seed: int, verification: str) -> list[Setting]:
+    """The settings asked for; of a rule that is exact in distribution only the greedy ones.
 
     Raises:
         ConfigError: none is left.
     """
+    if temperatures is None:
+        settings = default_settings(max_tokens, seed)
+    else:
+        settings = temperature_settings(parse_numbers(temperatures, "--temperatures", float), max_tokens, seed)
     if verification == "coupled":
         return settings
     greedy = [setting for setting in settings if setting.params.greedy]
@@ -132,50 +123,71 @@ def _settings_for_rule(settings: list[Setting], verification: str) -> list[Setti
             f"verifying the rule {verification!r}",
             got="sampling",
             expected="temperature 0",
-            remedy="it is exact in distribution, not token for token; verify it greedily, or verify 'coupled'",
+            remedy="it is exact in distribution, not token for token; verify it greedily, or 'coupled'",
         )
     note(f"{verification} is exact in distribution, not token for token: verifying its greedy settings only")
     return greedy
+
+
+def _run(verifier: Verifier, settings: list[Setting]) -> None:
+    with progress_bar() as progress:
+        task = progress.add_task("verifying", total=verifier.num_generations(len(settings)))
+        verifier.run(settings, lambda count: progress.advance(task, count))
 
 
 def _print_report(report: Report, record: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = stdout_console()
-    table = Table(title=f"{record['model']}, {record['dtype']}, {record['exactness']}", title_justify="left")
-    for heading in ("setting", "drafter", "batch"):
-        table.add_column(heading)
-    for heading in ("outputs", "equal", "ties", "bugs", "tokens", "tokens a step"):
-        table.add_column(heading, justify="right")
+    title = "outputs equal to plain decoding's: {model}, {dtype}, {exactness}, {verification}, {count} prompts"
+    table = Table(
+        title=title.format(**record, count=record["prompts"]["count"]), title_justify="left", highlight=False
+    )
+    sizes = sorted({cell.batch_size for cell in report.cells})
+    for heading in ("setting", "drafter"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (*(f"batch {size}" for size in sizes), "tokens", "tokens a step"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows: dict[tuple[str, str], dict[int, Cell]] = {}
     for cell in report.cells:
-        style = "red" if cell.num_bugs else "yellow" if cell.num_ties else None
-        counts = (cell.num_outputs, cell.num_equal, cell.num_ties, cell.num_bugs, cell.num_tokens)
-        table.add_row(
-            cell.setting,
-            cell.drafter,
-            str(cell.batch_size),
-            *map(str, counts),
-            f"{cell.acceptance_length:.2f}",
-            style=style,
-        )
+        rows.setdefault((cell.setting, cell.drafter), {})[cell.batch_size] = cell
+    for (setting, drafter), cells in rows.items():
+        num_tokens = sum(cell.num_tokens for cell in cells.values())
+        num_steps = sum(cell.num_steps for cell in cells.values())
+        counts = [_counts(cells[size]) if size in cells else "-" for size in sizes]
+        table.add_row(setting, drafter, *counts, str(num_tokens), f"{num_tokens / max(1, num_steps):.2f}")
     console.print(table)
-    worst_first = sorted(report.mismatches, key=lambda mismatch: mismatch.explanation.verdict)
-    for mismatch in worst_first[:MAX_EXPLAINED]:
-        console.print(_explained(mismatch), markup=False)
-    if len(worst_first) > MAX_EXPLAINED:
-        console.print(f"... and {len(worst_first) - MAX_EXPLAINED} more (--json has all)")
+    explained = _explanations(report.mismatches)
+    for line in explained[:MAX_EXPLAINED]:
+        console.print(line, markup=False)
+    if len(explained) > MAX_EXPLAINED:
+        console.print(f"... and {len(explained) - MAX_EXPLAINED} more (--json has all)")
     console.print(
-        f"{report.num_equal} of {report.num_outputs} outputs equal plain decoding's, "
-        f"{report.num_ties} numerical ties, {report.num_bugs} bugs"
+        f"{report.num_equal} of {report.num_outputs} outputs are equal, "
+        f"{report.num_ties} differ by a numerical tie, {report.num_bugs} by a bug"
     )
 
 
-def _explained(mismatch: Mismatch) -> str:
-    of = mismatch.explanation
-    top = ", ".join(f"{token}: {logit:.4f}" for token, logit in of.top_two)
-    return (
-        f"{of.verdict}: {mismatch.drafter}, {mismatch.setting}, batch {mismatch.batch_size}, "
-        f"prompt {mismatch.prompt_index}, output token {of.position}: plain {of.plain_token} "
-        f"{mismatch.plain_text!r}, other {of.other_token} {mismatch.other_text!r}; top two logits {top} "
-        f"(gap {of.top_two_gap:.3g}); shapes differ by {of.delta:.3g}; {of.reason}"
-    )
+def _counts(cell: Cell) -> str:
+    text = f"{cell.num_equal}/{cell.num_outputs}"
+    if cell.num_ties:
+        text += f" [yellow]{cell.num_ties} tied[/]"
+    if cell.num_bugs:
+        text += f" [red]{cell.num_bugs} WRONG[/]"
+    return text
+
+
+def _explanations(mismatches: list[Mismatch]) -> list[str]:
+    """A line for each divergence, bugs first; batch sizes and drafters that diverged alike share it."""
+    who: dict[str, tuple[str, list[str]]] = {}
+    for mismatch in mismatches:
+        of = mismatch.explanation
+        top = ", ".join(f"{token}: {logit:.4f}" for token, logit in of.top_two)
+        text = (
+            f"{mismatch.setting}, prompt {mismatch.prompt_index}, output token {of.position}: "
+            f"plain {of.plain_token} {mismatch.plain_text!r}, other {of.other_token} {mismatch.other_text!r}; "
+            f"top two logits {top} (gap {of.top_two_gap:.3g}); shapes differ by {of.delta:.3g}; {of.reason}"
+        )
+        who.setdefault(text, (of.verdict, []))[1].append(f"{mismatch.drafter} at batch {mismatch.batch_size}")
+    bugs_first = sorted(who.items(), key=lambda item: item[1][0])
+    return [f"{verdict}: {text} ({', '.join(runs)})" for text, (verdict, runs) in bugs_first]

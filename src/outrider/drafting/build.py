@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from outrider.config import DraftModelConfig, DrafterConfig, NgramConfig, NoDrafterConfig, RecyclingConfig
+from outrider.config import DrafterConfig, DraftModelConfig, NgramConfig, NoDrafterConfig, RecyclingConfig
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.ngram import NgramDrafter

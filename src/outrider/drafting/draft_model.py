@@ -30,7 +30,8 @@ class _Growing:
     Attributes:
         scores: ``[num_nodes]`` log-probability, as the draft sees it, that a node's path is accepted.
         logits: ``[num_nodes, vocab]`` the draft's raw logits of the nodes forwarded so far.
-        log_probs: ``[num_nodes, vocab]`` their log q, after the request's processors.
+        child_log_probs: ``[vocab]`` log q that each expanded node's children were drawn from, kept as it was then:
+            a later forward over more rows may round differently, and rejection rules need the very q of the draw.
         num_forwarded: draft nodes (root not counted) whose keys and values are in the cache.
     """
 
@@ -40,7 +41,7 @@ class _Growing:
     parents: list[int] = field(default_factory=lambda: [-1])
     depths: list[int] = field(default_factory=lambda: [0])
     scores: list[float] = field(default_factory=lambda: [0.0])
-    log_probs: Tensor = field(default_factory=lambda: torch.empty(0))
+    child_log_probs: dict[int, Tensor] = field(default_factory=dict)
     num_forwarded: int = 0
 
     @property
@@ -59,6 +60,7 @@ class DraftModelDrafter:
         self,
         config: DraftModelConfig,
         style: DraftStyle,
+        *,
         model: Model,
         cache: KVCache,
         vocab_size: int,
@@ -169,13 +171,14 @@ class DraftModelDrafter:
         room = min(room, self.max_nodes - tree.num_drafted)
         context = tree.context
         log_weights = process_logits(tree.logits, [self._row_context(tree)])
-        tree.log_probs = log_weights.log_softmax(-1) if self.returns_probs else log_weights
         for node in sorted(frontier):
             num_children = min(self._width, room)
             if num_children < 1:
                 break
+            log_probs = log_weights[node].log_softmax(-1)
+            tree.child_log_probs[node] = log_probs
             tokens, scores = draw_children(
-                tree.log_probs[node],
+                log_probs,
                 seed=context.seed,
                 position=len(context.token_ids) + depth - 1,
                 num_children=num_children,
@@ -239,8 +242,7 @@ class DraftModelDrafter:
     def _finish(self, tree: _Growing) -> TokenTree:
         if not self.returns_probs or tree.context.params.greedy or tree.num_drafted == 0:
             return tree.tree  # greedy drafts are point masses
-        num_missing = len(tree.tokens) - tree.log_probs.shape[0]  # leaves: their rows are never read
-        rows = torch.cat([tree.log_probs, tree.log_probs.new_zeros(num_missing, tree.log_probs.shape[1])])
-        return TokenTree(
-            tuple(tree.tokens), tuple(tree.parents), DraftDistribution(rows, self._style.sibling_draws)
-        )
+        rows = tree.logits.new_zeros(len(tree.tokens), tree.logits.shape[1])  # those of leaves are never read
+        for node, log_probs in tree.child_log_probs.items():
+            rows[node] = log_probs
+        return TokenTree(tuple(tree.tokens), tuple(tree.parents), DraftDistribution(rows, self._style.sibling_draws))

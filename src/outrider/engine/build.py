@@ -64,9 +64,13 @@ def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> En
         path = drafter.model or BUNDLED_DRAFT
         draft = load_model(path, revision=drafter.revision, dtype=drafter.dtype, device=config.device)
         check_same_vocabulary(tokenizer, Tokenizer(load_tokenizer(path, revision=drafter.revision)))
-        draft_cache = build_cache(config.cache, config.scheduler, draft)
         return DraftModelDrafter(
-            drafter, style, draft, draft_cache, model.vocab_size, config.scheduler.max_batch_tokens
+            drafter,
+            style,
+            model=draft,
+            cache=build_cache(config.cache, config.scheduler, draft),
+            vocab_size=model.vocab_size,
+            max_batch_tokens=config.scheduler.max_batch_tokens,
         )
 
     drafter = build_drafter(

@@ -118,9 +118,6 @@ class Engine:
         if not drafting:
             return []
         requests = [scheduled.request for scheduled in drafting]
-        sound = check_finite(logits)
-        if not bool(sound.all()):
-            logits[~sound] = 0.0  # whoever reaches such a row ends there, see `_update`; no rule has to bear it
         contexts = [
             RowContext(
                 rows=trees.rows(i),
@@ -138,7 +135,14 @@ class Engine:
             positions=[len(request.token_ids) for request in requests],
             greedy=[request.params.greedy for request in requests],
         )
-        result = self.rule.verify(trees, process_logits(logits, contexts), decisions)
+        processed = process_logits(logits, contexts)
+        sound = check_finite(logits)
+        if processed is not logits:  # parameters may leave no token to choose
+            sound &= check_finite(processed)
+        if not bool(sound.all()):
+            # Whoever reaches such a row ends there, see `_update`; no rule has to bear it.
+            processed = processed.masked_fill(~sound[:, None], 0.0)
+        result = self.rule.verify(trees, processed, decisions)
         return [
             _Verified(request, trees.trees[i], path, logits[trees.rows(i)], sound[trees.rows(i)])
             for i, (request, path) in enumerate(zip(requests, result.paths, strict=True))
@@ -149,7 +153,10 @@ class Engine:
         outcomes = iter(verified)
         commits: dict[str, SequenceCommit] = {}
         for scheduled in plan:
-            request, root = scheduled.request, scheduled.chunk_size - 1  # the tree's root is the chunk's last row
+            request, root = (
+                scheduled.request,
+                scheduled.chunk_size - 1,
+            )  # the tree's root is the chunk's last row
             kept, token_ids = list(range(scheduled.chunk_size)), request.token_ids
             if scheduled.yields_token:
                 outcome = next(outcomes)
@@ -178,9 +185,9 @@ class Engine:
                 request.finish_reason = "error"
                 request.error = NumericsError(
                     f"logits of request {request.request_id}",
-                    got=f"NaN or infinity for output token {request.num_output_tokens}",
+                    got=f"NaN, infinity or no allowed token for output token {request.num_output_tokens}",
                     expected="finite numbers",
-                    remedy="check the weights, or load the model with dtype='float32'",
+                    remedy="check the weights and logit_bias/min_tokens, or load with dtype='float32'",
                 )
             num_accepted = min(num_appended, len(outcome.path.accepted_nodes))
             self.stats.count_path(num_drafted, num_accepted, num_appended)

@@ -54,14 +54,16 @@ class Tokenizer:
         """The prompt text of a conversation by the model's own template, in a sandbox.
 
         Raises:
-            ConfigError: the model has no chat template, or the template is malformed or does what the sandbox forbids.
+            ConfigError: the model has no chat template, or it is malformed, or does what the sandbox forbids.
             PromptError: the messages are not what the template expects.
         """
         if self.chat_template is None:
             raise ConfigError("chat", got="a model without a chat template", expected="one", remedy="use generate()")
         if not messages or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
             raise PromptError(
-                "chat messages", got=repr(messages)[:80], expected="a non-empty list of {'role': ..., 'content': ...}"
+                "chat messages",
+                got=repr(messages)[:80],
+                expected="a non-empty list of {'role': ..., 'content': ...}",
             )
         special = {name: str(token) for name, token in self._backend.special_tokens_map.items()}
         try:
@@ -71,12 +73,35 @@ class Tokenizer:
         except PromptError:
             raise
         except SecurityError as error:
-            raise ConfigError("chat template", got=f"a forbidden operation ({error})", expected="a harmless template") from error
+            raise ConfigError(
+                "chat template", got=f"a forbidden operation ({error})", expected="a harmless template"
+            ) from error
         except (TemplateError, TypeError, ValueError, OverflowError) as error:
-            raise ConfigError("chat template", got=f"{type(error).__name__}: {error}", expected="a template that renders") from error
+            raise ConfigError(
+                "chat template", got=f"{type(error).__name__}: {error}", expected="a template that renders"
+            ) from error
         if len(text) > MAX_TEMPLATE_OUTPUT:
-            raise PromptError("rendered chat", got=f"{len(text)} characters", expected=f"at most {MAX_TEMPLATE_OUTPUT}")
+            raise PromptError(
+                "rendered chat", got=f"{len(text)} characters", expected=f"at most {MAX_TEMPLATE_OUTPUT}"
+            )
         return text
+
+
+class _BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """A sandbox in which `*` and `**` cannot make huge values (Jinja itself bounds `range`)."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(v) if isinstance(v, (str, list, tuple)) else v for v in (left, right)]
+        if not all(isinstance(size, (int, float)) and abs(size) <= MAX_TEMPLATE_OUTPUT for size in sizes):
+            raise SecurityError(f"operands of {operator} too large")
+        if operator == "**" and abs(right) > 64:
+            raise SecurityError("exponent too large")
+        is_repetition = not all(isinstance(v, (int, float)) for v in (left, right))
+        if is_repetition and abs(sizes[0] * sizes[1]) > MAX_TEMPLATE_OUTPUT:
+            raise SecurityError("repetition too long")
+        return super().call_binop(context, operator, left, right)
 
 
 def _chat_environment() -> ImmutableSandboxedEnvironment:
@@ -88,7 +113,7 @@ def _chat_environment() -> ImmutableSandboxedEnvironment:
     def strftime_now(pattern: str) -> str:
         return datetime.now().strftime(pattern)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = _BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     environment.filters["tojson"] = _tojson

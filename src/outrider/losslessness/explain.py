@@ -30,7 +30,10 @@ ROUNDING_FACTOR = 4.0
 """How much more than between the replayed shapes the rounding of the two runs may have differed."""
 
 FLOOR_ULPS = 4.0
-"""Rounding to expect anyway, in units in the last place of the model's dtype at the largest logit."""
+"""Rounding to expect anyway, in units in the last place of the model's dtype at the logits in question."""
+
+NEAREST, FARTHEST = 1e-6, 100.0
+"""The range in which the distance to the other token is looked for."""
 
 NUM_TREE_ROWS = 8
 NUM_SEQUENCES = 4
@@ -77,6 +80,8 @@ class Explanation:
         top_two: the two largest raw logits and their tokens, ``((token, logit), (token, logit))``.
         delta: largest difference of a logit between the replayed shapes.
         tolerance: the rounding that was allowed for.
+        distance: the least change of the logits that makes the replayed choice the other one of the two tokens
+            (the farther one, if it is neither).
         differences: per shape, its largest difference of a logit from one row per forward.
         choices: per shape, the token chosen.
     """
@@ -90,6 +95,7 @@ class Explanation:
     top_two: tuple[tuple[int, float], ...] = ()
     delta: float = 0.0
     tolerance: float = 0.0
+    distance: float = math.inf
     differences: dict[str, float] | None = None
     choices: dict[str, int] | None = None
 
@@ -99,8 +105,11 @@ class Explanation:
 
     def record(self) -> dict[str, Any]:
         """As a JSON object."""
-        gap = self.top_two_gap
-        return {**asdict(self), "top_two_gap": gap if math.isfinite(gap) else None}
+        record = {**asdict(self), "top_two_gap": self.top_two_gap}
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
 
 
 @torch.inference_mode()
@@ -113,7 +122,9 @@ def explain_divergence(model: Model, divergence: Divergence) -> Explanation:
     """
     at = divergence.position
     if at >= min(len(divergence.plain_token_ids), len(divergence.other_token_ids)):
-        plain, other = (next(iter(ids[at:]), None) for ids in (divergence.plain_token_ids, divergence.other_token_ids))
+        plain, other = (
+            next(iter(ids[at:]), None) for ids in (divergence.plain_token_ids, divergence.other_token_ids)
+        )
         reason = "the tokens agree as far as they go, but one output ended earlier: no logit explains that"
         return Explanation("bug", reason, at, plain, other)
     plain, other = divergence.plain_token_ids[at], divergence.other_token_ids[at]
@@ -124,13 +135,14 @@ def explain_divergence(model: Model, divergence: Divergence) -> Explanation:
     delta = max(differences.values())
     tolerance = 0.0
     if not divergence.row_invariant and math.isfinite(delta):
-        tolerance = ROUNDING_FACTOR * delta + FLOOR_ULPS * _ulp(reference, model.dtype)
+        compared = torch.stack([reference.max(), reference[plain], reference[other]])
+        tolerance = ROUNDING_FACTOR * delta + FLOOR_ULPS * _ulp(compared, model.dtype)
     chosen = choose(reference)
-    unreachable = [token for token in (plain, other) if not _reaches(choose, reference, chosen, token, tolerance)]
+    distance = max(_distance(choose, reference, chosen, token) for token in (plain, other))
     top = reference.topk(min(2, reference.shape[-1]))
     return Explanation(
-        verdict="bug" if unreachable else "tie",
-        reason=_reason(unreachable, tolerance, divergence.row_invariant),
+        verdict="tie" if distance <= tolerance else "bug",
+        reason=_reason(distance, tolerance, divergence.row_invariant),
         position=at,
         plain_token=plain,
         other_token=other,
@@ -138,18 +150,17 @@ def explain_divergence(model: Model, divergence: Divergence) -> Explanation:
         top_two=tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
         delta=delta,
         tolerance=tolerance,
+        distance=distance,
         differences=differences,
         choices={shape: choose(of) for shape, of in logits.items()},
     )
 
 
-def _reason(unreachable: Sequence[int], tolerance: float, row_invariant: bool) -> str:
-    if not unreachable:
-        return f"logits within {tolerance:.3g} of the replayed ones give either token"
+def _reason(distance: float, tolerance: float, row_invariant: bool) -> str:
     if row_invariant:
         return "the bitwise mode promises equal bits, and none of its runs may differ"
-    tokens = " nor ".join(str(token) for token in unreachable)
-    return f"no logits within {tolerance:.3g} of the replayed ones give token {tokens}"
+    within = "within" if distance <= tolerance else "beyond"
+    return f"logits {distance:.3g} away give the other token, {within} the {tolerance:.3g} that rounding explains"
 
 
 def _largest_difference(left: Tensor, right: Tensor) -> float:
@@ -159,7 +170,7 @@ def _largest_difference(left: Tensor, right: Tensor) -> float:
 
 
 def _ulp(logits: Tensor, dtype: torch.dtype) -> float:
-    """The unit in the last place of `dtype` at the largest magnitude of ``[vocab]`` `logits`."""
+    """The unit in the last place of `dtype` at the largest magnitude of `logits`."""
     _, exponent = math.frexp(float(logits[logits.isfinite()].abs().max()))
     return torch.finfo(dtype).eps * 2.0 ** (exponent - 1)
 
@@ -182,20 +193,31 @@ def _chooser(divergence: Divergence) -> Callable[[Tensor], int]:
     return choose
 
 
-def _reaches(
-    choose: Callable[[Tensor], int], logits: Tensor, chosen: int, token: int, tolerance: float
-) -> bool:
-    """Whether some logits within `tolerance` of ``[vocab]`` `logits` make `token` the choice."""
+def _distance(choose: Callable[[Tensor], int], logits: Tensor, chosen: int, token: int) -> float:
+    """The least move of ``[vocab]`` `logits` (largest change of one) that makes `token` the choice, to 5 percent.
+
+    Infinite where no move up to FARTHEST does, as for tokens that the request's parameters exclude.
+    """
     if token == chosen:
-        return True
-    return any(choose(moved) == token for moved in _perturbations(logits, chosen, token, tolerance))
+        return 0.0
+
+    def reaches(size: float) -> bool:
+        return any(choose(moved) == token for moved in _perturbations(logits, chosen, token, size))
+
+    low, high = NEAREST, FARTHEST
+    if not reaches(high):
+        return math.inf
+    while high > 1.05 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return high
 
 
-def _perturbations(logits: Tensor, chosen: int, token: int, tolerance: float) -> Iterator[Tensor]:
+def _perturbations(logits: Tensor, chosen: int, token: int, size: float) -> Iterator[Tensor]:
     """The corners of the box around `logits` that favour `token` most.
 
     Each raises it and lowers the chosen one. What lies above either of them moves too in the later ones, because
-    the borders of top_p and min_p depend on it: up to push the chosen one out, down to let `token` in.
+    borders of top_p and min_p depend on it: up to push the chosen one out, down to let `token` in.
     """
     nothing = torch.zeros_like(logits)
     above_chosen, above_token = logits > logits[chosen], logits > logits[token]
@@ -207,11 +229,11 @@ def _perturbations(logits: Tensor, chosen: int, token: int, tolerance: float) ->
     ):
         moves = torch.where(above, nothing + sign_above, nothing + sign_below)
         moves[token], moves[chosen] = 1.0, -1.0
-        yield logits + tolerance * moves
+        yield logits + size * moves
 
 
 def _replay(model: Model, divergence: Divergence) -> Iterator[tuple[str, Tensor]]:
-    """Raw logits ``[vocab]`` of the differing position from forwards of several shapes, plain decoding's first."""
+    """Raw logits ``[vocab]`` of the differing position by forwards of several shapes; the first is plain."""
     num_prompt = len(divergence.prompt_token_ids)
     prefix = [*divergence.prompt_token_ids, *divergence.plain_token_ids[: divergence.position]]
     last = len(prefix) - 1

@@ -7,21 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from outrider.config import NoDrafterConfig
 from outrider.llm import LLM, Prompt
 from outrider.losslessness.explain import Divergence, Explanation, explain_divergence
+from outrider.losslessness.settings import Setting
 from outrider.outputs import CompletionOutput, RequestOutput
-from outrider.sampling.params import SamplingParams
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Sampling parameters under the name that the report gives them; their seed is that of the first prompt."""
-
-    name: str
-    params: SamplingParams
-
-    def for_prompt(self, index: int) -> SamplingParams:
-        return dataclasses.replace(self.params, seed=(self.params.seed or 0) + index)
 
 
 @dataclass(frozen=True)
@@ -112,8 +102,8 @@ class Verifier:
 
     Args:
         plain: decodes without drafts; the reference is its output for one prompt at a time.
-        drafters: over the same target; plain decoding itself may be among them, to hold batches against single
-            prompts.
+        drafters: over the same target, by name; plain decoding itself may be among them, to hold its batches
+            against its single prompts.
         prompts: at least one.
         batch_sizes: how many prompts run together.
     """
@@ -125,11 +115,18 @@ class Verifier:
         self._drafters = drafters
         self._prompts = prompts
         self._batch_sizes = batch_sizes
+        self._explanations: dict[tuple[str, int, Sequence[int]], Explanation] = {}  # batch sizes repeat them
         self.report = Report()
 
     def num_generations(self, num_settings: int) -> int:
-        """How often `run` advances in all."""
-        return num_settings * len(self._prompts) * (1 + len(self._drafters) * len(self._batch_sizes))
+        """How many outputs `run` generates in all."""
+        num_runs = sum(len(self._batch_sizes_of(llm)) for llm in self._drafters.values())
+        return num_settings * len(self._prompts) * (1 + num_runs)
+
+    def _batch_sizes_of(self, llm: LLM) -> list[int]:
+        """Single prompts decoded plainly are the reference itself."""
+        plain = isinstance(llm.config.drafter, NoDrafterConfig)
+        return [size for size in self._batch_sizes if size > 1 or not plain]
 
     def run(self, settings: Sequence[Setting], advance: Callable[[int], None]) -> Report:
         """Compare everything; `report` grows as it goes, and holds what is done if it is interrupted.
@@ -143,7 +140,7 @@ class Verifier:
         for setting in settings:
             reference = list(self._generate(self._plain, setting, 1, advance))
             for name, llm in self._drafters.items():
-                for batch_size in self._batch_sizes:
+                for batch_size in self._batch_sizes_of(llm):
                     cell = Cell(name, setting.name, batch_size)
                     self.report.cells.append(cell)
                     outputs = self._generate(llm, setting, batch_size, advance)
@@ -160,9 +157,7 @@ class Verifier:
             yield from llm.generate(prompts, params)
             advance(len(prompts))
 
-    def _compare(
-        self, cell: Cell, setting: Setting, index: int, plain: RequestOutput, output: RequestOutput
-    ) -> None:
+    def _compare(self, cell: Cell, setting: Setting, index: int, plain: RequestOutput, output: RequestOutput) -> None:
         for expected, got in zip(plain.outputs, output.outputs, strict=True):
             cell.num_outputs += 1
             cell.num_tokens += len(got.token_ids)
@@ -192,38 +187,20 @@ class Verifier:
         params = setting.for_prompt(index)
         eos = () if params.ignore_eos else self._plain.model.eos_token_ids
         divergence = Divergence(
-            prompt_token_ids,
-            plain.token_ids,
-            other.token_ids,
+            tuple(prompt_token_ids),
+            tuple(plain.token_ids),
+            tuple(other.token_ids),
             params,
             plain.seed,
             stop_ids=frozenset(eos) | frozenset(params.stop_token_ids),
             row_invariant=self._plain.config.exactness == "bitwise",
         )
-        return explain_divergence(self._plain.model, divergence)
+        key = (setting.name, index, divergence.other_token_ids)
+        if key not in self._explanations:
+            self._explanations[key] = explain_divergence(self._plain.model, divergence)
+        return self._explanations[key]
 
 
 def _same(left: CompletionOutput, right: CompletionOutput) -> bool:
     fields = ("token_ids", "text", "finish_reason", "stop_reason")
     return all(getattr(left, name) == getattr(right, name) for name in fields)
-
-
-def default_settings(max_tokens: int, seed: int) -> list[Setting]:
-    """Greedy, sampled, filtered and penalised decoding: each changes how a token is chosen."""
-    variants: dict[str, dict[str, Any]] = {
-        "greedy": {"temperature": 0.0},
-        "temperature 0.8": {"temperature": 0.8},
-        "top_p 0.9, top_k 50": {"temperature": 1.0, "top_p": 0.9, "top_k": 50},
-        "min_p 0.05": {"temperature": 1.0, "min_p": 0.05},
-        "penalties": {
-            "temperature": 0.8,
-            "repetition_penalty": 1.2,
-            "presence_penalty": 0.3,
-            "frequency_penalty": 0.3,
-        },
-        "greedy, penalties": {"temperature": 0.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
-    }
-    return [
-        Setting(name, SamplingParams(max_tokens=max_tokens, seed=seed, **values))
-        for name, values in variants.items()
-    ]

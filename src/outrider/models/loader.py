@@ -39,9 +39,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GENERATIVE_CLASS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", re.IGNORECASE)
-_CONVERT = (
-    "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other) writes safetensors"
-)
+_CONVERT = "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other) writes safetensors"
 
 
 def load_model(
@@ -121,9 +119,7 @@ def _folder_of(path_or_hub_id: str | Path, revision: str | None) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ConfigError(
-                "revision", got=f"{revision!r} with the local folder {folder}", expected="a hub id"
-            )
+            raise ConfigError("revision", got=f"{revision!r} with the local folder {folder}", expected="a hub id")
         return folder
     if folder.exists():
         raise ModelLoadError(
@@ -189,9 +185,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     """The configuration of a causal language model that transformers knows without code of the checkpoint."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelLoadError(
-            f"model folder {folder}", got="no config.json", expected="a Hugging Face model folder"
-        )
+        raise ModelLoadError(f"model folder {folder}", got="no config.json", expected="a Hugging Face model folder")
     raw = _read_json(path)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -205,10 +199,9 @@ def _read_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # configuration classes validate with several exception types
-        raise ModelLoadError(
-            f"{path} is not valid", got=_first_line(error), remedy="restore the file"
-        ) from error
-    architectures = raw.get("architectures") or []
+        raise ModelLoadError(f"{path} is not valid", got=_first_line(error), remedy="restore the file") from error
+    architectures = raw.get("architectures")
+    architectures = architectures if isinstance(architectures, list) else []
     if (
         type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
         or config.is_encoder_decoder

@@ -99,9 +99,7 @@ def probe_model(model: TransformersModel) -> None:
 def _compare(model: TransformersModel, twin: TransformersModel, what: str) -> None:
     """Refuse `model` unless `twin`, which shares its weights, agrees with the module's eager forward."""
     generator = torch.Generator().manual_seed(0)
-    prompts = [
-        torch.randint(model.vocab_size, (length,), generator=generator).tolist() for length in (11, 5, 1)
-    ]
+    prompts = [torch.randint(model.vocab_size, (length,), generator=generator).tolist() for length in (11, 5, 1)]
     drafts = torch.randint(model.vocab_size, (6,), generator=generator).tolist()
     trees = [
         TokenTree((prompts[0][-1], *drafts), (-1, 0, 0, 1, 1, 2, 5)),

@@ -75,9 +75,7 @@ class _Survey:
 class _Step:
     """Attention of one forward over `cache`: of a whole batch, or of one bucket in the bitwise mode."""
 
-    def __init__(
-        self, layers: Mapping[int, _Layer], cache: KVCache, attention: AttentionBatch | RowBucket
-    ) -> None:
+    def __init__(self, layers: Mapping[int, _Layer], cache: KVCache, attention: AttentionBatch | RowBucket) -> None:
         self._layers, self._cache, self._attention = layers, cache, attention
         self.num_calls = 0
 
@@ -227,14 +225,10 @@ class TransformersModel:
         self, token_ids: Tensor, positions: Tensor, logits_rows: Tensor | None, active: _Survey | _Step
     ) -> Tensor:
         """Logits ``[R, vocab]`` float32 with `active` as attention."""
-        select = (
-            {"logits_to_keep": logits_rows} if self._takes_logits_rows and logits_rows is not None else {}
-        )
+        select = {"logits_to_keep": logits_rows} if self._takes_logits_rows and logits_rows is not None else {}
         previous = _ACTIVE.set(active)
         try:
-            output = self.module(
-                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **select
-            )
+            output = self.module(input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **select)
         finally:
             _ACTIVE.reset(previous)
         logits = output.logits[0]
@@ -344,9 +338,7 @@ def _attention_params(
     if layer_types and layer_types[layer] != "sliding_attention":
         window = None
     if passed is not None and window is not None and passed != window:
-        raise _unsupported(
-            f"layer {layer} passes a sliding window of {passed}, its configuration says {window}"
-        )
+        raise _unsupported(f"layer {layer} passes a sliding window of {passed}, its configuration says {window}")
     scaling = options.get("scaling")
     return AttentionParams(
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),

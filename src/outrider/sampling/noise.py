@@ -70,9 +70,7 @@ class _RowMemo:
 _memo = _RowMemo(MEMO_BYTES)
 
 
-def gumbel_noise(
-    seed: int, position: int, purpose: Purpose, vocab_size: int, trial: int = 0
-) -> NDArray[np.float32]:
+def gumbel_noise(seed: int, position: int, purpose: Purpose, vocab_size: int, trial: int = 0) -> NDArray[np.float32]:
     """Standard Gumbel noise ``[vocab_size]`` float32 for the token at `position`; read only, perhaps shared.
 
     ``argmax(log p + noise)`` is a sample of p (Gumbel-max). Uniforms of 32 bits bound it to (-3.2, 22.9).

@@ -101,7 +101,9 @@ class SamplingParams:
                 )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise SamplingParamsError(
-                "stop_token_ids", got=f"{len(self.stop_token_ids)} ids", expected=f"at most {MAX_STOP_TOKEN_IDS}"
+                "stop_token_ids",
+                got=f"{len(self.stop_token_ids)} ids",
+                expected=f"at most {MAX_STOP_TOKEN_IDS}",
             )
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, 0, 2**31)

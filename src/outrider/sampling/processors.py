@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.errors import SamplingParamsError
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree
 
@@ -43,19 +42,6 @@ class RowContext:
     output_token_ids: Sequence[int]
     tree: TokenTree
     stop_ids: Collection[int]
-
-
-def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
-    """Refuse a logit bias on tokens that the model does not have.
-
-    Raises:
-        SamplingParamsError: a token id of `logit_bias` is outside the vocabulary.
-    """
-    for token in params.logit_bias:
-        if token >= vocab_size:
-            raise SamplingParamsError(
-                "logit_bias token id", got=token, expected=f"below the vocabulary's {vocab_size}"
-            )
 
 
 def process_logits(logits: Tensor, contexts: Sequence[RowContext]) -> Tensor:

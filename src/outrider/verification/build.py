@@ -27,6 +27,4 @@ def build_rule(name: str) -> VerificationRule:
         case "multi_candidate":
             return TreeRejectionRule(name, "with_replacement")
         case _:
-            raise ConfigError(
-                "unknown verification rule", got=repr(name), expected=f"one of {', '.join(RULE_NAMES)}"
-            )
+            raise ConfigError("unknown verification rule", got=repr(name), expected=f"one of {', '.join(RULE_NAMES)}")

@@ -49,9 +49,7 @@ class RejectionRule:
         return verify_by(_walk_chain, trees, target_log_probs, decisions)
 
 
-def verify_by(
-    walk: Walk, trees: TokenTreeBatch, target_log_probs: Tensor, decisions: Decisions
-) -> VerifyResult:
+def verify_by(walk: Walk, trees: TokenTreeBatch, target_log_probs: Tensor, decisions: Decisions) -> VerifyResult:
     """Walk each tree, then draw all their next tokens at once.
 
     A greedy target is a point mass on its argmax and leaves nothing to chance: such trees follow that choice.
