@@ -26,10 +26,11 @@ from outrider.token_tree import TokenTree, TokenTreeBatch
 
 Verdict = Literal["tie", "bug"]
 
-ROUNDING_FACTOR = 4.0
-"""How much more than between the replayed shapes the rounding of the two runs may have differed."""
+ROUNDING_FACTOR = 2.0
+"""How much more than between the replayed shapes the rounding of the two runs may have differed. All of 42
+divergences of the bundled model in bfloat16 were less than 0.75 times that far from a tie."""
 
-FLOOR_ULPS = 4.0
+FLOOR_ULPS = 2.0
 """Rounding to expect anyway, in units in the last place of the model's dtype at the logits in question."""
 
 NEAREST, FARTHEST = 1e-6, 100.0
