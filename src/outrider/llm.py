@@ -246,13 +246,17 @@ class LLM:
     def _run_jobs(self, jobs: Sequence[_Job], on_output: Callable[[RequestOutput], None] | None) -> None:
         job_of = {request: job for job in jobs for request in job.requests}
         requests = list(job_of)
+        num_unfinished = {job: len(job.requests) for job in jobs}
         try:
             for request in requests:
                 self.engine.add(request)
             while self.engine.has_unfinished:
                 for request in self.engine.step():
                     job = job_of.get(request)
-                    if on_output is not None and job is not None and all(r.finished for r in job.requests):
+                    if job is None or not request.finished:
+                        continue
+                    num_unfinished[job] -= 1  # several samples of a prompt may end in one step
+                    if on_output is not None and num_unfinished[job] == 0:
                         on_output(self._output(job))
         finally:
             self._abort(requests)

@@ -170,7 +170,7 @@ def test_drafts_are_accepted(drafter: str) -> None:
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("rule", ["rejection", "tree_rejection"])
+@pytest.mark.parametrize("rule", ["rejection", "tree_rejection", "multi_candidate"])
 def test_greedy_is_the_same_under_rejection_rules(rule: str, drafter: str) -> None:
     for name in ("greedy", "greedy-penalties", "two", "greedy-eos"):
         for prompt in prompts(3):
@@ -180,7 +180,7 @@ def test_greedy_is_the_same_under_rejection_rules(rule: str, drafter: str) -> No
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
-@pytest.mark.parametrize("rule", ["rejection", "tree_rejection"])
+@pytest.mark.parametrize("rule", ["rejection", "tree_rejection", "multi_candidate"])
 def test_sampling_under_rejection_rules_is_repeatable(rule: str, drafter: str) -> None:
     outputs = []
     for _ in range(2):
