@@ -7,7 +7,7 @@
     python scripts/train_bundled.py evaluate              # held-out figures and the model card
 
 Stages: corpus and tokenizer; joint training of both models in one loop; distillation, in which the
-target is frozen and the draft learns from it, half of the time on text that the target wrote itself;
+target is frozen and the draft learns from it on the corpus and on text that the target wrote itself;
 export; evaluation.
 
 In both training stages everything is a pure function of (seed, tokens seen): the batches, the learning

@@ -30,12 +30,12 @@ class DistillConfig:
 
     tokens: int = 8_000_000
     seed: int = 0
-    chunks_per_step: int = 4
+    chunks_per_step: int = 2
     lr: float = 2e-3
     weight_decay: float = 0.05
     warmup_tokens: int = 100_000
-    own_share: float = 0.5  # of the steps, on the target's own text
-    argmax_weight: float = 0.3  # of the target's most likely token beside its distribution
+    own_share: float = 0.6  # of the steps, on the target's own text
+    argmax_weight: float = 0.4  # of the target's most likely token beside its distribution
     bf16: bool = True
     shape: Shape = DISTILLED_SHAPE  # the joint stage's draft is grown to it
     own_text: GenerateConfig = field(default_factory=GenerateConfig)

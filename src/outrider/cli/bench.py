@@ -11,7 +11,7 @@ import typer
 
 from outrider.bench.workloads import prompts_hash
 from outrider.cli import options as opt
-from outrider.cli.console import note, progress_bar, report_json, stdout_console
+from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
 from outrider.cli.options import EngineOptions, base_seed
 from outrider.cli.prompts import Prompt, prompts_or_held_out
 from outrider.config import CacheConfig, EngineConfig, SchedulerConfig
@@ -100,6 +100,7 @@ def decode(
     )
     names = [name for name in opt.drafter_names(drafter, engine) if name != "none"]
     specs = opt.drafter_specs(names, engine)
+    check_writable(output)
     llm = engine.load("none")
     prompt_ids = _encode(llm, wanted)
     contenders = _contenders(

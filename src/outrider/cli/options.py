@@ -161,8 +161,11 @@ class EngineOptions:
         SchedulerConfig(**scheduler)
         EngineConfig(dtype=self.dtype, exactness=self.exactness)  # pyright: ignore[reportArgumentType]
         self.set_threads()
+        from transformers.utils import logging
+
         from outrider.llm import LLM
 
+        logging.set_verbosity_error()  # a warning beside our own error would say it twice
         return LLM(
             self.model,
             drafter=spec,

@@ -26,7 +26,7 @@ def read_prompts(argument: str | None, source: str | None) -> list[Prompt]:
         raise PromptError(
             "prompt",
             got="nothing" if argument is None else "an argument and --prompts",
-            expected="one of them",
+            expected="one as an argument, or --prompts FILE",
             remedy='try: outrider generate "def quicksort("' if argument is None else None,
         )
     if source is not None:
@@ -82,7 +82,7 @@ def _read_utf8(source: str) -> str:
     except UnicodeDecodeError as error:
         raise PromptError(
             f"prompts of {name}",
-            got=f"byte {error.object[error.start]:#04x} at {error.start}",
+            got=f"byte {error.object[error.start]:#04x} at offset {error.start}",
             expected="UTF-8 text",
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -1,0 +1,102 @@
+"""Who runs, with how many rows: budgets are kept, nobody starves, drafts never cost another request its step."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from outrider.config import SchedulerConfig
+from outrider.errors import CacheError, ConfigError
+from outrider.sampling.params import SamplingParams
+from tests.losslessness.engine_harness import make_engine, make_request
+from tests.toy_model import ToyModel
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+
+
+def test_no_forward_exceeds_the_budget_and_all_finish() -> None:
+    rng = random.Random(1)
+    for drafter in ["none", "ngram", "draft_model-tree"]:
+        model = ToyModel()
+        engine = make_engine(drafter, model=model, scheduler=SchedulerConfig(max_num_seqs=5, max_batch_tokens=17))
+        requests = [
+            make_request(f"r{i}", [rng.randrange(24) for _ in range(rng.randint(1, 60))], PARAMS) for i in range(12)
+        ]
+        for request in requests:
+            engine.add(request)
+        while engine.has_unfinished:
+            engine.step()
+            assert len(engine.scheduler.running) <= 5
+        assert max(model.num_rows) <= 17
+        assert all(len(request.output_token_ids) == 20 for request in requests)
+
+
+def test_every_running_request_gets_a_row_in_every_step() -> None:
+    engine = make_engine("ngram", scheduler=SchedulerConfig(max_num_seqs=4, max_batch_tokens=8))
+    requests = [make_request(f"r{i}", [1, 2, 1, 2, 1, 2, 1], PARAMS) for i in range(4)]
+    for request in requests:
+        engine.add(request)
+    while not all(request.num_output_tokens for request in requests):
+        engine.step()
+    while engine.has_unfinished:
+        before = {r.request_id: r.num_output_tokens for r in engine.scheduler.running}
+        running = list(engine.scheduler.running)
+        engine.step()
+        assert all(request.num_output_tokens > before[request.request_id] for request in running)
+
+
+def test_requests_are_admitted_in_order() -> None:
+    engine = make_engine(scheduler=SchedulerConfig(max_num_seqs=2, max_batch_tokens=64))
+    requests = [make_request(f"r{i}", [1, 2, 3], PARAMS) for i in range(5)]
+    for request in requests:
+        engine.add(request)
+    finished = []
+    while engine.has_unfinished:
+        finished += [request.request_id for request in engine.step() if request.finished]
+    assert finished == [request.request_id for request in requests]
+
+
+def test_a_preempted_request_is_the_youngest_and_comes_back_first() -> None:
+    engine = make_engine(num_blocks=16)
+    requests = [make_request(f"r{i}", [1 + i, 2, 3], PARAMS) for i in range(5)]
+    for request in requests:
+        engine.add(request)
+    seen = False
+    while engine.has_unfinished:
+        engine.step()
+        if engine.scheduler.preempted:
+            seen = True
+            running = [int(r.request_id[1:]) for r in engine.scheduler.running]
+            waiting = [int(r.request_id[1:]) for r in engine.scheduler.waiting]
+            assert waiting == sorted(waiting)
+            assert max(running) < min(waiting)
+    assert seen
+
+
+def test_a_request_that_can_never_fit_is_refused_at_once() -> None:
+    engine = make_engine(num_blocks=4, block_size=4)
+    with pytest.raises(CacheError, match="at most the cache's 16 positions"):
+        engine.add(make_request("r", [1] * 10, PARAMS))
+    assert not engine.has_unfinished
+
+
+def test_a_full_queue_refuses() -> None:
+    engine = make_engine(scheduler=SchedulerConfig(max_num_seqs=1, max_batch_tokens=64, max_waiting=2))
+    for i in range(2):
+        engine.add(make_request(f"r{i}", [1], PARAMS))
+    with pytest.raises(ConfigError, match="queue"):
+        engine.add(make_request("late", [1], PARAMS))
+
+
+def test_an_aborted_request_leaves_waiting_or_running() -> None:
+    engine = make_engine(scheduler=SchedulerConfig(max_num_seqs=1, max_batch_tokens=64))
+    requests = [make_request(f"r{i}", [1, 2], PARAMS) for i in range(2)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    for request in requests:
+        engine.abort(request)
+        assert request.finish_reason == "abort"
+    assert not engine.has_unfinished
+    assert engine.cache.pool.num_used == 0
