@@ -11,6 +11,7 @@ import torch
 
 from outrider.engine.build import BUNDLED_DRAFT, BUNDLED_TARGET
 from outrider.engine.stats import EngineStats
+from outrider.errors import OutriderError
 from outrider.llm import LLM
 from outrider.sampling.params import SamplingParams
 
@@ -101,15 +102,23 @@ class TransformersContender:
 
     Args:
         module: the model, with transformers' own attention.
+        context_length: the most positions that it is asked for.
         options: of `generate`, beside the common ones.
     """
 
     def __init__(
-        self, name: str, module: Any, params: SamplingParams, batch_size: int, options: Mapping[str, Any]
+        self,
+        name: str,
+        module: Any,
+        params: SamplingParams,
+        *,
+        batch_size: int,
+        context_length: int,
+        options: Mapping[str, Any],
     ) -> None:
         self.name = name
         self.comparable = params.greedy
-        self._module, self._batch_size = module, batch_size
+        self._module, self._batch_size, self._context_length = module, batch_size, context_length
         sampling = (
             {"do_sample": False}
             if params.greedy
@@ -136,7 +145,13 @@ class TransformersContender:
         mask = torch.tensor(
             [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self._module.device
         )
-        result = self._module.generate(padded, attention_mask=mask, **{**self._options, **options})
+        room = self._context_length - width
+        options = {**self._options, **options}
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
+        try:
+            result = self._module.generate(padded, attention_mask=mask, **options)
+        except Exception as error:  # it raises anything on a combination that it does not support
+            raise _failed(self.name, error) from error
         eos = self._module.generation_config.eos_token_id
         ends = set(eos if isinstance(eos, list) else [eos])
         return [_until_end(row, ends) for row in result[:, width:].tolist()]
@@ -157,13 +172,20 @@ def transformers_contenders(
         draft_model: assistant; None is the bundled draft for the bundled model, and no assistant otherwise.
 
     Raises:
-        OSError, ValueError: transformers cannot load a model that we could.
+        OutriderError: transformers cannot load a model that we could.
     """
     config, dtype = llm.config, llm.model.dtype
     module = _load_module(config.model or BUNDLED_TARGET, config.revision, dtype, config.device)
 
     def contender(kind: str, **options: Any) -> TransformersContender:
-        return TransformersContender(f"transformers {kind}", module, params, batch_size, options)
+        return TransformersContender(
+            f"transformers {kind}",
+            module,
+            params,
+            batch_size=batch_size,
+            context_length=llm.model.context_length,
+            options=options,
+        )
 
     contenders = [contender("plain")]
     if batch_size == 1:
@@ -181,10 +203,19 @@ def _load_module(path: str, revision: str | None, dtype: torch.dtype, device: st
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    module: Any = AutoModelForCausalLM.from_pretrained(
-        path, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
+    try:
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except Exception as error:  # as above
+        raise _failed(f"loading {path} into transformers", error) from error
     return module.to(device).eval()
+
+
+def _failed(what: str, error: Exception) -> OutriderError:
+    return OutriderError(
+        f"{what} failed", got=f"{type(error).__name__}: {error}", remedy="leave it out with --no-transformers"
+    )
 
 
 @dataclass

@@ -33,8 +33,11 @@ def held_out_prompts(count: int) -> tuple[list[str], str]:
     Returns:
         The prompts, the same for the same Python, and a description of their source.
     """
-    by_file = [_function_heads(path) for path in _held_out_files()]
-    turns = chain.from_iterable(zip_longest(*by_file))
+    files = _held_out_files()
+    tests = [path for path in files if "test" in path.parts]
+    modules = [path for path in files if path not in tests]
+    # Tests come last, and are read only where the modules are too few: they are long.
+    turns = chain.from_iterable(chain(_take_turns(modules), _take_turns(tests)))
     prompts = list(islice((head for head in turns if head is not None), count))
     if len(prompts) == count:
         return prompts, f"first {LINES_PER_PROMPT} lines of functions of held-out standard library modules"
@@ -46,14 +49,18 @@ def prompts_hash(prompts: Sequence[object]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
+def _take_turns(files: Sequence[Path]) -> Iterator[tuple[str | None, ...]]:
+    """The first function's head of each file, then the second one's, and so on; None where a file has no more."""
+    yield from zip_longest(*map(_function_heads, files))
+
+
 def _held_out_files() -> list[Path]:
-    """Held-out files of the running Python's library, modules before their tests."""
+    """Held-out files of the running Python's library."""
     library = Path(sysconfig.get_path("stdlib"))
     modules = json.loads(HELD_OUT.read_text())["modules"] if HELD_OUT.is_file() else []
-    modules.sort(key=lambda name: (name.startswith("test/"), name))
     found = (
         [path] if (path := library / f"{module}.py").is_file() else sorted((library / module).rglob("*.py"))
-        for module in modules
+        for module in sorted(modules)
     )
     return [path for paths in found for path in paths]
 

@@ -223,7 +223,7 @@ def drafter_specs(names: Sequence[str], options: EngineOptions) -> dict[str, dic
             raise ConfigError(
                 "--drafter-config",
                 got=f"{name!r}: {json.dumps(of)}",
-                expected=f"settings by drafter, such as {{{names[0]!r}: {{...}}}}",
+                expected=f'settings by drafter, such as {{"ngram": {{...}}}}',
             )
     specs: dict[str, dict[str, Any]] = {}
     for name in names:

@@ -78,6 +78,8 @@ def verify(
     sizes = parse_numbers(batch_sizes, "--batch-sizes", int)
     if min(sizes) < 1:
         raise ConfigError("--batch-sizes", got=repr(batch_sizes), expected="integers of at least 1")
+    if list(specs) == ["none"] and max(sizes) == 1:
+        raise ConfigError("--drafter", got="none alone, one prompt at a time", expected="something to compare")
     settings = _settings(temperatures, max_tokens, base_seed(seed, len(wanted)), verification)
     check_writable(output)
 

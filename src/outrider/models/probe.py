@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outrider.cache.kv_cache import KVCache, SequenceCommit
-from outrider.errors import UnsupportedModelError
+from outrider.errors import ModelLoadError, UnsupportedModelError
 from outrider.models.batch import SequenceRows, build_forward_batch, rows_of
 from outrider.models.model import Model
 from outrider.models.transformers_model import WHAT_RUNS, TransformersModel, use_eager_attention
@@ -122,6 +122,13 @@ def _compare(model: TransformersModel, twin: TransformersModel, what: str) -> No
         raise UnsupportedModelError(
             f"model cannot run: its forward failed with {type(error).__name__}: {error}", remedy=WHAT_RUNS
         ) from error
+    if not eager.isfinite().any(dim=-1).all() or eager.isnan().any():
+        raise ModelLoadError(
+            "model weights",
+            got="NaN or infinite logits from the model's own forward",
+            expected="finite numbers",
+            remedy="check the checkpoint, or load it with dtype='float32'",
+        )
     tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float32])
     # Below float32, rounding alone may send a few rows of a mixture to other experts; errors spoil more rows.
     quantile = 0.75 if model.is_mixture and model.dtype != torch.float32 else 1.0
