@@ -17,7 +17,6 @@ total may be changed on resume. Ctrl-C saves a checkpoint and exits. Needs torch
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,10 +140,8 @@ def export_command(work: Work = DEFAULT_WORK, out: Out = DEFAULT_OUT) -> None:
     record: dict[str, Any] = {k: state[k] for k in ("progress", "config", "shapes")} | {"distill": None}
     distilled = load_distilled(work / "distill.pt", Distiller.source_of(models))
     if distilled is not None:
-        distilled_state, models["draft"], shape = distilled
-        record["distill"] = {k: distilled_state[k] for k in ("progress", "settings")}
-        record["joint_draft_shape"] = record["shapes"]["draft"]
-        record["shapes"] = record["shapes"] | {"draft": asdict(shape)}
+        models["draft"].load_state_dict(distilled["draft"])
+        record["distill"] = {k: distilled[k] for k in ("progress", "settings")}
     export_models(models, work / "tokenizer", out)
     write_json(work / "export.json", record)
     log(f"exported at {state['progress']['tokens_seen']:,} tokens, distilled: {distilled is not None}; {out}")

@@ -72,7 +72,7 @@ library, with its licence. They are for trying, testing and measuring decoding, 
 """
 
 DISTILL = """
-Then the target was frozen and the draft, {grown}, learned on for {tokens_seen:,} tokens: {own_share:.0%}
+Then the target was frozen and the draft learned on for {tokens_seen:,} tokens: {own_share:.0%}
 of them text that the target wrote itself ({rows:,} continuations of prefixes of the training corpus,
 {greedy_share:.0%} of them greedy, the others sampled at temperatures {low:g} to {high:g}), the others
 from the corpus. Loss: {kl_weight:g} of KL(target || draft) and {argmax_weight:g} of the cross-entropy with
@@ -85,12 +85,9 @@ def distill_text(exported: dict[str, Any]) -> str:
     if distilled is None:
         return ""
     settings, progress = distilled["settings"], distilled["progress"]
-    own, shape = settings["own_text"], settings["shape"]
-    before = exported["joint_draft_shape"]
-    grown = ", ".join(f"its {k} grown from {before[k]} to {v}" for k, v in shape.items() if v != before[k])
+    own = settings["own_text"]
     return DISTILL.format(
         **{k: settings[k] for k in ("own_share", "argmax_weight", "lr")},
-        grown=grown or "as it was",
         tokens_seen=progress["tokens_seen"],
         minutes=progress["seconds"] / 60,
         kl_weight=1 - settings["argmax_weight"],

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from bundled.common import CHUNK, check_same_settings, log, save_state
 from bundled.corpus import ChunkStream
 from bundled.generate import GenerateConfig, weights_digest
-from bundled.model import DISTILLED_SHAPE, Shape, build_model, grow_model
 from bundled.train import apply_step, build_optimizers, check_finite
 
 
@@ -31,13 +30,12 @@ class DistillConfig:
     tokens: int = 8_000_000
     seed: int = 0
     chunks_per_step: int = 2
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     weight_decay: float = 0.05
     warmup_tokens: int = 100_000
     own_share: float = 0.6  # of the steps, on the target's own text
     argmax_weight: float = 0.4  # of the target's most likely token beside its distribution
     bf16: bool = True
-    shape: Shape = DISTILLED_SHAPE  # the joint stage's draft is grown to it
     own_text: GenerateConfig = field(default_factory=GenerateConfig)
 
 
@@ -46,18 +44,15 @@ def frozen_target(target: Any) -> Any:
     return copy.deepcopy(target).to(torch.bfloat16).float().eval().requires_grad_(False)
 
 
-def load_distilled(path: Path, source: dict[str, str]) -> tuple[dict[str, Any], Any, Shape] | None:
-    """(checkpoint, draft, its shape), or None where there is none for this joint checkpoint."""
+def load_distilled(path: Path, source: dict[str, str]) -> dict[str, Any] | None:
+    """The checkpoint, or None where there is none for this joint checkpoint."""
     if not path.exists():
         return None
     state = torch.load(path, weights_only=True)
     if state["settings"]["source"] != source:
         log(f"{path} is for another target or draft; leaving it aside")
         return None
-    shape = Shape(**state["settings"]["shape"])
-    draft = build_model(shape, state["draft"]["model.embed_tokens.weight"].shape[0], 0)
-    draft.load_state_dict(state["draft"])
-    return state, draft, shape
+    return state
 
 
 def cosine_rate(tokens_seen: int, config: DistillConfig) -> float:
@@ -104,7 +99,7 @@ class Distiller:
             raise ValueError(f"rows of {own_rows.shape[1]} tokens do not fill steps of {CHUNK} tokens")
         self.config, self.stream, self.own_rows = config, stream, own_rows
         self.target = frozen_target(models["target"])
-        self.draft = grow_model(models["draft"], config.shape, config.seed)
+        self.draft: Any = copy.deepcopy(models["draft"])
         self.source = self.source_of(models)
         self.optimizers = build_optimizers(self.draft, config.lr, config.weight_decay)
         self.tokens_seen = 0

@@ -27,8 +27,7 @@ class Shape:
 
 
 TARGET_SHAPE = Shape(hidden=256, layers=6, heads=8, kv_heads=4, ffn=896)
-DRAFT_SHAPE = Shape(hidden=128, layers=2, heads=4, kv_heads=2, ffn=352)  # in the joint stage
-DISTILLED_SHAPE = Shape(hidden=128, layers=2, heads=4, kv_heads=2, ffn=768)
+DRAFT_SHAPE = Shape(hidden=128, layers=2, heads=4, kv_heads=2, ffn=352)
 
 
 def build_model(shape: Shape, vocab: int, seed: int) -> Any:
@@ -57,26 +56,6 @@ def build_model(shape: Shape, vocab: int, seed: int) -> Any:
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.mul_(1 / math.sqrt(2 * shape.layers))
     return model
-
-
-def grow_model(small: Any, shape: Shape, seed: int) -> Any:
-    """The same function with a wider FFN or more layers: what is new writes nothing to the residual yet."""
-    config = small.config
-    if (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) != (
-        shape.hidden,
-        shape.heads,
-        shape.kv_heads,
-    ):
-        raise ValueError(f"{shape} differs from the model in more than ffn and layers")
-    large = build_model(shape, config.vocab_size, seed)
-    old = small.state_dict()
-    with torch.no_grad():
-        for name, parameter in large.state_dict().items():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.zero_()
-            if name in old:
-                parameter[tuple(slice(size) for size in old[name].shape)] = old[name]
-    return large
 
 
 def export_models(models: nn.ModuleDict, tokenizer_folder: Path, out: Path) -> None:

@@ -166,7 +166,7 @@ class EngineConfig:
         device: torch device.
         exactness: "numerical" (equal up to floating-point ties) or "bitwise" (every row's bits are independent of
             the batch; proven by a self-test at start).
-        verification: "coupled", "rejection" or "tree_rejection".
+        verification: "coupled", "rejection", "tree_rejection" or "multi_candidate".
     """
 
     model: str | None = None
@@ -180,6 +180,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
     def __post_init__(self) -> None:
+        _require(self.model != "", "model", self.model, "a folder or hub id")
         _require(
             self.exactness in ("numerical", "bitwise"),
             "exactness",

@@ -20,12 +20,12 @@ from outrider.config import (
 from outrider.engine.build import build_engine, load_target
 from outrider.engine.detokenizer import IncrementalDetokenizer
 from outrider.errors import NumericsError, PromptError, SamplingParamsError
+from outrider.inputs.prompt import Prompt, check_prompt, check_token_ids, encode_prompt
 from outrider.outputs import CompletionOutput, RequestOutput
 from outrider.request import Request
 from outrider.sampling.noise import child_seed, fresh_seed
 from outrider.sampling.params import SamplingParams
 
-Prompt = str | Mapping[str, Any]
 DETOKENIZER_CONTEXT = 8  # prompt tokens that the first output token's text may depend on
 
 
@@ -105,14 +105,14 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        on_output: Callable[[RequestOutput], None] | None = None,
+        on_output: Callable[[int, RequestOutput], None] | None = None,
     ) -> list[RequestOutput]:
         """Generate for all prompts together; outputs in the order of the prompts.
 
         Args:
             prompts: text, ``{"prompt": text}`` or ``{"prompt_token_ids": [...]}``, or a sequence of these.
             sampling_params: one for all prompts or one each; None is `SamplingParams()`.
-            on_output: called with each prompt's output as soon as it is finished.
+            on_output: called with each prompt's index and output as soon as it is finished.
 
         Raises:
             PromptError, SamplingParamsError: before anything runs.
@@ -185,14 +185,20 @@ class LLM:
             raise SamplingParamsError(
                 "sampling_params", got=f"{len(each)} for {len(prompts)} prompts", expected="one each"
             )
-        return [self._job(prompt, p, streaming) for prompt, p in zip(prompts, each, strict=True)]
+        names = [
+            f"prompt {i} of {len(prompts)}" if len(prompts) > 1 else "prompt" for i in range(1, len(prompts) + 1)
+        ]
+        return [self._job(*of, streaming=streaming) for of in zip(names, prompts, each, strict=True)]
 
-    def _job(self, prompt: Prompt, params: SamplingParams, streaming: bool) -> _Job:
-        text, token_ids = self._encode(prompt)
-        self._check_prompt(token_ids, params)
+    def _job(self, name: str, prompt: Prompt, params: SamplingParams, *, streaming: bool) -> _Job:
+        vocab_size, context_length = self.model.vocab_size, self.model.context_length
+        text, token_ids = encode_prompt(prompt, self.tokenizer, name=name)
+        check_prompt(token_ids, vocab_size=vocab_size, context_length=context_length, name=name)
+        check_token_ids(params.logit_bias, vocab_size, name="logit_bias token id")
+        check_token_ids(params.stop_token_ids, vocab_size, name="stop token id")
         job_id = f"request-{next(self._ids)}"
         seed = fresh_seed() if params.seed is None else params.seed
-        limit = min(self.model.context_length, self.engine.cache.num_positions)
+        limit = min(context_length, self.engine.cache.num_positions)
         max_length = limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
         eos = () if params.ignore_eos else self.model.eos_token_ids
         requests = [
@@ -210,42 +216,10 @@ class LLM:
         ]
         return _Job(job_id, text, token_ids, requests)
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt)
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            if isinstance(prompt.get("prompt"), str):
-                special = bool(prompt.get("add_special_tokens", True))
-                return prompt["prompt"], self.tokenizer.encode(prompt["prompt"], add_special_tokens=special)
-        raise PromptError(
-            "prompt", got=repr(prompt)[:80], expected="text, {'prompt': text} or {'prompt_token_ids': [...]}"
-        )
-
-    def _check_prompt(self, token_ids: list[int], params: SamplingParams) -> None:
-        model = self.model
-        if not token_ids:
-            raise PromptError("prompt", got="no tokens", expected="at least one", remedy="give some text to continue")
-        if len(token_ids) >= model.context_length:
-            raise PromptError(
-                "prompt length",
-                got=f"{len(token_ids)} tokens",
-                expected=f"fewer than the model's context of {model.context_length}",
-                remedy="shorten the prompt",
-            )
-        for name, ids in (
-            ("prompt token id", token_ids),
-            ("logit_bias token id", params.logit_bias),
-            ("stop token id", params.stop_token_ids),
-        ):
-            for token in ids:
-                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < model.vocab_size:
-                    raise PromptError(name, got=repr(token)[:40], expected=f"an integer in [0, {model.vocab_size})")
-
-    def _run_jobs(self, jobs: Sequence[_Job], on_output: Callable[[RequestOutput], None] | None) -> None:
+    def _run_jobs(self, jobs: Sequence[_Job], on_output: Callable[[int, RequestOutput], None] | None) -> None:
         job_of = {request: job for job in jobs for request in job.requests}
         requests = list(job_of)
+        index_of = {job: index for index, job in enumerate(jobs)}
         num_unfinished = {job: len(job.requests) for job in jobs}
         try:
             for request in requests:
@@ -257,7 +231,7 @@ class LLM:
                         continue
                     num_unfinished[job] -= 1  # several samples of a prompt may end in one step
                     if on_output is not None and num_unfinished[job] == 0:
-                        on_output(self._output(job))
+                        on_output(index_of[job], self._output(job))
         finally:
             self._abort(requests)
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from outrider import LLM, SamplingParams
 from outrider.engine.build import BUNDLED_DRAFT, BUNDLED_TARGET
 from outrider.errors import (
+    CacheError,
     ConfigError,
     ModelLoadError,
     NumericsError,
@@ -138,9 +139,11 @@ def test_an_interruption_leaves_nothing_behind(plain: LLM, monkeypatch: pytest.M
 def test_each_prompt_may_have_its_own_parameters(plain: LLM) -> None:
     each = [GREEDY, SAMPLED, SamplingParams(temperature=0.0, max_tokens=3)]
     seen = []
-    outputs = plain.generate(PROMPTS[:3], each, on_output=lambda output: seen.append(output.request_id))
+    outputs = plain.generate(
+        PROMPTS[:3], each, on_output=lambda index, output: seen.append((index, output.request_id))
+    )
     assert [len(t) for t in tokens(outputs)][2] == 3
-    assert sorted(seen) == sorted(output.request_id for output in outputs)
+    assert sorted(seen) == [(index, output.request_id) for index, output in enumerate(outputs)]
     assert tokens(outputs)[1] == tokens(plain.generate(PROMPTS[1], SAMPLED))[0]
 
 
@@ -170,12 +173,13 @@ def test_the_context_is_filled_and_not_overrun(plain: LLM) -> None:
         ({"prompt_token_ids": [10**9]}, PromptError),
         ({"prompt_token_ids": [1.5]}, PromptError),
         ({"text": "x"}, PromptError),
+        ("\ud800", PromptError),
         ("a b c d e f " * 600, PromptError),
     ],
     ids=str,
 )
 def test_bad_prompts(plain: LLM, prompt, error: type[OutriderError]) -> None:
-    with pytest.raises(error) as raised:
+    with pytest.raises(error, match="prompt 2 of 2") as raised:
         plain.generate([PROMPT, prompt], GREEDY)
     assert "\n" not in str(raised.value)
     assert not plain.engine.has_unfinished
@@ -199,6 +203,8 @@ def test_one_params_for_each_prompt_or_one_for_all(plain: LLM) -> None:
         ({"cache": {"memory_gb": 1e-9}}, ConfigError),
         ({"scheduler": {"max_num_seqs": 0}}, ConfigError),
         ({"model": "/no/such/folder"}, ModelLoadError),
+        ({"model": ""}, ConfigError),
+        ({"cache": {"memory_gb": 1e6, "num_blocks": 10**12}}, CacheError),
     ],
     ids=str,
 )

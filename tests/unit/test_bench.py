@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from outrider.bench import workloads
-from outrider.bench.report import environment, speed_table, summarise
+from outrider.bench.report import environment, speed_table, step_table, summarise
 from outrider.bench.runner import Results, Sample, _until_end, run_rounds
 from outrider.bench.workloads import BUILT_IN_PROMPTS, held_out_prompts, prompts_hash
 from outrider.engine.stats import EngineStats
@@ -58,7 +58,7 @@ class FakeContender:
 def test_contenders_take_turns_and_each_repeat_begins_with_the_next() -> None:
     log: list[str] = []
     contenders = [FakeContender(name, log, [[1]]) for name in "abc"]
-    run_rounds(contenders, [[0]], repeats=3, results=Results(), advance=lambda name: None)
+    run_rounds(contenders, [[0]], repeats=3, results=Results(), on_start=lambda name: None)
     runs = [entry[-1] for entry in log if entry.startswith("run")]
     assert "".join(runs) == "abc" + "bca" + "cab"
     assert log[::2] == [f"prepare {name}" for name in runs]
@@ -69,7 +69,7 @@ def test_an_interruption_leaves_the_finished_samples() -> None:
     contenders = [FakeContender("none", log, [[1]]), FakeContender("b", log, [[1]], fails_at=0)]
     results = Results()
     with pytest.raises(KeyboardInterrupt):
-        run_rounds(contenders, [[0]], repeats=2, results=results, advance=lambda name: None)
+        run_rounds(contenders, [[0]], repeats=2, results=results, on_start=lambda name: None)
     assert list(results.complete()) == ["none"]
 
 
@@ -101,10 +101,11 @@ def test_speed_table_has_a_row_for_every_contender() -> None:
     summaries = [summarise(name, results, comparable=True) for name in results.complete()]
     out = StringIO()
     console = Console(file=out, width=160)
-    console.print(speed_table(summaries, "title"), speed_table(summaries, "title", brief=True))
-    lines = [line for line in out.getvalue().splitlines() if "other engine" in line]
-    assert len(lines) == 2
-    assert all("2.00x" in line and "0/1" in line for line in lines)
+    console.print(speed_table(summaries, "title"))
+    (line,) = [line for line in out.getvalue().splitlines() if "other engine" in line]
+    assert line.split() == ["other", "engine", "2.0", "2-2", "2.00x", "-", "0/1"]
+    console.print(step_table(summaries[:1]))
+    assert "all but draft and target" in out.getvalue()
 
 
 def test_outputs_of_transformers_end_with_their_end_of_sequence_token() -> None:

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from outrider.bench.runner import PLAIN, Results, Sample, sample_record
@@ -70,42 +71,46 @@ def _phase(phase: str, stats: Sequence[EngineStats]) -> dict[str, float]:
     }
 
 
-def speed_table(summaries: Sequence[dict[str, Any]], title: str, *, brief: bool = False) -> Table:
-    """A table of summaries.
+def speed_table(summaries: Sequence[dict[str, Any]], title: str) -> Table:
+    """Speeds, acceptance and equality of outputs, a row for each summary."""
+    headings = ("tokens/s", "range", "speedup", "tokens a step", "identical")
+    return _table(title, headings, [(summary, _speed_cells(summary)) for summary in summaries])
 
-    Args:
-        brief: without the times of a step.
-    """
-    table = Table(title=title, title_justify="left")
+
+def step_table(summaries: Sequence[dict[str, Any]]) -> Table:
+    """Where the time of a step goes, for engines of ours."""
+    headings = (*PHASES, "all but draft and target")
+    rows = [(summary, _step_cells(summary)) for summary in summaries if summary["phases"] is not None]
+    return _table("milliseconds a step (percent)", headings, rows)
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[tuple[dict[str, Any], Sequence[str]]]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    headings = ["tokens/s", "speedup", "acceptance"]
-    if not brief:
-        headings += [*(f"{phase} ms (%)" for phase in PHASES), "own ms a step"]
-    for heading in [*headings, "identical"]:
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for summary in summaries:
-        different = summary["num_equal"] not in (None, summary["num_outputs"])
-        table.add_row(*_cells(summary, brief), style="red" if different else None)
+    for summary, cells in rows:
+        table.add_row(summary["name"], *cells)
     return table
 
 
-def _cells(summary: dict[str, Any], brief: bool) -> list[str]:
+def _speed_cells(summary: dict[str, Any]) -> list[str]:
     speed, speedup, length = summary["tokens_per_s"], summary["speedup"], summary["acceptance_length"]
-    several = len(summary["samples"]) > 1
-    cells = [
-        summary["name"],
-        f"{speed['median']:.1f}" + (f" ({speed['min']:.1f}-{speed['max']:.1f})" if several else ""),
+    equal, total = summary["num_equal"], summary["num_outputs"]
+    identical = "-" if equal is None else f"{equal}/{total}"
+    return [
+        f"{speed['median']:.1f}",
+        f"{speed['min']:.0f}-{speed['max']:.0f}",
         "-" if speedup is None else f"{speedup['median']:.2f}x",
         "-" if length is None else f"{length:.2f}",
+        identical if equal in (None, total) else f"[yellow]{identical}[/]",
     ]
-    if not brief and summary["phases"] is None:
-        cells += ["-"] * (len(PHASES) + 1)
-    elif not brief:
-        phases = [summary["phases"][phase] for phase in PHASES]
-        cells += [f"{of['ms_per_step']:.2f} ({of['percent']:.0f})" for of in phases]
-        cells.append(f"{summary['own_ms_per_step']['median']:.2f}")
-    equal = summary["num_equal"]
-    return [*cells, "-" if equal is None else f"{equal}/{summary['num_outputs']}"]
+
+
+def _step_cells(summary: dict[str, Any]) -> list[str]:
+    phases = [summary["phases"][phase] for phase in PHASES]
+    own = summary["own_ms_per_step"]["median"]
+    return [*(f"{of['ms_per_step']:.2f} ({of['percent']:.0f})" for of in phases), f"{own:.2f}"]
 
 
 def environment() -> dict[str, Any]:

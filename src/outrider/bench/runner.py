@@ -246,7 +246,7 @@ def run_rounds(
     prompts: Sequence[list[int]],
     repeats: int,
     results: Results,
-    advance: Callable[[str], None],
+    on_start: Callable[[str], None],
 ) -> None:
     """Time every contender once per repeat, each repeat beginning with the next one.
 
@@ -255,14 +255,14 @@ def run_rounds(
     Args:
         prompts: token ids.
         results: filled as the runs end, so that an interruption leaves the finished ones.
-        advance: called with a contender's name before it runs.
+        on_start: called with a contender's name before it runs.
     """
     for contender in contenders:
         results.samples.setdefault(contender.name, [])
     for repeat in range(repeats):
         turn = repeat % len(contenders)
         for contender in [*contenders[turn:], *contenders[:turn]]:
-            advance(contender.name)
+            on_start(contender.name)
             contender.prepare()
             results.samples[contender.name].append(contender.run(prompts))
 

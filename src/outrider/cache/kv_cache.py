@@ -21,6 +21,7 @@ from torch import Tensor
 
 from outrider.cache.block_pool import BlockPool
 from outrider.cache.prefix_index import ROOT, PrefixIndex
+from outrider.errors import CacheError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class KVCache:
         layers: shape of each attention layer's keys and values.
         num_blocks: capacity.
         prefix_caching: share full blocks of equal token prefixes between sequences, and keep them after release.
+
+    Raises:
+        CacheError: there is not so much memory.
     """
 
     def __init__(
@@ -77,16 +81,24 @@ class KVCache:
     ) -> None:
         self.block_size = block_size
         self.num_layers = len(layers)
-        self._index = PrefixIndex(block_size) if prefix_caching else None
-        self.pool = BlockPool(num_blocks, evict=self._forget_block)
-        self._sequences: dict[str, _Sequence] = {}
         # One storage per distinct (heads, width), so that a commit moves all layers' rows in one indexed copy.
         wanted = [(s.num_heads, s.key_dim) for s in layers] + [(s.num_heads, s.value_dim) for s in layers]
         num_slots = num_blocks * block_size
-        self._storages = {
-            shape: torch.zeros(wanted.count(shape), num_slots, *shape, dtype=dtype, device=device)
-            for shape in dict.fromkeys(wanted)
-        }
+        try:
+            self._storages = {
+                shape: torch.zeros(wanted.count(shape), num_slots, *shape, dtype=dtype, device=device)
+                for shape in dict.fromkeys(wanted)
+            }
+        except RuntimeError as error:  # torch's for memory that is not to be had, on any device
+            raise CacheError(
+                "KV cache",
+                got=f"{num_slots} positions, more memory than there is",
+                expected="a size that fits",
+                remedy="lower cache.memory_gb or cache.num_blocks",
+            ) from error
+        self._index = PrefixIndex(block_size) if prefix_caching else None
+        self.pool = BlockPool(num_blocks, evict=self._forget_block)
+        self._sequences: dict[str, _Sequence] = {}
         views = {shape: iter(storage.unbind(0)) for shape, storage in self._storages.items()}
         self.keys: list[Tensor] = [next(views[s.num_heads, s.key_dim]) for s in layers]
         self.values: list[Tensor] = [next(views[s.num_heads, s.value_dim]) for s in layers]

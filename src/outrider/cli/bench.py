@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict
+from itertools import count
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -160,13 +161,13 @@ def _measure(contenders: list[Contender], prompts: list[list[int]], repeats: int
     from outrider.bench.runner import run_rounds
 
     with progress_bar() as progress:
-        total = repeats * len(contenders)
-        task = progress.add_task("measuring", total=total, completed=-1)
+        task = progress.add_task("measuring", total=repeats * len(contenders))
+        finished = count()
 
-        def advance(name: str) -> None:
-            progress.update(task, advance=1, description=name)
+        def on_start(name: str) -> None:
+            progress.update(task, completed=next(finished), description=name)
 
-        run_rounds(contenders, prompts, repeats, results, advance)
+        run_rounds(contenders, prompts, repeats, results, on_start)
 
 
 def _report(
@@ -179,7 +180,7 @@ def _report(
 ) -> None:
     """Print and write what was measured."""
 
-    from outrider.bench.report import environment, speed_table, summarise
+    from outrider.bench.report import environment, speed_table, step_table, summarise
 
     comparable = {contender.name: contender.comparable for contender in contenders}
     summaries = [summarise(name, results, comparable[name]) for name in results.complete()]
@@ -205,6 +206,6 @@ def _report(
         f"{prompts['count']} prompts, up to {settings['sampling']['max_tokens']} tokens, "
         f"{settings['repeats']} repeats; {machine['cpu']}, {machine['torch_threads']} threads"
     )
-    console.print(speed_table(summaries, title))
+    console.print(speed_table(summaries, title), step_table(summaries))
     if any(summary["num_equal"] not in (None, summary["num_outputs"]) for summary in summaries):
         console.print("Some outputs differ from plain decoding's; `outrider verify` tells ties from bugs.")

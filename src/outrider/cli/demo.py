@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outrider.cli import options as opt
-from outrider.cli.console import progress_bar, stdout_console
+from outrider.cli.console import progress_bar, stderr_console, stdout_console
 from outrider.cli.options import SAMPLING, EngineOptions, base_seed, option
 from outrider.errors import PromptError
 from outrider.sampling.params import SamplingParams
@@ -44,7 +45,7 @@ def demo(
         raise PromptError("prompt", got="no text", expected="at least one token")
     engine = EngineOptions(threads=threads, prefix_caching=False)
     specs = opt.drafter_specs(["none", *opt.drafter_names(["all"], engine)], engine)
-    with stdout_console().status("loading the bundled model"):
+    with stderr_console().status("loading the bundled model"):
         llm = engine.load("none")
     all_equal = [_decode_and_show(llm, specs, prompt, params) for params in settings]
     if all(all_equal):
@@ -63,14 +64,18 @@ def _decode_and_show(llm: LLM, specs: dict[str, dict[str, Any]], prompt: str, pa
     contenders = [OutriderContender(name, llm, spec, params, batch_size=1) for name, spec in specs.items()]
     results = Results()
     with progress_bar() as progress:
-        task = progress.add_task("decoding", total=REPEATS * len(contenders), completed=-1)
-        prompt_ids = llm.tokenizer.encode(prompt)
-        run_rounds(contenders, [prompt_ids], REPEATS, results, lambda _: progress.advance(task))
+        task = progress.add_task("decoding", total=REPEATS * len(contenders))
+        finished = count()
+
+        def on_start(name: str) -> None:
+            progress.update(task, completed=next(finished), description=name)
+
+        run_rounds(contenders, [llm.tokenizer.encode(prompt)], REPEATS, results, on_start)
     token_ids = results.samples[PLAIN][0].token_ids[0]
     how = "greedy" if params.greedy else f"temperature {params.temperature:g}, seed {params.seed}"
     title = f"bundled model, {how}, {len(token_ids)} tokens, {REPEATS} repeats"
     summaries = [summarise(name, results, comparable=True) for name in specs]
     console = stdout_console()
     code = Syntax(prompt + llm.tokenizer.decode(token_ids), "python", background_color="default", word_wrap=True)
-    console.print(code, speed_table(summaries, title, brief=True), sep="\n")
+    console.print(code, speed_table(summaries, title), sep="\n")
     return all(summary["num_equal"] == summary["num_outputs"] for summary in summaries)

@@ -251,9 +251,7 @@ def _generate(
     with progress_bar(enabled=len(prompts) > 1) as progress:
         task = progress.add_task("generating", total=len(prompts))
 
-        def on_output(output: RequestOutput) -> None:
-            # The ids of one LLM count its prompts: request-0, request-1, ...
-            position = int(output.request_id.rsplit("-", 1)[1])
+        def on_output(position: int, output: RequestOutput) -> None:
             emit(output_record(indices[position], output))
             progress.advance(task)
 

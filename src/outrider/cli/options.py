@@ -43,7 +43,7 @@ Drafter = Annotated[
     option(
         "--drafter",
         "-d",
-        help=f"One of {', '.join(DRAFTER_CONFIGS)}. Default: draft_model for the bundled model, else ngram.",
+        help=f"One of {', '.join(DRAFTER_CONFIGS)}. Default: ngram.",
         panel=DRAFTING,
     ),
 ]
@@ -123,7 +123,7 @@ class EngineOptions:
     def drafter_name(self) -> str:
         if self.drafter is not None:
             return self.drafter
-        return "draft_model" if self.model is None or self.draft_model is not None else "ngram"
+        return "draft_model" if self.draft_model is not None else EngineConfig().drafter.method
 
     def drafter_spec(self, name: str | None = None) -> dict[str, Any]:
         """What `LLM` takes as its drafter.
@@ -223,7 +223,7 @@ def drafter_specs(names: Sequence[str], options: EngineOptions) -> dict[str, dic
             raise ConfigError(
                 "--drafter-config",
                 got=f"{name!r}: {json.dumps(of)}",
-                expected=f'settings by drafter, such as {{"ngram": {{...}}}}',
+                expected='settings by drafter, such as {"ngram": {...}}',
             )
     specs: dict[str, dict[str, Any]] = {}
     for name in names:
