@@ -42,7 +42,7 @@ class Stream:
         return torch.from_numpy(2.0 * rng.standard_normal(VOCAB)).float()
 
     def context(self, output: Sequence[int], tree: TokenTree, rows: slice) -> RowContext:
-        return RowContext(rows, self.params, PROMPT, output, tree, (0,))
+        return RowContext(rows, self.params, [*PROMPT, *output], len(PROMPT), tree, (0,))
 
     def plain(self) -> list[int]:
         """One token at a time, by the definition: argmax of log p plus the noise of the token's position."""

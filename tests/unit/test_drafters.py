@@ -113,7 +113,7 @@ def test_recycling_proposes_the_candidates_seen_last() -> None:
     logits = torch.zeros(2, 6)
     logits[0, 4], logits[0, 1] = 5.0, 4.0  # after token 3: first 4, then 1
     logits[1, 2], logits[1, 5] = 5.0, 4.0  # after token 4: first 2, then 5
-    seen = DraftOutcome("a", [3, 4, 2], TokenTree.chain(3, [4]), VerifiedPath((1,), 2), logits)
+    seen = DraftOutcome("a", TokenTree.chain(3, [4]), VerifiedPath((1,), 2), logits)
     drafter.observe([seen])
     assert paths(drafter.propose([context([0, 3], request_id="b")])[0]) == {(4, 2), (4, 5), (1,)}
     drafter.release("a")

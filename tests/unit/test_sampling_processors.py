@@ -34,7 +34,7 @@ FULL = SamplingParams(
 
 def context_of(params: SamplingParams, tree: TokenTree = TREE, first_row: int = 0) -> RowContext:
     rows = slice(first_row, first_row + tree.num_nodes)
-    return RowContext(rows, params, [4, 0, 4], [6, tree.tokens[0]], tree, frozenset({0, 2}))
+    return RowContext(rows, params, [4, 0, 4, 6, tree.tokens[0]], 3, tree, frozenset({0, 2}))
 
 
 def reference_row(
@@ -72,8 +72,9 @@ def reference_row(
 def reference(logits: Tensor, context: RowContext) -> Tensor:
     rows = []
     for node, row in enumerate(logits.tolist()):
-        output = [*context.output_token_ids, *(context.tree.tokens[n] for n in context.tree.path(node))]
-        rows.append(reference_row(row, context.params, context.prompt_token_ids, output))
+        tokens = [*context.token_ids, *(context.tree.tokens[n] for n in context.tree.path(node))]
+        split = context.num_prompt_tokens
+        rows.append(reference_row(row, context.params, tokens[:split], tokens[split:]))
     return torch.tensor(rows)
 
 
@@ -131,7 +132,7 @@ def test_a_row_alone_equals_the_row_in_any_batch(vocab: int, threads: int) -> No
             for node in range(TREE.num_nodes):
                 path = [TREE.tokens[n] for n in TREE.path(node)]
                 root = TokenTree.root_only((3, *path)[-1])
-                alone = RowContext(slice(0, 1), params, [4, 0, 4], [6, 3, *path], root, frozenset({0, 2}))
+                alone = RowContext(slice(0, 1), params, [4, 0, 4, 6, 3, *path], 3, root, frozenset({0, 2}))
                 row = 5 * index + node
                 assert torch.equal(process_logits(logits[row : row + 1], [alone])[0], together[row])
     finally:
@@ -155,7 +156,7 @@ def test_nothing_to_do_costs_no_copy(params: SamplingParams) -> None:
 def test_ties_at_the_border_keep_the_lowest_ids() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 1.0, 2.0, 0.0], [0.0] * 6])
     contexts = [
-        RowContext(slice(row, row + 1), SamplingParams(top_k=3), [], [], TokenTree.root_only(0), ())
+        RowContext(slice(row, row + 1), SamplingParams(top_k=3), [], 0, TokenTree.root_only(0), ())
         for row in range(2)
     ]
     kept = process_logits(logits, contexts).isfinite()
@@ -168,7 +169,7 @@ def test_ties_at_the_border_keep_the_lowest_ids() -> None:
 def test_cold_temperatures_stay_finite(temperature: float) -> None:
     logits = torch.tensor([[80.0, 79.9, -200.0, 80.0]])
     params = SamplingParams(temperature=temperature)
-    row = process_logits(logits, [RowContext(slice(0, 1), params, [], [], TokenTree.root_only(0), ())])[0]
+    row = process_logits(logits, [RowContext(slice(0, 1), params, [], 0, TokenTree.root_only(0), ())])[0]
     assert row.softmax(-1).tolist() == pytest.approx([0.5, 0.0, 0.0, 0.5], abs=1e-4)
 
 
@@ -186,5 +187,5 @@ def test_unsound_rows_stay_unsound_and_alone(params: SamplingParams, bad: list[f
 
 def test_excluding_every_token_gives_an_unsound_row() -> None:
     params = SamplingParams(min_tokens=5)
-    context = RowContext(slice(0, 1), params, [], [], TokenTree.root_only(0), range(8))
+    context = RowContext(slice(0, 1), params, [], 0, TokenTree.root_only(0), range(8))
     assert check_finite(process_logits(logits_of(1, 8), [context])).tolist() == [False]

@@ -39,8 +39,7 @@ class SequenceCommit:
 
     Attributes:
         kept_rows: increasing offsets into the reserved rows, ancestors first.
-        token_ids: the sequence's tokens; those of the kept rows stand at
-            ``[num_computed, num_computed + len(kept_rows))``.
+        token_ids: the tokens of those rows; the prefix index goes by them.
     """
 
     kept_rows: Sequence[int]
@@ -52,8 +51,8 @@ class _Sequence:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_reserved: int = 0
-    num_indexed_blocks: int = 0
     index_entry: int = ROOT
+    tail: list[int] = field(default_factory=list)  # tokens of the last block, as long as it is not full
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
@@ -129,7 +128,6 @@ class KVCache:
             self.pool.share(block)
             sequence.blocks.append(block)
             sequence.index_entry = entry
-        sequence.num_indexed_blocks = len(sequence.blocks)
         sequence.num_computed = len(sequence.blocks) * self.block_size
         self._refresh_slots(sequence)
         return sequence.num_computed
@@ -169,6 +167,7 @@ class KVCache:
         for sequence_id, commit in commits.items():
             sequence = self._sequences[sequence_id]
             kept = commit.kept_rows
+            assert len(kept) == len(commit.token_ids), "a row without its token"
             assert len(kept) == 0 or kept[-1] < sequence.num_reserved, "commit of rows that were not reserved"
             base = sequence.num_computed
             if len(kept) and kept[-1] != len(kept) - 1:  # increasing, so equality means that nothing moves
@@ -191,15 +190,6 @@ class KVCache:
         sequence = self._sequences[sequence_id]
         sequence.num_reserved = 0
         self._drop_blocks_after(sequence)
-
-    def truncate(self, sequence_id: str, num_tokens: int) -> None:
-        """Forget committed positions from `num_tokens` on (a drafter whose guess was taken back)."""
-        sequence = self._sequences[sequence_id]
-        if num_tokens >= sequence.num_computed:
-            return
-        assert num_tokens >= sequence.num_indexed_blocks * self.block_size, "truncation into shared blocks"
-        sequence.num_computed = num_tokens
-        self.rollback(sequence_id)
 
     def release(self, sequence_id: str) -> None:
         """End a sequence; its indexed blocks stay cached until they are evicted."""
@@ -236,11 +226,11 @@ class KVCache:
         if self._index is None:
             return
         size = self.block_size
-        while (sequence.num_indexed_blocks + 1) * size <= sequence.num_computed:
-            start = sequence.num_indexed_blocks * size
-            block = sequence.blocks[sequence.num_indexed_blocks]
-            sequence.index_entry = self._index.insert(sequence.index_entry, token_ids[start : start + size], block)
-            sequence.num_indexed_blocks += 1
+        sequence.tail.extend(token_ids)
+        first = (sequence.num_computed - len(sequence.tail)) // size
+        for block in sequence.blocks[first : first + len(sequence.tail) // size]:
+            sequence.index_entry = self._index.insert(sequence.index_entry, sequence.tail[:size], block)
+            del sequence.tail[:size]
 
     def _release_block(self, block: int) -> None:
         self.pool.release(block, indexed=self._index is not None and block in self._index)

@@ -112,7 +112,7 @@ def decode(
 
     results = Results()
     settings = {
-        "command": sys.argv,
+        "command": ["outrider", *sys.argv[1:]],
         "config": asdict(llm.config),
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "drafters": specs,

@@ -100,7 +100,7 @@ class DraftModelDrafter:
             forwarded = self._num_forwarded.pop(outcome.request_id, None)
             if forwarded is not None:
                 kept = [node - 1 for node in outcome.path.accepted_nodes if node <= forwarded]
-                commits[outcome.request_id] = SequenceCommit(kept, outcome.token_ids)
+                commits[outcome.request_id] = SequenceCommit(kept, [outcome.tree.tokens[row + 1] for row in kept])
         self._cache.commit(commits)
 
     def release(self, request_id: str) -> None:
@@ -154,7 +154,7 @@ class DraftModelDrafter:
                 ]
             )
             self._cache.commit(
-                {c.request_id: SequenceCommit(range(end - start), c.token_ids) for c, start, end in chunks}
+                {c.request_id: SequenceCommit(range(end - start), c.token_ids[start:end]) for c, start, end in chunks}
             )
             for row, context in enumerate(complete):
                 growing[context.request_id] = _Growing(context, logits[row : row + 1], [context.token_ids[-1]])
@@ -199,8 +199,8 @@ class DraftModelDrafter:
         return RowContext(
             rows=slice(0, tree.logits.shape[0]),
             params=context.params,
-            prompt_token_ids=context.token_ids[: context.num_prompt_tokens],
-            output_token_ids=context.token_ids[context.num_prompt_tokens :],
+            token_ids=context.token_ids,
+            num_prompt_tokens=context.num_prompt_tokens,
             tree=tree.tree,
             stop_ids=context.stop_token_ids,
         )

@@ -48,12 +48,10 @@ class DraftOutcome:
     """What verification made of one request's tree.
 
     Attributes:
-        token_ids: committed tokens including the accepted path and the next token. Read only.
         target_logits: ``[tree.num_nodes, vocab]`` the target's raw logits at each node.
     """
 
     request_id: str
-    token_ids: Sequence[int]
     tree: TokenTree
     path: VerifiedPath
     target_logits: Tensor

@@ -122,8 +122,8 @@ class Engine:
             RowContext(
                 rows=trees.rows(i),
                 params=request.params,
-                prompt_token_ids=request.prompt_token_ids,
-                output_token_ids=request.output_token_ids,
+                token_ids=request.token_ids,
+                num_prompt_tokens=request.num_prompt_tokens,
                 tree=trees.trees[i],
                 stop_ids=request.stop_token_ids,
             )
@@ -153,26 +153,18 @@ class Engine:
         outcomes = iter(verified)
         commits: dict[str, SequenceCommit] = {}
         for scheduled in plan:
-            request, root = (
-                scheduled.request,
-                scheduled.chunk_size - 1,
-            )  # the tree's root is the chunk's last row
-            kept, token_ids = list(range(scheduled.chunk_size)), request.token_ids
+            request, start, size = scheduled.request, scheduled.num_computed, scheduled.chunk_size
+            kept, token_ids = list(range(size)), request.token_ids[start : start + size]
             if scheduled.yields_token:
                 outcome = next(outcomes)
-                kept.extend(root + node for node in outcome.path.accepted_nodes)
-                token_ids = token_ids + outcome.new_tokens
+                kept += [size - 1 + node for node in outcome.path.accepted_nodes]  # the root is the chunk's last row
+                token_ids += outcome.new_tokens[:-1]
             commits[request.request_id] = SequenceCommit(kept, token_ids)
         self.cache.commit(commits)
 
     def _observe(self, verified: Sequence[_Verified]) -> None:
         if verified:
-            self.drafter.observe(
-                [
-                    DraftOutcome(v.request.request_id, v.request.token_ids + v.new_tokens, v.tree, v.path, v.logits)
-                    for v in verified
-                ]
-            )
+            self.drafter.observe([DraftOutcome(v.request.request_id, v.tree, v.path, v.logits) for v in verified])
 
     def _update(self, verified: Sequence[_Verified]) -> list[Request]:
         """Hand the new tokens to their requests and take out those that end."""

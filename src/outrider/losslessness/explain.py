@@ -178,11 +178,10 @@ def _ulp(logits: Tensor, dtype: torch.dtype) -> float:
 
 def _chooser(divergence: Divergence) -> Callable[[Tensor], int]:
     """The request's whole pipeline at the differing position, from raw logits ``[vocab]`` to its token."""
-    output = list(divergence.plain_token_ids[: divergence.position])
-    prefix = [*divergence.prompt_token_ids, *output]
+    prefix = [*divergence.prompt_token_ids, *divergence.plain_token_ids[: divergence.position]]
     tree = TokenTree.root_only(prefix[-1])
     context = RowContext(
-        slice(0, 1), divergence.params, list(divergence.prompt_token_ids), output, tree, divergence.stop_ids
+        slice(0, 1), divergence.params, prefix, len(divergence.prompt_token_ids), tree, divergence.stop_ids
     )
     decisions = KeyedDecisions(
         TokenTreeBatch.from_trees([tree]), [divergence.seed], [len(prefix)], [divergence.params.greedy]

@@ -62,7 +62,7 @@ class CachedRun:
 
     def commit(self, kept_rows: Mapping[str, Sequence[int]]) -> None:
         """Keep these rows of the last step; sequences that are not named lose theirs."""
-        self._cache.commit({name: SequenceCommit(kept, ()) for name, kept in kept_rows.items()})
+        self._cache.commit({name: SequenceCommit(kept, kept) for name, kept in kept_rows.items()})
 
     def feed(self, sequence_id: str, token_ids: Sequence[int]) -> Tensor:
         """Step one sequence by a chain and commit all of it; logits ``[num_rows, vocab]``."""

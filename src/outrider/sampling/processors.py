@@ -32,16 +32,21 @@ class RowContext:
 
     Attributes:
         rows: the rows of its tree, one per node, in order.
-        output_token_ids: generated so far; the root is the last of them once anything is.
+        token_ids: committed tokens, the prompt first; the root is the last of them.
+        num_prompt_tokens: how many of them are the prompt; the others are the output.
         stop_ids: token ids that `min_tokens` holds back: end-of-sequence and the request's own.
     """
 
     rows: slice
     params: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
     tree: TokenTree
     stop_ids: Collection[int]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
 
 
 def process_logits(logits: Tensor, contexts: Sequence[RowContext]) -> Tensor:
@@ -83,7 +88,7 @@ def process_logits(logits: Tensor, contexts: Sequence[RowContext]) -> Tensor:
 
 def _edits_tokens(context: RowContext) -> bool:
     params = context.params
-    held_back = params.min_tokens > len(context.output_token_ids)
+    held_back = params.min_tokens > context.num_output_tokens
     return held_back or params.has_penalties or bool(params.logit_bias)
 
 
@@ -93,7 +98,7 @@ def _edit_tokens(rows: Tensor, context: RowContext) -> None:
     if params.logit_bias:
         biases = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=rows.device)
         rows[:, list(params.logit_bias)] += biases
-    num_missing = params.min_tokens - len(context.output_token_ids)
+    num_missing = params.min_tokens - context.num_output_tokens
     if num_missing > 0:
         early = [node for node, depth in enumerate(context.tree.depths) if depth < num_missing]
         stop_ids = sorted(token for token in context.stop_ids if token < rows.shape[1])
@@ -106,10 +111,10 @@ def _penalise_rows(rows: Tensor, context: RowContext) -> None:
     """Penalties of the committed tokens on all rows at once, then each node's own path over them."""
     vocab_size = rows.shape[1]
     device = rows.device
-    output = torch.tensor(context.output_token_ids, dtype=torch.int64, device=device)
-    counts = torch.bincount(output, minlength=vocab_size)
+    committed = torch.tensor(context.token_ids, dtype=torch.int64, device=device)
+    counts = torch.bincount(committed[context.num_prompt_tokens :], minlength=vocab_size)
     seen = counts > 0
-    seen[torch.tensor(context.prompt_token_ids, dtype=torch.int64, device=device)] = True
+    seen[committed] = True
 
     nodes: list[int] = []
     tokens: list[int] = []
