@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bundled.evaluate import DRAFT_SHAPES
+from bundled.evaluate import DRAFT_SHAPES, EARLY
 
 CARD = """\
 # The bundled pair
@@ -36,6 +36,11 @@ first choice is the target's at {a[agreement]:.1%} of the tokens, which makes, i
 | a chain of 4 | {a[accepted_chain_4]:.2f} | {bonus[chain_4]:.2f} |
 | a chain of 6 | {a[accepted_chain_6]:.2f} | {bonus[chain_6]:.2f} |
 | a fixed tree of 12 nodes, 6 deep | {a[accepted_tree_12]:.2f} | {bonus[tree_12]:.2f} |
+
+These continuations repeat themselves, as greedy text of so small a model does, and repetition is easy to
+draft: {a[repeated_share]:.0%} of their runs of 12 tokens occurred in them before. Over the first {early}
+tokens of each alone, where most of what is new stands, a chain of 4 has {a[accepted_chain_4_early]:.2f}
+accepted tokens a step, {bonus[chain_4_early]:.2f} with the bonus token.
 
 ## Data
 
@@ -67,8 +72,9 @@ Another Python version gives another corpus, and so other weights.
 
 They continue Python in the style of the standard library and know little else: no instructions, no
 chat, no other language to speak of. What they write is often not valid or not sensible, and greedy
-continuations fall into loops, which also raises acceptance. They may repeat passages of the standard
-library, with its licence. They are for trying, testing and measuring decoding, not for use as models.
+continuations soon fall into loops, which raises acceptance far above that of text that does not. They
+may repeat passages of the standard library, with its licence. They are for trying, testing and measuring
+decoding, not for use as models.
 """
 
 DISTILL = """
@@ -112,7 +118,8 @@ def model_card(work: Path, record: dict[str, Any]) -> str:
         draft_parameters=record["parameters"]["draft"],
         h=record["held_out"],
         a=record["acceptance"],
-        bonus={n: record["acceptance"][f"accepted_{n}"] + 1 for n in DRAFT_SHAPES},
+        bonus={n: record["acceptance"][f"accepted_{n}"] + 1 for n in (*DRAFT_SHAPES, "chain_4_early")},
+        early=EARLY,
         distill=distill_text(exported),
         c=corpus,
         epochs=progress["tokens_seen"] / corpus["tokens"],

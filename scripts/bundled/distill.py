@@ -27,7 +27,7 @@ from bundled.train import apply_step, build_optimizers, check_finite
 class DistillConfig:
     """What a run depends on. `tokens` alone may change on resume."""
 
-    tokens: int = 8_000_000
+    tokens: int = 7_000_000
     seed: int = 0
     chunks_per_step: int = 2
     lr: float = 1.5e-3

@@ -78,6 +78,7 @@ DRAFT_SHAPES: dict[str, frozenset[RankPath]] = {
     "tree_12": chain(6) | {(1,), (0, 1), (1, 0), (2,), (0, 0, 1), (0, 1, 0)},
 }
 NUM_RANKS = 3
+EARLY = 32  # tokens of a continuation, most of which come before it falls into a loop
 
 
 def accepted_per_step(ranks: list[int], shape: frozenset[RankPath]) -> tuple[int, int]:
@@ -93,6 +94,12 @@ def accepted_per_step(ranks: list[int], shape: frozenset[RankPath]) -> tuple[int
             depth += 1
         accepted, steps, position = accepted + depth, steps + 1, position + depth + 1
     return accepted, steps
+
+
+def repeated_share(tokens: list[int], size: int = 12) -> float:
+    """The share of the runs of `size` tokens that occurred before: near 1 in a loop."""
+    runs = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def held_out_prompts(texts: list[str], tokenizer: Any, count: int, length: int) -> list[list[int]]:
@@ -117,8 +124,9 @@ def evaluate_acceptance(target: Any, draft: Any, prompts: list[list[int]], num_t
         max_new_tokens=num_tokens,
         do_sample=False,
     )
-    sums = {name: [0, 0] for name in DRAFT_SHAPES}
+    sums = {name: [0, 0] for name in (*DRAFT_SHAPES, "chain_4_early")}
     right = total = 0
+    repeated = []
     for row in output:
         new = row[inputs.shape[1] :]
         end = (new == 0).nonzero()[:1].flatten().tolist()
@@ -127,12 +135,15 @@ def evaluate_acceptance(target: Any, draft: Any, prompts: list[list[int]], num_t
         hits = logits.topk(NUM_RANKS).indices == new[:, None]  # [T, ranks]
         ranks = torch.where(hits.any(-1), hits.int().argmax(-1), NUM_RANKS).tolist()
         right, total = right + ranks.count(0), total + len(ranks)
-        for name, shape in DRAFT_SHAPES.items():
-            accepted, steps = accepted_per_step(ranks, shape)
-            sums[name][0] += accepted
-            sums[name][1] += steps
+        repeated.append(repeated_share(new.tolist()))
+        for name, counts in sums.items():
+            early = name.endswith("_early")
+            shape = DRAFT_SHAPES[name.removesuffix("_early")]
+            accepted, steps = accepted_per_step(ranks[:EARLY] if early else ranks, shape)
+            counts[0] += accepted
+            counts[1] += steps
     result: dict[str, float] = {"prompts": len(prompts), "tokens_per_prompt": num_tokens}
-    result["agreement"] = right / total
+    result |= {"agreement": right / total, "repeated_share": sum(repeated) / len(repeated)}
     for name, (accepted, steps) in sums.items():
         result[f"accepted_{name}"] = accepted / steps
     return result

@@ -30,7 +30,7 @@ from bundled.loop import stop_requests
 class GenerateConfig:
     """How much of the target's own text, and of which kind."""
 
-    rows: int = 3072
+    rows: int = 2048
     row_length: int = 512  # prefix and continuation together
     min_prefix: int = 16
     max_prefix: int = 320

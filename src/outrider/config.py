@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -31,9 +32,11 @@ class CacheConfig:
     prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.block_size >= 1, "cache.block_size", self.block_size, ">= 1")
-        _require(self.memory_gb > 0, "cache.memory_gb", self.memory_gb, "> 0")
-        _require(self.num_blocks is None or self.num_blocks >= 1, "cache.num_blocks", self.num_blocks, ">= 1")
+        _check_int("cache.block_size", self.block_size, 1, 4096)
+        valid = isinstance(self.memory_gb, int | float) and 0 < self.memory_gb < math.inf
+        _require(valid, "cache.memory_gb", self.memory_gb, "a finite number above 0")
+        if self.num_blocks is not None:
+            _check_int("cache.num_blocks", self.num_blocks, 1, 2**40)
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,15 @@ class SchedulerConfig:
     max_waiting: int = 100_000
 
     def __post_init__(self) -> None:
-        _require(self.max_num_seqs >= 1, "scheduler.max_num_seqs", self.max_num_seqs, ">= 1")
+        _check_int("scheduler.max_num_seqs", self.max_num_seqs, 1, 2**20)
+        _check_int("scheduler.max_batch_tokens", self.max_batch_tokens, 1, 2**24)
         _require(
             self.max_batch_tokens >= self.max_num_seqs,
             "scheduler.max_batch_tokens",
             self.max_batch_tokens,
             f">= max_num_seqs={self.max_num_seqs}",
         )
-        _require(self.max_waiting >= 1, "scheduler.max_waiting", self.max_waiting, ">= 1")
+        _check_int("scheduler.max_waiting", self.max_waiting, 1, 2**32)
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,10 @@ class NgramConfig:
     max_nodes: int = 12
 
     def __post_init__(self) -> None:
-        _require(
-            1 <= self.min_ngram <= self.max_ngram,
-            "ngram.min_ngram",
-            self.min_ngram,
-            "1 <= min_ngram <= max_ngram",
-        )
+        _check_int("ngram.max_ngram", self.max_ngram, 1, 64)
+        _check_int("ngram.min_ngram", self.min_ngram, 1, self.max_ngram)
         _check_tree_limits("ngram", self.depth, self.max_nodes)
-        _require(1 <= self.num_candidates <= 64, "ngram.num_candidates", self.num_candidates, "1 to 64")
+        _check_int("ngram.num_candidates", self.num_candidates, 1, 64)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class RecyclingConfig:
 
     def __post_init__(self) -> None:
         _check_tree_limits("recycling", self.depth, self.max_nodes)
-        _require(1 <= self.num_candidates <= 64, "recycling.num_candidates", self.num_candidates, "1 to 64")
+        _check_int("recycling.num_candidates", self.num_candidates, 1, 8)
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ class DraftModelConfig:
 
     def __post_init__(self) -> None:
         _check_tree_limits("draft_model", self.depth, self.max_nodes)
-        _require(1 <= self.width <= 64, "draft_model.width", self.width, "1 to 64")
-        _require(1 <= self.max_expanded <= 64, "draft_model.max_expanded", self.max_expanded, "1 to 64")
+        _check_int("draft_model.width", self.width, 1, 64)
+        _check_int("draft_model.max_expanded", self.max_expanded, 1, 64)
 
 
 DrafterConfig = NoDrafterConfig | NgramConfig | RecyclingConfig | DraftModelConfig
@@ -197,6 +197,8 @@ def from_mapping(config: type[T], values: Mapping[str, Any], name: str) -> T:
     Raises:
         ConfigError: an unknown key (with the nearest known one), or a value out of range.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name} configuration", got=repr(values)[:60], expected="a mapping")
     known = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
@@ -221,11 +223,18 @@ def drafter_config(spec: str | Mapping[str, Any] | DrafterConfig) -> DrafterConf
     """
     if isinstance(spec, DrafterConfig):
         return spec
+    if not isinstance(spec, str | Mapping):
+        raise ConfigError("drafter", got=repr(spec)[:60], expected="a method's name or a mapping with key 'method'")
     values = {"method": spec} if isinstance(spec, str) else dict(spec)
     method = values.get("method")
-    if method not in DRAFTER_CONFIGS:
+    if not isinstance(method, str) or method not in DRAFTER_CONFIGS:
         raise ConfigError("unknown drafter", got=repr(method), expected=f"one of {', '.join(DRAFTER_CONFIGS)}")
     return from_mapping(DRAFTER_CONFIGS[method], values, f"{method} drafter")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    _require(valid, name, value, f"an integer in [{low}, {high}]")
 
 
 def _require(condition: bool, name: str, got: object, expected: str) -> None:
@@ -234,5 +243,5 @@ def _require(condition: bool, name: str, got: object, expected: str) -> None:
 
 
 def _check_tree_limits(method: str, depth: int, max_nodes: int) -> None:
-    _require(1 <= depth <= 128, f"{method}.depth", depth, "1 to 128")
-    _require(1 <= max_nodes <= 1024, f"{method}.max_nodes", max_nodes, "1 to 1024")
+    _check_int(f"{method}.depth", depth, 1, 128)
+    _check_int(f"{method}.max_nodes", max_nodes, 1, 1024)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -40,14 +42,14 @@ class _Job:
 
 
 class LLM:
-    """A model with a drafter in front of it.
+    """A model with a drafter in front of it; not for use from several threads at once.
 
     Args:
         model: a local folder or hub id (safetensors); None is the bundled model.
         drafter: "ngram", "recycling", "draft_model" or "none"; a mapping with key "method" and its settings; or a
             config.
-        verification: "coupled" (the output is what plain decoding gives with the same seed), "rejection" or
-            "tree_rejection" (exact in distribution).
+        verification: "coupled" (the output is what plain decoding gives with the same seed), "rejection",
+            "tree_rejection" or "multi_candidate" (exact in distribution).
         exactness: "numerical" or "bitwise".
         dtype: "auto", "float32", "bfloat16" or "float16".
         revision: of a hub id.
@@ -59,7 +61,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         *,
         drafter: str | Mapping[str, Any] | DrafterConfig = "ngram",
         verification: str = "coupled",
@@ -71,7 +73,7 @@ class LLM:
         scheduler: Mapping[str, Any] | SchedulerConfig | None = None,
     ) -> None:
         self.config = EngineConfig(
-            model=None if model is None else str(model),
+            model=model if model is None else os.fspath(model),
             revision=revision,
             dtype=dtype,
             device=device,
@@ -177,10 +179,13 @@ class LLM:
         *,
         streaming: bool = False,
     ) -> list[_Job]:
-        if isinstance(prompts, (str, Mapping)):
-            prompts = [prompts]
+        prompts = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         params = sampling_params if sampling_params is not None else SamplingParams()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if not all(isinstance(p, SamplingParams) for p in each):
+            raise SamplingParamsError(
+                "sampling_params", got=repr(params)[:60], expected="SamplingParams, or one each"
+            )
         if len(each) != len(prompts):
             raise SamplingParamsError(
                 "sampling_params", got=f"{len(each)} for {len(prompts)} prompts", expected="one each"
@@ -198,8 +203,10 @@ class LLM:
         check_token_ids(params.stop_token_ids, vocab_size, name="stop token id")
         job_id = f"request-{next(self._ids)}"
         seed = fresh_seed() if params.seed is None else params.seed
-        limit = min(context_length, self.engine.cache.num_positions)
-        max_length = limit if params.max_tokens is None else min(limit, len(token_ids) + params.max_tokens)
+        if params.max_tokens is None:
+            max_length = min(context_length, max(self.engine.cache.num_positions, len(token_ids) + 1))
+        else:
+            max_length = min(context_length, len(token_ids) + params.max_tokens)
         eos = () if params.ignore_eos else self.model.eos_token_ids
         requests = [
             Request(
@@ -214,17 +221,19 @@ class LLM:
             )
             for i in range(params.n)
         ]
+        self.engine.scheduler.check_fits(requests[0])
         return _Job(job_id, text, token_ids, requests)
 
     def _run_jobs(self, jobs: Sequence[_Job], on_output: Callable[[int, RequestOutput], None] | None) -> None:
         job_of = {request: job for job in jobs for request in job.requests}
         requests = list(job_of)
+        pending = deque(requests)
         index_of = {job: index for index, job in enumerate(jobs)}
         num_unfinished = {job: len(job.requests) for job in jobs}
         try:
-            for request in requests:
-                self.engine.add(request)
-            while self.engine.has_unfinished:
+            while pending or self.engine.has_unfinished:
+                while pending and len(self.engine.scheduler.waiting) < self.config.scheduler.max_num_seqs:
+                    self.engine.add(pending.popleft())
                 for request in self.engine.step():
                     job = job_of.get(request)
                     if job is None or not request.finished:
@@ -265,7 +274,8 @@ class LLM:
             failed = request.finish_reason == "error"
             for alternatives in request.logprobs:
                 for token_id, logprob in alternatives.items():
-                    logprob.decoded_token = self.tokenizer.token(token_id)
+                    if logprob.decoded_token is None:
+                        logprob.decoded_token = self.tokenizer.token(token_id)
             outputs.append(
                 CompletionOutput(
                     index=index,

@@ -17,7 +17,7 @@ class CompletionOutput:
         token_ids: all output tokens, up to the one that ended the output.
         finish_reason: "stop", "length", "abort" or "error"; None while it is still running.
         stop_reason: the stop string or stop token id; None for end-of-sequence.
-        seed: of its keyed noise; giving it again gives the same tokens.
+        seed: of its keyed noise; under the coupled rule, giving it again gives the same tokens.
         logprobs: per output token, where asked for.
         lossless: False if the verification rule changes the output's distribution.
     """

@@ -50,6 +50,7 @@ class Request:
         seed: of the keyed noise; with (position, purpose) it determines every random number of the request.
         stop_token_ids: token ids that end the output: end-of-sequence (unless ignored) and the user's own.
         max_length: the most tokens, prompt included, that it may grow to.
+        may_draft: False once its drafts have met unsound logits: it then decodes plainly.
         detokenizer: finds stop strings and keeps the text; None where neither is wanted.
     """
 
@@ -61,6 +62,7 @@ class Request:
     stop_token_ids: frozenset[int]
     max_length: int
     detokenizer: IncrementalDetokenizer | None = None
+    may_draft: bool = True
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: Exception | None = None

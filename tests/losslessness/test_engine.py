@@ -7,6 +7,7 @@ import random
 import pytest
 
 from outrider.config import SchedulerConfig
+from outrider.errors import CacheError
 from outrider.sampling.params import SamplingParams
 from tests.losslessness.engine_harness import DRAFTERS, decode, make_engine, make_request, run
 from tests.toy_model import ToyModel
@@ -231,3 +232,54 @@ def test_text_of_stop_strings_never_leaks() -> None:
             assert not any(stop in request.detokenizer.text for stop in params.stop)
             if request.finish_reason == "stop":
                 assert full == request.detokenizer.text + str(request.stop_reason)
+
+
+def test_a_prompt_longer_than_the_cache_is_refused() -> None:
+    with pytest.raises(CacheError, match="at most the cache's 40 positions"):
+        make_engine(num_blocks=10).add(make_request("r", [1] * 60, SETTINGS["one"]))
+
+
+def test_a_step_without_requests_does_nothing() -> None:
+    assert make_engine().step() == []
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_an_engine_goes_on_after_a_failed_forward(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ToyModel()
+    engine = make_engine(drafter, model=model)
+    requests = [make_request(f"r{i}", prompt, SETTINGS["sampled"]) for i, prompt in enumerate(prompts(4))]
+    for request in requests:
+        engine.add(request)
+    right, count = model.forward, iter(range(1000))
+
+    def forward(batch, cache):
+        if next(count) % 5 == 3:
+            raise RuntimeError("out of memory")
+        return right(batch, cache)
+
+    monkeypatch.setattr(model, "forward", forward)
+    failures = 0
+    while engine.has_unfinished:
+        try:
+            engine.step()
+        except RuntimeError:
+            failures += 1
+        engine.cache.check_integrity()
+    assert failures > 2
+    for prompt, request in zip(prompts(4), requests, strict=True):
+        assert summary(request) == plain("sampled", prompt, SETTINGS["sampled"])
+
+
+def test_long_prompts_take_turns_instead_of_preempting_each_other() -> None:
+    model = ToyModel()
+    engine = make_engine(
+        model=model,
+        num_blocks=40,
+        scheduler=SchedulerConfig(max_num_seqs=8, max_batch_tokens=16),
+        prefix_caching=False,
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    requests = [make_request(f"r{i}", [1 + i] * 100, params) for i in range(3)]
+    run(engine, requests)
+    assert sum(request.metrics.num_preemptions for request in requests) == 0
+    assert sum(model.num_rows) <= 3 * 110

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from outrider import LLM, SamplingParams
+from outrider.token_tree import TokenTree
 from tests.tiny_models import FAMILIES, make_tiny
 
 PROMPTS = [[5, 9, 5, 9, 5], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4]]
@@ -41,3 +42,30 @@ def test_generation_equals_transformers_and_plain_decoding(family: str, tmp_path
         assert tokens(llm, GREEDY) == expected
         assert tokens(llm, SAMPLED) == sampled
         assert llm.engine.stats.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize("drafter", ["recycling", "draft_model"])
+def test_a_draft_with_nan_keys_does_not_reach_the_output_or_the_cache(drafter: str, tmp_path: Path) -> None:
+    """Every tree is given one more child: a token whose embedding is NaN, which plain decoding never chooses."""
+    folder = make_tiny("llama", tmp_path / "llama")
+    plain = LLM(str(folder), drafter="none")
+    spec = {"method": drafter, "model": str(folder)} if drafter == "draft_model" else drafter
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    expected = tokens(plain, params)
+    poisoned = next(t for t in range(3, 128) if not any(t in output for output in (*expected, *PROMPTS)))
+    llm = plain.with_drafter(spec)
+    propose = llm.engine.drafter.propose
+
+    def with_poison(contexts):
+        return [
+            TokenTree((*tree.tokens, poisoned), (*tree.parents, 0)) if context.max_nodes >= tree.num_nodes else tree
+            for context, tree in zip(contexts, propose(contexts), strict=True)
+        ]
+
+    llm.engine.drafter.propose = with_poison
+    embedding = plain.model.module.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[poisoned] = float("nan")
+    assert tokens(llm, params) == expected
+    assert tokens(llm, params) == expected, "the second time through the prefix index"
+    llm.engine.cache.check_integrity()

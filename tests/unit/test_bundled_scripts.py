@@ -198,6 +198,12 @@ def test_accepted_per_step_counts_trees() -> None:
     assert len(evaluate.DRAFT_SHAPES["tree_12"]) == 12
 
 
+def test_repeated_share() -> None:
+    assert evaluate.repeated_share(list(range(20)), 3) == 0
+    assert evaluate.repeated_share([1, 2] * 10, 3) == pytest.approx(16 / 18)
+    assert evaluate.repeated_share([1, 2], 3) == 0
+
+
 # ---------------------------------------------------------------------------------- distillation
 
 OWN_TEXT = generate.GenerateConfig(

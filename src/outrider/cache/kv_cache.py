@@ -107,10 +107,6 @@ class KVCache:
         """Capacity in positions."""
         return self.pool.num_blocks * self.block_size
 
-    @property
-    def usage(self) -> float:
-        return self.pool.num_used / self.pool.num_blocks
-
     def __contains__(self, sequence_id: str) -> bool:
         return sequence_id in self._sequences
 
@@ -165,25 +161,23 @@ class KVCache:
         sources: list[np.ndarray] = []
         targets: list[np.ndarray] = []
         for sequence_id, commit in commits.items():
-            sequence = self._sequences[sequence_id]
-            kept = commit.kept_rows
+            sequence, kept = self._sequences[sequence_id], commit.kept_rows
             assert len(kept) == len(commit.token_ids), "a row without its token"
             assert len(kept) == 0 or kept[-1] < sequence.num_reserved, "commit of rows that were not reserved"
-            base = sequence.num_computed
             if len(kept) and kept[-1] != len(kept) - 1:  # increasing, so equality means that nothing moves
+                base = sequence.num_computed
                 sources.append(sequence.slots[base + np.asarray(kept)])
                 targets.append(sequence.slots[base : base + len(kept)])
-            sequence.num_computed += len(kept)
+        if sources:  # first of all: an interruption here leaves every sequence as it was, and nothing indexed
+            source, target = torch.from_numpy(np.concatenate(sources)), torch.from_numpy(np.concatenate(targets))
+            for storage in self._storages.values():
+                storage[:, target] = storage[:, source]
+        for sequence_id, commit in commits.items():
+            sequence = self._sequences[sequence_id]
+            sequence.num_computed += len(commit.kept_rows)
             sequence.num_reserved = 0
             self._drop_blocks_after(sequence)
             self._index_full_blocks(sequence, commit.token_ids)
-        if sources:
-            source, target = (
-                torch.from_numpy(np.concatenate(sources)),
-                torch.from_numpy(np.concatenate(targets)),
-            )
-            for storage in self._storages.values():
-                storage[:, target] = storage[:, source]
 
     def rollback(self, sequence_id: str) -> None:
         """Drop all reserved rows: the sequence is as after its last commit."""

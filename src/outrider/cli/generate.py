@@ -229,6 +229,8 @@ def _digest(engine: EngineOptions, params: SamplingParams) -> str:
         "revision": engine.revision,
         "dtype": engine.dtype,
         "verification": engine.verification,
+        "exactness": engine.exactness,
+        "device": engine.device,
         "params": dataclasses.asdict(params),
     }
     if engine.verification != "coupled":

@@ -135,7 +135,10 @@ class EngineOptions:
             ConfigError: unknown method or setting, or a draft model for a method that has none.
         """
         name = name or self.drafter_name
-        spec = {"method": name, **_json_object(self.drafter_settings, "--drafter-config")}
+        settings = _json_object(self.drafter_settings, "--drafter-config")
+        if "method" in settings:
+            raise ConfigError("--drafter-config", got="a method", expected="settings", remedy="name it by --drafter")
+        spec = {"method": name, **settings}
         if self.draft_model is not None:
             if name != "draft_model":
                 raise ConfigError("--draft-model", got=f"drafter {name!r}", expected="drafter 'draft_model'")
@@ -259,7 +262,7 @@ def _json_object(text: str | None, name: str) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(name, got=f"invalid JSON ({error})", expected="a JSON object") from error
     if not isinstance(value, dict):
         raise ConfigError(name, got=repr(text)[:60], expected="a JSON object")

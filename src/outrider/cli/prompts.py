@@ -93,7 +93,7 @@ def _read_utf8(source: str) -> str:
 def _looks_like_jsonl(line: str) -> bool:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and ("prompt" in value or "prompt_token_ids" in value)
 

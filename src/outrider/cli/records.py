@@ -121,6 +121,8 @@ class ResultFile:
             os.truncate(self._path, complete)
         done: set[int] = set()
         for number, line in enumerate(data[:complete].splitlines(), 1):
+            if not line.strip():
+                continue
             record = self._parse(line, number)
             index = record["index"]
             same = 0 <= index < len(prompts) and _is_of(record, prompts[index])
@@ -143,7 +145,7 @@ class ResultFile:
     def _parse(self, line: bytes, number: int) -> Record:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("index"), int):
             raise PromptError(

@@ -118,6 +118,8 @@ class DraftModelDrafter:
         if context.max_nodes < 1 or depth < 1 or length + depth > self._model.context_length:
             return False
         request_id = context.request_id
+        if request_id in self._cache and self._cache.num_computed(request_id) >= length:
+            self._cache.release(request_id)  # a step failed after the draft had run: start again
         if request_id not in self._cache:
             self._cache.admit(request_id, context.token_ids)
         rows = length - self._cache.num_computed(request_id) + self.max_nodes

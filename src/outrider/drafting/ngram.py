@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from outrider.config import NgramConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.token_tree import TokenTree
+
+MAX_MATCHES = 64  # looked at in a step: periodic text matches everywhere, with the same continuation
 
 
 class NgramIndex:
@@ -66,8 +69,10 @@ class NgramDrafter:
         max_nodes = min(self.max_nodes, context.max_nodes)
         paths: list[Sequence[int]] = []
         if depth > 0 and max_nodes > 0:
-            for end in index.matches(tokens):
+            for end in islice(index.matches(tokens), MAX_MATCHES):
                 path = tokens[end : end + depth]
+                # A match that reaches the end of the text repeats itself: so may what follows.
+                path = [path[i % len(path)] for i in range(depth)]
                 if path not in paths:
                     paths.append(path)
                     if len(paths) == self._num_candidates:

@@ -65,6 +65,8 @@ class Engine:
         stats.num_steps += 1
         with stats.timed("step"):
             plan = self.scheduler.schedule()
+            if not plan:
+                return []
             drafting = [scheduled for scheduled in plan if scheduled.yields_token]
             with stats.timed("draft"):
                 trees = self._propose(drafting)
@@ -136,20 +138,21 @@ class Engine:
             greedy=[request.params.greedy for request in requests],
         )
         processed = process_logits(logits, contexts)
-        sound = check_finite(logits)
+        sound_rows = check_finite(logits)
         if processed is not logits:  # parameters may leave no token to choose
-            sound &= check_finite(processed)
-        if not bool(sound.all()):
-            # Whoever reaches such a row ends there, see `_update`; no rule has to bear it.
-            processed = processed.masked_fill(~sound[:, None], 0.0)
+            sound_rows &= check_finite(processed)
+        sound = [True] * len(requests)
+        if not bool(sound_rows.all()):
+            processed = processed.masked_fill(~sound_rows[:, None], 0.0)  # no rule has to bear them
+            sound = [bool(sound_rows[trees.rows(i)].all()) for i in range(len(requests))]
         result = self.rule.verify(trees, processed, decisions)
         return [
-            _Verified(request, trees.trees[i], path, logits[trees.rows(i)], sound[trees.rows(i)])
+            _Verified(request, trees.trees[i], path, logits[trees.rows(i)], sound[i])
             for i, (request, path) in enumerate(zip(requests, result.paths, strict=True))
         ]
 
     def _commit(self, plan: Sequence[ScheduledSequence], verified: Sequence[_Verified]) -> None:
-        """Keep every chunk and the accepted path behind it."""
+        """Keep every chunk and the accepted path behind it; nothing of a request with unsound logits."""
         outcomes = iter(verified)
         commits: dict[str, SequenceCommit] = {}
         for scheduled in plan:
@@ -157,23 +160,38 @@ class Engine:
             kept, token_ids = list(range(size)), request.token_ids[start : start + size]
             if scheduled.yields_token:
                 outcome = next(outcomes)
+                if not outcome.sound:  # its keys and values may be NaN, and must not reach the prefix index
+                    self.cache.rollback(request.request_id)
+                    continue
                 kept += [size - 1 + node for node in outcome.path.accepted_nodes]  # the root is the chunk's last row
                 token_ids += outcome.new_tokens[:-1]
             commits[request.request_id] = SequenceCommit(kept, token_ids)
         self.cache.commit(commits)
 
     def _observe(self, verified: Sequence[_Verified]) -> None:
-        if verified:
-            self.drafter.observe([DraftOutcome(v.request.request_id, v.tree, v.path, v.logits) for v in verified])
+        outcomes = [DraftOutcome(v.request.request_id, v.tree, v.path, v.logits) for v in verified if v.sound]
+        if outcomes:
+            self.drafter.observe(outcomes)
 
     def _update(self, verified: Sequence[_Verified]) -> list[Request]:
         """Hand the new tokens to their requests and take out those that end."""
         now = time.monotonic()
         for outcome in verified:
             request, num_drafted = outcome.request, outcome.tree.num_nodes - 1
-            num_sound = outcome.num_sound
-            num_appended = append_tokens(request, outcome.new_tokens[:num_sound])
-            if num_sound < len(outcome.new_tokens) and not request.finished:
+            if outcome.sound:
+                num_appended = append_tokens(request, outcome.new_tokens)
+                num_accepted = min(num_appended, len(outcome.path.accepted_nodes))
+                self.stats.count_path(num_drafted, num_accepted, num_appended)
+                request.metrics.count_path(num_drafted, num_accepted, now)
+                if request.params.logprobs is not None:
+                    rows = outcome.logits[[0, *outcome.path.accepted_nodes][:num_appended]]
+                    chosen = outcome.new_tokens[:num_appended]
+                    request.logprobs.extend(token_logprobs(rows, chosen, request.params.logprobs))
+            elif num_drafted:
+                # Perhaps only a draft is to blame, which plain decoding would never have seen: go on without.
+                request.may_draft = False
+                self.drafter.release(request.request_id)
+            else:
                 request.finish_reason = "error"
                 request.error = NumericsError(
                     f"logits of request {request.request_id}",
@@ -181,13 +199,6 @@ class Engine:
                     expected="finite numbers",
                     remedy="check the weights and logit_bias/min_tokens, or load with dtype='float32'",
                 )
-            num_accepted = min(num_appended, len(outcome.path.accepted_nodes))
-            self.stats.count_path(num_drafted, num_accepted, num_appended)
-            request.metrics.count_path(num_drafted, num_accepted, now)
-            if request.params.logprobs is not None:
-                rows = outcome.logits[outcome.path_rows[:num_appended]]
-                chosen = outcome.new_tokens[:num_appended]
-                request.logprobs.extend(token_logprobs(rows, chosen, request.params.logprobs))
             if request.finished:
                 request.metrics.finish_time = now
                 self._release(request)
@@ -204,26 +215,15 @@ class _Verified:
 
     Attributes:
         logits: ``[tree.num_nodes, vocab]`` raw logits.
-        sound: ``[tree.num_nodes]`` bool; False for rows with NaN or infinite logits.
+        sound: False if any of the tree's rows had NaN or infinite logits, or no token to choose.
     """
 
     request: Request
     tree: TokenTree
     path: VerifiedPath
     logits: Tensor
-    sound: Tensor
-
-    @property
-    def path_rows(self) -> list[int]:
-        """The nodes whose logits chose each of the new tokens."""
-        return [0, *self.path.accepted_nodes]
+    sound: bool
 
     @property
     def new_tokens(self) -> list[int]:
         return [*(self.tree.tokens[node] for node in self.path.accepted_nodes), self.path.next_token]
-
-    @property
-    def num_sound(self) -> int:
-        """New tokens before the first that was chosen from unsound logits; rejected drafts do not count."""
-        sound = self.sound.tolist()
-        return next((i for i, row in enumerate(self.path_rows) if not sound[row]), len(self.path_rows))

@@ -54,19 +54,32 @@ class Scheduler:
 
         Raises:
             ConfigError: the queue is full.
-            CacheError: the request could never fit into the cache, even alone.
+            CacheError: see `check_fits`.
         """
         if len(self.waiting) >= self._config.max_waiting:
-            raise ConfigError("request queue", got=f"{len(self.waiting)} waiting", expected="fewer than max_waiting")
+            raise ConfigError(
+                "request queue",
+                got=f"{len(self.waiting)} waiting",
+                expected=f"fewer than scheduler.max_waiting={self._config.max_waiting}",
+                remedy="try again later",
+            )
+        self.check_fits(request)
+        self.waiting.append(request)
+
+    def check_fits(self, request: Request) -> None:
+        """Refuse what the cache could not hold even alone.
+
+        Raises:
+            CacheError: the request may grow beyond the cache's capacity.
+        """
         capacity = self._cache.num_positions
         if request.max_length > capacity:
             raise CacheError(
                 "request length",
                 got=f"{request.num_prompt_tokens} prompt tokens, up to {request.max_length} in all",
                 expected=f"at most the cache's {capacity} positions",
-                remedy="lower max_tokens or raise cache.memory_gb",
+                remedy="shorten the prompt, lower max_tokens or raise cache.memory_gb",
             )
-        self.waiting.append(request)
 
     def schedule(self) -> list[ScheduledSequence]:
         """The sequences of the next step; their rows are reserved in the cache."""
@@ -103,6 +116,9 @@ class Scheduler:
         while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
             request = self.waiting[0]
             num_cached = self._cache.admit(request.request_id, request.token_ids)
+            if self.running and not self._has_room(request):
+                self._cache.release(request.request_id)
+                return
             scheduled = self._place(request, budget, num_behind=0, num_spare_blocks=len(self.running))
             if scheduled is None:
                 self._cache.release(request.request_id)
@@ -113,6 +129,17 @@ class Scheduler:
             self.running.append(request)
             plan.append(scheduled)
             budget -= scheduled.chunk_size + scheduled.max_draft_nodes
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether all that a request and the running ones know fits, with a block each to grow into.
+
+        Admitting a long prompt when its first chunk fits would only get it preempted, again and again.
+        """
+        known = sum(
+            self._cache.num_new_blocks(r.request_id, len(r.token_ids) - self._cache.num_computed(r.request_id))
+            for r in (*self.running, request)
+        )
+        return known + len(self.running) <= self._cache.pool.num_available
 
     def _place(
         self, request: Request, budget: int, *, num_behind: int, num_spare_blocks: int = 0
@@ -130,7 +157,7 @@ class Scheduler:
         available = cache.pool.num_available - num_spare_blocks
         max_nodes = 0
         is_last_chunk = num_computed + chunk_size == len(request.token_ids)
-        if is_last_chunk and request.max_length - len(request.token_ids) > 1:
+        if is_last_chunk and request.may_draft and request.max_length - len(request.token_ids) > 1:
             max_nodes = min(self._max_draft_nodes, (budget - chunk_size - num_behind) // (num_behind + 1))
             if cache.num_new_blocks(request_id, chunk_size + max_nodes) + num_behind > available:
                 max_nodes = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import index
 from typing import Any
 
 from outrider.errors import PromptError
@@ -21,7 +22,12 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, *, name: str = "prompt")
         PromptError: it is neither of these, or its text is no valid Unicode.
     """
     if isinstance(prompt, Mapping) and "prompt_token_ids" in prompt:
-        return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+        try:
+            token_ids = [token if isinstance(token, bool) else index(token) for token in prompt["prompt_token_ids"]]
+        except TypeError as error:
+            got = repr(prompt["prompt_token_ids"])[:80]
+            raise PromptError(f"{name} token ids", got=got, expected="a list of integers") from error
+        return prompt.get("prompt"), token_ids
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     if not isinstance(text, str):
         raise PromptError(

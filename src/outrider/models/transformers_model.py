@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from outrider.cache.kv_cache import KVCache, LayerShape
-from outrider.errors import UnsupportedModelError
+from outrider.errors import ModelLoadError, UnsupportedModelError
 from outrider.kernels import ops
 from outrider.kernels.attention import ROW_BUCKET, AttentionBatch, AttentionParams, RowBucket
 from outrider.models.model import ForwardBatch
@@ -384,7 +384,10 @@ def _eos_token_ids(module: PreTrainedModel) -> tuple[int, ...]:
     for source in sources:
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+            ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+            if not all(isinstance(token, int) for token in ids):
+                raise ModelLoadError("eos_token_id", got=repr(ids)[:60], expected="a token id, or a list of them")
+            return ids
     return ()
 
 
