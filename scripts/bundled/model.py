@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bundled.common import CHUNK
+from bundled.common import CHUNK, write_json
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def export_models(models: nn.ModuleDict, tokenizer_folder: Path, out: Path) -> N
         copy.load_state_dict(weights)
         copy.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=0)
         copy.save_pretrained(partial)
+        settings = json.loads((partial / "config.json").read_text())
+        write_json(partial / "config.json", settings | {"dtype": "float32"})  # what to compute in
         (partial / "model.safetensors").chmod(0o644)  # it comes readable by its owner alone
         for path in tokenizer_folder.iterdir():
             shutil.copyfile(path, partial / path.name)
