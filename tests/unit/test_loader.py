@@ -172,7 +172,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     missing_tensor: r"1 tensors missing, such as model.layers.1.mlp.up_proj.weight",
     missing_layer: "9 tensors missing",
     narrower_tensor: "9 tensors of other shapes",
-    nan_weights: "relative change of nan",
+    nan_weights: "NaN or infinite",
     broken_index: "index.json cannot be read",
     empty_index: "no weight_map",
 }
