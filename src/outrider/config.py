@@ -127,6 +127,7 @@ class DraftModelConfig:
         depth: forwards of the draft per step, and the longest path of the tree.
         width: children drawn below each expanded node; 1 is a chain.
         max_expanded: nodes expanded per depth, the most probable paths first.
+        min_path_prob: paths that the draft itself finds less probable are not drafted further.
         max_nodes: the most draft tokens in a tree.
         dtype: of the draft's weights; "auto" is the checkpoint's.
     """
@@ -134,9 +135,10 @@ class DraftModelConfig:
     method: Literal["draft_model"] = "draft_model"
     model: str | None = None
     revision: str | None = None
-    depth: int = 4
+    depth: int = 10
     width: int = 1
     max_expanded: int = 1
+    min_path_prob: float = 0.1
     max_nodes: int = 12
     dtype: str = "auto"
 
@@ -144,6 +146,8 @@ class DraftModelConfig:
         _check_tree_limits("draft_model", self.depth, self.max_nodes)
         _check_int("draft_model.width", self.width, 1, 64)
         _check_int("draft_model.max_expanded", self.max_expanded, 1, 64)
+        valid = isinstance(self.min_path_prob, int | float) and 0 <= self.min_path_prob < 1
+        _require(valid, "draft_model.min_path_prob", self.min_path_prob, "a number in [0, 1)")
 
 
 DrafterConfig = NoDrafterConfig | NgramConfig | RecyclingConfig | DraftModelConfig

@@ -28,8 +28,9 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "none": NoDrafterConfig(),
     "ngram": NgramConfig(),
     "recycling": RecyclingConfig(),
-    "draft_model-chain": DraftModelConfig(),
-    "draft_model-tree": DraftModelConfig(depth=3, width=3, max_expanded=2, max_nodes=12),
+    "draft_model": DraftModelConfig(),
+    "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),
+    "draft_model-tree": DraftModelConfig(depth=3, width=3, max_expanded=2, max_nodes=12, min_path_prob=0.0),
 }
 
 

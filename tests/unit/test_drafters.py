@@ -136,8 +136,20 @@ def test_a_greedy_chain_is_the_drafts_own_continuation() -> None:
     engine = make_engine("draft_model-chain")
     tokens = [3, 1, 4, 1, 5, 9, 2, 6]
     (tree,) = engine.drafter.propose([context(tokens)])
-    depth = DraftModelConfig().depth
-    assert paths(tree) == {greedy_continuation(ToyModel(memory=0.3), tokens, depth)}
+    assert paths(tree) == {greedy_continuation(ToyModel(memory=0.3), tokens, 4)}
+
+
+def test_unlikely_paths_are_not_drafted_further() -> None:
+    """A path goes on as long as the draft finds it at least as probable as asked; its first token is free."""
+    tokens, model = [3, 1, 4, 1, 5, 9, 2, 6], ToyModel(memory=0.3)
+    (tree,) = make_engine("draft_model").drafter.propose([context(tokens)])
+    config = DraftModelConfig()
+    expected, probability = [], 1.0
+    while len(expected) < config.depth and (not expected or probability >= config.min_path_prob):
+        p = torch.from_numpy(model._logits((*tokens, *expected))).softmax(-1)
+        expected.append(int(p.argmax()))
+        probability *= float(p.max())
+    assert paths(tree) == {tuple(expected)}
 
 
 def test_a_greedy_tree_holds_the_most_probable_children() -> None:

@@ -7,6 +7,7 @@ target's own, so that draft and target tend to the same choice; under rejection 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -72,6 +73,7 @@ class DraftModelDrafter:
         self._cache = cache
         self._vocab_size = vocab_size
         self._max_batch_tokens = max_batch_tokens
+        self._min_score = math.log(config.min_path_prob) if config.min_path_prob > 0 else -math.inf
         self._width = 1 if style.chains_only else config.width
         self.returns_probs = style.noise == "independent"
         self.max_nodes = min(config.max_nodes, config.depth) if self._width == 1 else config.max_nodes
@@ -166,6 +168,8 @@ class DraftModelDrafter:
     def _extend(self, tree: _Growing, depth: int) -> bool:
         """Draw the children of the most probable nodes of depth - 1; False if the tree stays as it is."""
         frontier = [node for node, d in enumerate(tree.depths) if d == depth - 1 and node <= tree.num_forwarded]
+        if depth > 1:
+            frontier = [node for node in frontier if tree.scores[node] >= self._min_score]
         frontier = sorted(frontier, key=lambda node: -tree.scores[node])[: self._config.max_expanded]
         room = tree.context.max_nodes - tree.num_drafted
         if not frontier or room < 1 or tree.num_drafted >= self.max_nodes:
@@ -209,7 +213,8 @@ class DraftModelDrafter:
 
     def _may_grow(self, tree: _Growing, depth: int) -> bool:
         limit = min(tree.context.max_nodes, self.max_nodes)
-        return tree.num_drafted < limit and depth < tree.context.max_depth
+        is_likely = max(tree.scores[node] for node, d in enumerate(tree.depths) if d == depth) >= self._min_score
+        return is_likely and tree.num_drafted < limit and depth < tree.context.max_depth
 
     def _forward_trees(self, growing: Sequence[_Growing]) -> None:
         """Read all trees so far in one forward, root excluded: its keys, values and logits are there already."""
