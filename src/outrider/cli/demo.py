@@ -32,7 +32,7 @@ def demo(
     temperature: Annotated[
         float | None, option("--temperature", "-t", help="Without it 0 and 0.8 in turn.", panel=SAMPLING)
     ] = None,
-    seed: opt.Seed = None,
+    seed: opt.Seed = 7,
     threads: opt.Threads = None,
 ) -> None:
     """Continue a piece of code by plain decoding and by every drafter: the same text, in less time."""
