@@ -79,7 +79,6 @@ class KVCache:
         prefix_caching: bool = True,
     ) -> None:
         self.block_size = block_size
-        self.num_layers = len(layers)
         # One storage per distinct (heads, width), so that a commit moves all layers' rows in one indexed copy.
         wanted = [(s.num_heads, s.key_dim) for s in layers] + [(s.num_heads, s.value_dim) for s in layers]
         num_slots = num_blocks * block_size
