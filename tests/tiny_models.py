@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +86,21 @@ MIXTURE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss")
 
 
 def build_tiny(
-    family: str, vocab_size: int = 128, seed: int = 0, dtype: torch.dtype = torch.float32
+    family: str,
+    vocab_size: int = 128,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A tiny model in evaluation mode whose logits are far from uniform, so that errors show.
 
     Args:
         family: one of FAMILIES or REFUSED_FAMILIES.
+        options: of the configuration, instead of the family's own.
     """
     special = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
-    options = {**_COMMON, **special, "vocab_size": vocab_size, "dtype": dtype, **_FAMILIES[family]}
-    config = AutoConfig.for_model(**options)
+    chosen = {**_COMMON, **special, "vocab_size": vocab_size, "dtype": dtype, **_FAMILIES[family], **(options or {})}
+    config = AutoConfig.for_model(**chosen)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")

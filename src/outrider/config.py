@@ -7,11 +7,13 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from outrider.errors import ConfigError
 
-Exactness = Literal["numerical", "bitwise"]
+Exactness = Literal["auto", "numerical", "bitwise"]
+Weights = Literal["auto", "fp32", "bf16", "int8", "int4"]
+GROUP_SIZES = (32, 64, 128)
 T = TypeVar("T")
 
 
@@ -166,18 +168,23 @@ class EngineConfig:
     Attributes:
         model: folder or hub id; None is the bundled model.
         revision: of a hub id.
-        dtype: of weights and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        dtype: of activations and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        weights: of the linear layers: "auto" (as the checkpoint holds them, in `dtype` if it holds them plainly),
+            "fp32", "bf16", "int8" (a scale per output) or "int4" (a scale per group of inputs).
+        group_size: inputs per scale of int4 weights: 32, 64 or 128.
         device: torch device.
-        exactness: "numerical" (equal up to floating-point ties) or "bitwise" (every row's bits are independent of
-            the batch; proven by a self-test at start).
+        exactness: "numerical" (equal up to floating-point ties), "bitwise" (every row's bits are independent of
+            the batch; proven by a self-test at start) or "auto" (bitwise on a CPU with compiled kernels).
         verification: "coupled", "rejection", "tree_rejection" or "multi_candidate".
     """
 
     model: str | None = None
     revision: str | None = None
     dtype: str = "auto"
+    weights: Weights = "auto"
+    group_size: int = 64
     device: str = "cpu"
-    exactness: Exactness = "numerical"
+    exactness: Exactness = "auto"
     verification: str = "coupled"
     drafter: DrafterConfig = field(default_factory=NgramConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -186,11 +193,14 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _require(self.model != "", "model", self.model, "a folder or hub id")
         _require(
-            self.exactness in ("numerical", "bitwise"),
+            self.exactness in get_args(Exactness),
             "exactness",
             self.exactness,
-            "'numerical' or 'bitwise'",
+            "'auto', 'numerical' or 'bitwise'",
         )
+        formats = get_args(Weights)
+        _require(self.weights in formats, "weights", self.weights, f"one of {', '.join(formats)}")
+        _require(self.group_size in GROUP_SIZES, "group_size", self.group_size, "32, 64 or 128")
         dtypes = ("auto", "float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"one of {', '.join(dtypes)}")
 

@@ -16,6 +16,7 @@ from outrider.config import (
     EngineConfig,
     Exactness,
     SchedulerConfig,
+    Weights,
     drafter_config,
     from_mapping,
 )
@@ -50,8 +51,10 @@ class LLM:
             config.
         verification: "coupled" (the output is what plain decoding gives with the same seed), "rejection",
             "tree_rejection" or "multi_candidate" (exact in distribution).
-        exactness: "numerical" or "bitwise".
+        exactness: "numerical", "bitwise", or "auto": bitwise on a CPU with compiled kernels.
         dtype: "auto", "float32", "bfloat16" or "float16".
+        weights: "auto", "fp32", "bf16", "int8" or "int4": what linear layers are packed or rounded to at load.
+        group_size: inputs per scale of int4 weights: 32, 64 or 128.
         revision: of a hub id.
         cache, scheduler: settings of those components.
 
@@ -65,17 +68,21 @@ class LLM:
         *,
         drafter: str | Mapping[str, Any] | DrafterConfig = "ngram",
         verification: str = "coupled",
-        exactness: Exactness = "numerical",
+        exactness: Exactness = "auto",
         dtype: str = "auto",
+        weights: Weights = "auto",
+        group_size: int = 64,
         device: str = "cpu",
         revision: str | None = None,
         cache: Mapping[str, Any] | CacheConfig | None = None,
         scheduler: Mapping[str, Any] | SchedulerConfig | None = None,
     ) -> None:
-        self.config = EngineConfig(
+        config = EngineConfig(
             model=model if model is None else os.fspath(model),
             revision=revision,
             dtype=dtype,
+            weights=weights,
+            group_size=group_size,
             device=device,
             exactness=exactness,
             verification=verification,
@@ -85,7 +92,8 @@ class LLM:
             if isinstance(scheduler, SchedulerConfig)
             else from_mapping(SchedulerConfig, scheduler or {}, "scheduler"),
         )
-        self.model, self.tokenizer = load_target(self.config)
+        self.model, self.tokenizer, resolved = load_target(config)
+        self.config = replace(config, exactness=resolved)
         self.engine = build_engine(self.config, self.model, self.tokenizer)
         self._ids = count()
 

@@ -13,6 +13,7 @@ from outrider.cache.prefix_index import ROOT, PrefixIndex
 from outrider.config import SchedulerConfig
 from outrider.engine import engine as engine_module
 from outrider.engine import scheduler as scheduler_module
+from outrider.kernels.native import ISA_VARIABLE, REFERENCE
 from outrider.models import batch as batch_module
 from outrider.sampling.sampler import KeyedDecisions
 from outrider.token_tree import TokenTree, VerifiedPath
@@ -124,9 +125,10 @@ def accept_first_child(patch: Patch) -> None:
 
 
 def siblings_see_each_other(patch: Patch) -> None:
-    """The tree mask is a plain causal mask."""
+    """The reference kernels' tree mask is a plain causal mask."""
+    patch.setenv(ISA_VARIABLE, REFERENCE)
     patch.setattr(batch_module, "ancestor_mask", lambda parents: torch.ones(len(parents), len(parents)).tril().bool())
-    patch.setattr(batch_module, "_remembered_layout", batch_module._layout)
+    patch.setattr(batch_module, "_remembered_tree_mask", batch_module._tree_mask)
 
 
 def prefixes_by_last_block_only(patch: Patch) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from outrider import LLM, SamplingParams
+from outrider.models.llama import LlamaModel
 from outrider.token_tree import TokenTree
 from tests.tiny_models import FAMILIES, make_tiny
 
@@ -44,10 +45,13 @@ def test_generation_equals_transformers_and_plain_decoding(family: str, tmp_path
         assert llm.engine.stats.num_accepted_tokens > 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("drafter", ["recycling", "draft_model"])
-def test_a_draft_with_nan_keys_does_not_reach_the_output_or_the_cache(drafter: str, tmp_path: Path) -> None:
+def test_a_draft_with_nan_keys_does_not_reach_the_output_or_the_cache(
+    drafter: str, family: str, tmp_path: Path
+) -> None:
     """Every tree is given one more child: a token whose embedding is NaN, which plain decoding never chooses."""
-    folder = make_tiny("llama", tmp_path / "llama")
+    folder = make_tiny(family, tmp_path / family)
     plain = LLM(str(folder), drafter="none")
     spec = {"method": drafter, "model": str(folder)} if drafter == "draft_model" else drafter
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -63,7 +67,10 @@ def test_a_draft_with_nan_keys_does_not_reach_the_output_or_the_cache(drafter: s
         ]
 
     llm.engine.drafter.propose = with_poison
-    embedding = plain.model.module.get_input_embeddings().weight
+    if isinstance(plain.model, LlamaModel):
+        embedding = plain.model.embedding
+    else:
+        embedding = plain.model.module.get_input_embeddings().weight
     with torch.no_grad():
         embedding[poisoned] = float("nan")
     assert tokens(llm, params) == expected

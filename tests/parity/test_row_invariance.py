@@ -13,8 +13,9 @@ from torch import Tensor
 
 from outrider.cache.kv_cache import KVCache
 from outrider.errors import ExactnessError
-from outrider.kernels import reference
+from outrider.kernels import native, reference
 from outrider.kernels.attention import AttentionParams, RowBucket
+from outrider.kernels.native import ISA_VARIABLE, REFERENCE
 from outrider.models.model import ForwardBatch
 from outrider.models.probe import probe_model
 from outrider.models.row_invariance import check_row_invariance
@@ -24,8 +25,22 @@ from tests.tiny_models import FAMILIES, MIXTURE_FAMILIES, build_tiny
 TRUE_ATTENTION = reference.row_bucket_attention
 
 
+@pytest.fixture(params=["compiled", REFERENCE])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == REFERENCE:
+        monkeypatch.setenv(ISA_VARIABLE, REFERENCE)
+    elif not native.is_available():
+        pytest.skip("no compiled kernels")
+
+
+@pytest.fixture
+def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, REFERENCE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("kernels")
 def test_holds(family: str, dtype: torch.dtype) -> None:
     model = TransformersModel(build_tiny(family, dtype=dtype), name=family, row_invariant=True)
     check_row_invariance(model)
@@ -54,6 +69,7 @@ class WithoutBuckets(TransformersModel):
     + [(family, torch.bfloat16) for family in ("llama", "gpt2")],
     ids=str,
 )
+@pytest.mark.usefixtures("reference_kernels")  # the compiled ones, and so some models, are always row-invariant
 def test_ignoring_the_mode_is_noticed(family: str, dtype: torch.dtype) -> None:
     model = WithoutBuckets(build_tiny(family, dtype=dtype), name=family, row_invariant=True)
     with pytest.raises(ExactnessError, match="not row-invariant"):
@@ -87,6 +103,7 @@ def whole_rows(query: Tensor, keys: Tensor, values: Tensor, bucket: RowBucket, p
 
 
 @pytest.mark.parametrize("mutant", [two_splits, whole_rows])
+@pytest.mark.usefixtures("reference_kernels")
 def test_other_attention_is_noticed(mutant: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "row_bucket_attention", mutant)
     model = TransformersModel(build_tiny("llama"), name="mutant", row_invariant=True)

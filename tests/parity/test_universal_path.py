@@ -18,6 +18,7 @@ from outrider.cache.kv_cache import KVCache
 from outrider.errors import UnsupportedModelError
 from outrider.kernels import reference
 from outrider.kernels.attention import SequenceAttention
+from outrider.kernels.native import ISA_VARIABLE, REFERENCE
 from outrider.models import transformers_model
 from outrider.models.batch import SequenceRows, build_forward_batch, rows_of
 from outrider.models.loader import load_model
@@ -145,6 +146,7 @@ class TestProbeFindsMutants:
             probe_model(TransformersModel(module, name=family, row_invariant=row_invariant))
 
     def test_siblings_seen(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+        monkeypatch.setenv(ISA_VARIABLE, REFERENCE)
         monkeypatch.setattr(reference, "_bias", see_siblings)
         self.refused("llama", dtype)
 

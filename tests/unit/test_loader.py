@@ -55,7 +55,6 @@ def test_loads_quietly(folder: Path, capfd: pytest.CaptureFixture[str], caplog: 
 
 def test_dtype(folder: Path) -> None:
     assert load_model(folder, dtype="bfloat16").dtype == torch.bfloat16
-    assert next(load_model(folder, dtype="bfloat16").module.parameters()).dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="dtype: got 'int3'"):
         load_model(folder, dtype="int3")
 

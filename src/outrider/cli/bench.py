@@ -12,6 +12,7 @@ import typer
 
 from outrider.bench.workloads import prompts_hash
 from outrider.cli import options as opt
+from outrider.cli.bench_kernels import forward, kernels
 from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
 from outrider.cli.options import EngineOptions, base_seed
 from outrider.cli.prompts import Prompt, prompts_or_held_out
@@ -29,6 +30,10 @@ MEASURING = "Measuring"
 bench_app = typer.Typer(
     help="Measure speed; every figure stands beside the equality of its output.", no_args_is_help=True
 )
+
+
+bench_app.command()(kernels)
+bench_app.command()(forward)
 
 
 @bench_app.callback()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from logging import getLogger
 from pathlib import Path
 
 from outrider.cache.kv_cache import KVCache, LayerShape
-from outrider.config import CacheConfig, DraftModelConfig, EngineConfig, SchedulerConfig
+from outrider.config import CacheConfig, DraftModelConfig, EngineConfig, Exactness, SchedulerConfig
 from outrider.drafting.build import build_drafter
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftStyle
 from outrider.engine.engine import Engine
 from outrider.engine.scheduler import Scheduler
-from outrider.errors import ConfigError, VocabularyMismatchError
+from outrider.errors import ConfigError, ExactnessError, VocabularyMismatchError
 from outrider.inputs.tokenizer import Tokenizer
+from outrider.kernels import native
 from outrider.models.loader import load_model, load_tokenizer
 from outrider.models.model import Model
 from outrider.models.row_invariance import check_row_invariance
@@ -25,21 +27,38 @@ BUNDLED_TARGET = str(BUNDLED / "target")
 BUNDLED_DRAFT = str(BUNDLED / "draft")
 
 
-def load_target(config: EngineConfig) -> tuple[Model, Tokenizer]:
+def load_target(config: EngineConfig) -> tuple[Model, Tokenizer, Exactness]:
     """Load the target and its tokenizer.
+
+    Returns:
+        The model, the tokenizer, and "bitwise" or "numerical": what "auto" came to.
 
     Raises:
         ModelLoadError: it cannot be loaded, or its outputs would be wrong.
-        ExactnessError: bitwise mode on a model or device that is not row-invariant.
+        ExactnessError: bitwise mode was asked for, on a model or device that is not row-invariant.
     """
     path = config.model or BUNDLED_TARGET
-    bitwise = config.exactness == "bitwise"
+    on_kernels = config.device == "cpu" and native.is_available()
+    bitwise = config.exactness == "bitwise" or (config.exactness == "auto" and on_kernels)
     model = load_model(
-        path, revision=config.revision, dtype=config.dtype, device=config.device, row_invariant=bitwise
+        path,
+        revision=config.revision,
+        dtype=config.dtype,
+        weights=config.weights,
+        group_size=config.group_size,
+        device=config.device,
+        row_invariant=bitwise,
     )
     if bitwise:
-        check_row_invariance(model)
-    return model, Tokenizer(load_tokenizer(path, revision=config.revision))
+        try:
+            check_row_invariance(model)
+        except ExactnessError as error:
+            if config.exactness == "bitwise":
+                raise
+            getLogger("outrider").warning("%s; running in numerical mode", error)
+            bitwise = False
+    tokenizer = Tokenizer(load_tokenizer(path, revision=config.revision))
+    return model, tokenizer, "bitwise" if bitwise else "numerical"
 
 
 def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> Engine:

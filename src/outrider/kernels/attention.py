@@ -6,9 +6,11 @@ sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,20 +68,62 @@ class RowBucket:
     num_keys: Tensor
     write_slots: Tensor
 
+    @cached_property
+    def flat(self) -> FlatSequences:
+        """The bucket's own rows, each as a sequence of one row."""
+        num_rows, num_keys = self.end - self.start, self.num_keys[: self.end - self.start].cpu().numpy()
+        slots = self.slots[:num_rows].cpu().numpy()
+        return FlatSequences(
+            cu_rows=np.arange(num_rows + 1),
+            num_context=num_keys - 1,
+            slots=np.concatenate([row[:count] for row, count in zip(slots, num_keys, strict=True)]),
+            cu_slots=np.concatenate(([0], num_keys.cumsum())),
+            parents=np.full(num_rows, -1, dtype=np.int32),
+            is_chain=np.ones(num_rows, dtype=np.uint8),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class FlatSequences:
+    """All sequences of a step in a few arrays on the host, for compiled kernels; s sequences.
+
+    Attributes:
+        cu_rows: ``[s + 1]`` int64 first row of each sequence, and the end.
+        num_context: ``[s]`` int64 cached positions.
+        slots: ``[sum of num_context and rows]`` int64, per sequence its context, then its rows.
+        cu_slots: ``[s + 1]`` int64 first slot of each sequence.
+        parents: ``[N]`` int32 parent among the sequence's own rows, -1 for the context.
+        is_chain: ``[s]`` uint8, 1 where each row's parent is the row before it.
+    """
+
+    cu_rows: np.ndarray
+    num_context: np.ndarray
+    slots: np.ndarray
+    cu_slots: np.ndarray
+    parents: np.ndarray
+    is_chain: np.ndarray
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionBatch:
     """Attention of one step; the same for all layers.
 
     Attributes:
-        sequences: in row order, covering all rows.
+        flat: the sequences in row order, covering all rows.
         write_slots: ``[N]`` int64 slots that this step's keys and values are written to.
+        describe_sequences: gives the same as `flat` in the form of the reference kernels.
         row_invariant: attend per query over its own key sequence in fixed splits (bitwise mode).
     """
 
-    sequences: tuple[SequenceAttention, ...]
+    flat: FlatSequences
     write_slots: Tensor
+    describe_sequences: Callable[[], tuple[SequenceAttention, ...]]
     row_invariant: bool = False
+
+    @cached_property
+    def sequences(self) -> tuple[SequenceAttention, ...]:
+        """In row order, covering all rows."""
+        return self.describe_sequences()
 
     @cached_property
     def row_buckets(self) -> tuple[RowBucket, ...]:

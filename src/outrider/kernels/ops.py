@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outrider.kernels import reference
+from outrider.kernels import native, reference
 from outrider.kernels.attention import ROW_BUCKET, AttentionBatch, AttentionParams, RowBucket
 
 
@@ -31,6 +31,10 @@ def attention(
     Returns:
         ``[N, H, E]`` in the dtype of `query`.
     """
+    if _run_native(query, key_cache):
+        native.write_kv(keys, key_cache, batch.write_slots)
+        native.write_kv(values, value_cache, batch.write_slots)
+        return native.attention(query, key_cache, value_cache, batch.flat, params).to(query.dtype)
     reference.write_rows(keys, values, key_cache, value_cache, batch.write_slots)
     if not batch.row_invariant:
         return reference.attention(query, key_cache, value_cache, batch, params)
@@ -61,5 +65,14 @@ def row_bucket_attention(
         ``[ROW_BUCKET, H, E]`` in the dtype of `query`.
     """
     num_rows = bucket.end - bucket.start
+    if _run_native(query, key_cache):
+        native.write_kv(keys[:num_rows], key_cache, bucket.write_slots)
+        native.write_kv(values[:num_rows], value_cache, bucket.write_slots)
+        attended = native.attention(query[:num_rows], key_cache, value_cache, bucket.flat, params)
+        return torch.cat((attended, attended[:1].expand(len(query) - num_rows, -1, -1))).to(query.dtype)
     reference.write_rows(keys[:num_rows], values[:num_rows], key_cache, value_cache, bucket.write_slots)
     return reference.row_bucket_attention(query, key_cache, value_cache, bucket, params)
+
+
+def _run_native(query: Tensor, cache: Tensor) -> bool:
+    return query.device.type == "cpu" and native.can_attend(cache) and native.is_available()

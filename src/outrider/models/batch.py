@@ -7,15 +7,16 @@ parents    = the chunk is a chain, the tree hangs off its end                  -
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.kernels.attention import AttentionBatch, SequenceAttention
+from outrider.kernels.attention import AttentionBatch, FlatSequences, SequenceAttention
 from outrider.models.model import ForwardBatch
 from outrider.token_tree import TokenTree, ancestor_mask
 
@@ -43,10 +44,10 @@ class SequenceRows:
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """Who is whose ancestor among a sequence's rows: the same for all steps with equal parents."""
+    """How a sequence's rows hang together: the same for all steps with equal parents."""
 
+    parents: np.ndarray  # [num_rows] int32
     depths: np.ndarray  # [num_rows] int64
-    row_mask: Tensor | None  # [num_rows, num_rows] bool; None for a single row
     is_chain: bool
 
 
@@ -72,52 +73,63 @@ def build_forward_batch(
         sequences: at least one, each with at least one row.
         row_invariant: ask for the bitwise mode's attention.
     """
-    on_cpu = torch.device(device).type == "cpu"
-    attention: list[SequenceAttention] = []
-    token_ids: list[int] = []
-    logits_rows: list[int] = []
-    positions: list[np.ndarray] = []
-    write_slots: list[np.ndarray] = []
-    start = 0
-    for rows in sequences:
-        layout = _layout_of(tuple(rows.parents), str(device))
-        row_positions = layout.depths + rows.num_context
-        positions.append(row_positions)
-        write_slots.append(rows.slots[rows.num_context :])
-        token_ids.extend(rows.token_ids)
-        logits_rows.extend([start + row for row in rows.logits_rows] if start else rows.logits_rows)
-        attention.append(_sequence_attention(rows, layout, start, row_positions, device))
-        start += len(rows.token_ids)
-    one = len(sequences) == 1
+    layouts = [_layout_of(tuple(rows.parents)) for rows in sequences]
+    for rows, layout in zip(sequences, layouts, strict=True):
+        assert len(rows.token_ids) == len(layout.depths), "token ids and parents differ"
+        assert len(rows.slots) == rows.num_context + len(rows.token_ids), "rows and slots differ"
+    flat = FlatSequences(
+        cu_rows=_offsets(len(rows.token_ids) for rows in sequences),
+        num_context=np.array([rows.num_context for rows in sequences], dtype=np.int64),
+        slots=_joined([rows.slots for rows in sequences]),
+        cu_slots=_offsets(len(rows.slots) for rows in sequences),
+        parents=_joined([layout.parents for layout in layouts]),
+        is_chain=np.array([layout.is_chain for layout in layouts], dtype=np.uint8),
+    )
+    starts: list[int] = flat.cu_rows.tolist()
+    logits_rows = [start + row for rows, start in zip(sequences, starts, strict=False) for row in rows.logits_rows]
     tensors = [
         torch.from_numpy(array)
         for array in (
-            np.array(token_ids, dtype=np.int64),
-            positions[0] if one else np.concatenate(positions),
-            write_slots[0] if one else np.concatenate(write_slots),
+            np.array([token for rows in sequences for token in rows.token_ids], dtype=np.int64),
+            _joined([layout.depths + rows.num_context for rows, layout in zip(sequences, layouts, strict=True)]),
+            _joined([rows.slots[rows.num_context :] for rows in sequences]),
         )
     ]
-    wanted = None if len(logits_rows) == start else torch.tensor(logits_rows, dtype=torch.int64)
-    if not on_cpu:
+    wanted = None if len(logits_rows) == starts[-1] else torch.tensor(logits_rows, dtype=torch.int64)
+    if torch.device(device).type != "cpu":
         tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
         wanted = None if wanted is None else wanted.to(device, non_blocking=True)
+
+    def describe_sequences() -> tuple[SequenceAttention, ...]:
+        return tuple(
+            _sequence_attention(rows, layout, start, device)
+            for rows, layout, start in zip(sequences, layouts, starts, strict=False)
+        )
+
     return ForwardBatch(
         token_ids=tensors[0],
         positions=tensors[1],
-        attention=AttentionBatch(tuple(attention), tensors[2], row_invariant),
+        attention=AttentionBatch(flat, tensors[2], describe_sequences, row_invariant),
         logits_rows=wanted,
     )
 
 
+def _offsets(lengths: Iterable[int]) -> np.ndarray:
+    return np.array([0, *accumulate(lengths)], dtype=np.int64)
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
+
+
 def _sequence_attention(
-    rows: SequenceRows, layout: _Layout, start: int, row_positions: np.ndarray, device: torch.device | str
+    rows: SequenceRows, layout: _Layout, start: int, device: torch.device | str
 ) -> SequenceAttention:
     num_rows, num_keys = len(rows.token_ids), len(rows.slots)
-    assert num_rows == len(layout.depths), "token ids and parents differ"
-    assert num_keys == rows.num_context + num_rows, "rows and slots differ"
     if layout.is_chain:
         key_positions = _positions_up_to(1 << (num_keys - 1).bit_length(), str(device))[:num_keys]
     else:
+        row_positions = layout.depths + rows.num_context
         host = np.concatenate((np.arange(rows.num_context, dtype=np.int64), row_positions))
         key_positions = torch.from_numpy(host).to(device)
     return SequenceAttention(
@@ -125,10 +137,21 @@ def _sequence_attention(
         end=start + num_rows,
         num_context=rows.num_context,
         slots=_slots_or_slice(rows.slots, device),
-        row_mask=layout.row_mask,
+        row_mask=_row_mask(layout, str(device)),
         is_chain=layout.is_chain,
         key_positions=key_positions,
     )
+
+
+def _row_mask(layout: _Layout, device: str) -> Tensor | None:
+    """``[num_rows, num_rows]`` bool, ancestors-or-self; None for a single row."""
+    num_rows = len(layout.parents)
+    if not layout.is_chain:
+        remembered = num_rows <= _MAX_REMEMBERED_ROWS
+        return (_remembered_tree_mask if remembered else _tree_mask)(tuple(layout.parents.tolist()), device)
+    if num_rows == 1:
+        return None
+    return _chain_mask(1 << (num_rows - 1).bit_length(), device)[:num_rows, :num_rows]
 
 
 def _slots_or_slice(slots: np.ndarray, device: torch.device | str) -> Tensor | slice:
@@ -148,23 +171,27 @@ def _chain_mask(length: int, device: str) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril_()
 
 
-def _layout_of(parents: tuple[int, ...], device: str) -> _Layout:
-    build = _remembered_layout if len(parents) <= _MAX_REMEMBERED_ROWS else _layout
-    return build(parents, device)
+def _tree_mask(parents: tuple[int, ...], device: str) -> Tensor:
+    return ancestor_mask(parents).to(device)
 
 
-def _layout(parents: tuple[int, ...], device: str) -> _Layout:
+_remembered_tree_mask = lru_cache(maxsize=1024)(_tree_mask)
+
+
+def _layout_of(parents: tuple[int, ...]) -> _Layout:
+    return (_remembered_layout if len(parents) <= _MAX_REMEMBERED_ROWS else _layout)(parents)
+
+
+def _layout(parents: tuple[int, ...]) -> _Layout:
     num_rows = len(parents)
+    flat = np.array(parents, dtype=np.int32)
     if parents == tuple(range(-1, num_rows - 1)):
-        mask = None
-        if num_rows > 1:
-            mask = _chain_mask(1 << (num_rows - 1).bit_length(), device)[:num_rows, :num_rows]
-        return _Layout(np.arange(num_rows, dtype=np.int64), mask, is_chain=True)
+        return _Layout(flat, np.arange(num_rows, dtype=np.int64), is_chain=True)
     depths = np.zeros(num_rows, dtype=np.int64)
     for row, parent in enumerate(parents):
         assert parent < row, "a row before its parent"
         depths[row] = depths[parent] + 1 if parent >= 0 else 0
-    return _Layout(depths, ancestor_mask(parents).to(device), is_chain=False)
+    return _Layout(flat, depths, is_chain=False)
 
 
 _remembered_layout = lru_cache(maxsize=1024)(_layout)

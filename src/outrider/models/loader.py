@@ -6,25 +6,30 @@ warning (tensors that are missing and stay random, shapes that do not fit) is an
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from outrider.errors import ConfigError, ModelLoadError, UnsupportedModelError
-from outrider.models.probe import probe_model
+from outrider.kernels import native
+from outrider.kernels.packed import WeightFormat
+from outrider.models.llama import LEAN_MODEL_TYPES, load_llama, why_not_lean
+from outrider.models.model import Model
+from outrider.models.probe import probe_lean_path, probe_model
 from outrider.models.transformers_model import WHAT_RUNS, TransformersModel
+from outrider.quantization.tensor_files import first_line, read_json
+from outrider.quantization.weights import DEFAULT_GROUP_SIZE, open_weights
 
 _DOWNLOADED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
 _TOKENIZER_FILES = (
@@ -35,11 +40,10 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "tekken.json",
 )
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PLAIN_FORMATS: dict[torch.dtype, WeightFormat] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GENERATIVE_CLASS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", re.IGNORECASE)
-_CONVERT = "convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other) writes safetensors"
 
 
 def load_model(
@@ -47,16 +51,22 @@ def load_model(
     *,
     revision: str | None = None,
     dtype: str = "auto",
+    weights: WeightFormat | Literal["auto"] = "auto",
+    group_size: int = DEFAULT_GROUP_SIZE,
     device: str = "cpu",
     row_invariant: bool = False,
-) -> TransformersModel:
+) -> Model:
     """Load a causal language model and prove by a probe that it computes what transformers alone would.
+
+    On a CPU with compiled kernels the Llama family takes the lean path; everything else runs in transformers' module.
 
     Args:
         path_or_hub_id: a folder with config.json and safetensors, or ``owner/name`` on the Hugging Face hub
             (HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply).
         revision: branch, tag or commit on the hub.
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
+        weights: "auto", "fp32", "bf16", "int8" or "int4", as `EngineConfig` describes.
+        group_size: of int4.
         row_invariant: prepare for the bitwise mode (`check_row_invariance` proves it).
 
     Raises:
@@ -68,12 +78,43 @@ def load_model(
     folder = _folder_of(path_or_hub_id, revision)
     with _quiet_transformers():
         config = _read_config(folder)
-        _check_weight_files(folder)
+        source = open_weights(folder, None if weights == "auto" else weights)
+        if device == "cpu" and dtype != "float16" and _runs_lean(config):
+            chosen = _stored_dtype(config) if dtype == "auto" else _DTYPES[dtype]
+            return load_llama(
+                folder,
+                config,
+                source,
+                format=(_PLAIN_FORMATS[chosen] if weights == "auto" else weights),
+                group_size=group_size,
+                dtype=chosen,
+                name=str(path_or_hub_id),
+            )
         module = _read_weights(folder, config, "auto" if dtype == "auto" else _DTYPES[dtype])
         module = module.to(device).eval().requires_grad_(False)
         model = TransformersModel(module, name=str(path_or_hub_id), row_invariant=row_invariant)
         probe_model(model)
     return model
+
+
+def _runs_lean(config: PretrainedConfig) -> bool:
+    """Whether the lean path computes what a module of this configuration would."""
+    if not native.is_available() or config.model_type not in LEAN_MODEL_TYPES:
+        return False
+    try:
+        reason = why_not_lean(config)
+        if reason is None:
+            probe_lean_path(config)
+    except Exception as error:  # nonsense in a configuration, which the universal path names
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    if reason is not None:
+        getLogger("outrider").warning("not on the fast path for its family, but through transformers: %s", reason)
+    return reason is None
+
+
+def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """What a checkpoint asks to be computed in; the kernels take bfloat16 for float16."""
+    return torch.float32 if config.dtype in (None, torch.float32) else torch.bfloat16
 
 
 def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -> Any:
@@ -95,7 +136,7 @@ def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelLoadError(
-                f"tokenizer of {folder} cannot be read", got=_first_line(error), remedy="check its files"
+                f"tokenizer of {folder} cannot be read", got=first_line(error), remedy="check its files"
             ) from error
 
 
@@ -109,7 +150,7 @@ def _check_device_and_dtype(device: str, dtype: str) -> None:
             "device",
             got=repr(device),
             expected="a device of this machine, such as 'cpu'",
-            remedy=_first_line(error),
+            remedy=first_line(error),
         ) from error
 
 
@@ -145,7 +186,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_DOWNLOADED))
     except GatedRepoError as error:
         remedy = "accept its licence on the hub and set HF_TOKEN"
-        raise ModelLoadError(f"model {hub_id} is gated", got=_first_line(error), remedy=remedy) from error
+        raise ModelLoadError(f"model {hub_id} is gated", got=first_line(error), remedy=remedy) from error
     except RepositoryNotFoundError as error:
         raise ModelLoadError(
             f"model {hub_id}",
@@ -160,25 +201,10 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from error
     except Exception as error:  # HTTP, validation and file system errors share no base class
         remedy = "check the name, the revision and the connection"
-        raise ModelLoadError(f"download of {hub_id} failed", got=_first_line(error), remedy=remedy) from error
+        raise ModelLoadError(f"download of {hub_id} failed", got=first_line(error), remedy=remedy) from error
     finally:
         if not quiet_already:
             enable_progress_bars()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(
-            f"{path} cannot be read",
-            got=_first_line(error),
-            expected="a JSON object",
-            remedy="restore the file",
-        ) from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{path}", got=type(content).__name__, expected="a JSON object")
-    return content
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
@@ -186,7 +212,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ModelLoadError(f"model folder {folder}", got="no config.json", expected="a Hugging Face model folder")
-    raw = _read_json(path)
+    raw = read_json(path)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         custom = " and code of its own (auto_map), which outrider never runs" if "auto_map" in raw else ""
@@ -199,7 +225,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # configuration classes validate with several exception types
-        raise ModelLoadError(f"{path} is not valid", got=_first_line(error), remedy="restore the file") from error
+        raise ModelLoadError(f"{path} is not valid", got=first_line(error), remedy="restore the file") from error
     architectures = raw.get("architectures")
     architectures = architectures if isinstance(architectures, list) else []
     if (
@@ -214,42 +240,6 @@ def _read_config(folder: Path) -> PretrainedConfig:
             remedy=WHAT_RUNS,
         )
     return config
-
-
-def _check_weight_files(folder: Path) -> None:
-    """All safetensors files are there and whole."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        raise ModelLoadError(
-            f"weights of {folder}",
-            got=f"only pickle files ({', '.join(pickles[:3])})" if pickles else "none",
-            expected="safetensors files (pickles can run code when they are read)",
-            remedy=_CONVERT if pickles else "download the *.safetensors files of the model",
-        )
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = _read_json(index).get("weight_map")
-        shards = set(shards.values()) if isinstance(shards, Mapping) else set()
-        absent = sorted(name for name in shards if not (folder / str(name)).is_file())
-        if absent or not shards:
-            raise ModelLoadError(
-                f"{index}",
-                got=f"missing files {absent[:3]}" if absent else "no weight_map",
-                expected="a map from tensors to the files next to it",
-                remedy="download the missing files",
-            )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(
-                f"{file} is damaged",
-                got=_first_line(error),
-                expected="a complete safetensors file",
-                remedy="download it again",
-            ) from error
 
 
 def _read_weights(folder: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> Any:
@@ -270,7 +260,7 @@ def _read_weights(folder: Path, config: PretrainedConfig, dtype: torch.dtype | s
     except Exception as error:  # anything that a model class raises on an unexpected configuration
         raise ModelLoadError(
             f"model {folder} cannot be built",
-            got=f"{type(error).__name__}: {_first_line(error)}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             expected="weights and a configuration that fit together",
             remedy="check config.json against the weights",
         ) from error
@@ -309,7 +299,3 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

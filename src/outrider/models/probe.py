@@ -6,17 +6,23 @@ attention interface, the positions or the mask. Only a comparison finds that.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from outrider.cache.kv_cache import KVCache, SequenceCommit
 from outrider.errors import ModelLoadError, UnsupportedModelError
 from outrider.models.batch import SequenceRows, build_forward_batch, rows_of
+from outrider.models.llama import LlamaModel, head_dim_of
 from outrider.models.model import Model
 from outrider.models.transformers_model import WHAT_RUNS, TransformersModel, use_eager_attention
+from outrider.quantization.tensor_files import LoadedTensors
+from outrider.quantization.weights import DEFAULT_GROUP_SIZE, WeightSource
 from outrider.token_tree import TokenTree
 
 _SHORT_WINDOW = 4  # real windows are thousands of positions; this one ends inside the probe
@@ -96,8 +102,53 @@ def probe_model(model: TransformersModel) -> None:
         config.sliding_window = window
 
 
-def _compare(model: TransformersModel, twin: TransformersModel, what: str) -> None:
-    """Refuse `model` unless `twin`, which shares its weights, agrees with the module's eager forward."""
+def probe_lean_path(config: PretrainedConfig) -> None:
+    """Compare the lean path with transformers on a small random model of the same kind, in float32.
+
+    All that a configuration says beside sizes (rotary embedding, biases, norms, windows) is the model's own; so the
+    weights, which may be many and quantised, need not be loaded twice.
+
+    Raises:
+        UnsupportedModelError: the logits differ by more than rounding, or a forward fails.
+    """
+    small = _small_twin(config)
+    generator = torch.Generator().manual_seed(0)
+    module = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    for tensor in module.parameters():
+        tensor.data.normal_(0, 0.1, generator=generator).add_(tensor.ndim == 1)
+    lean = LlamaModel(
+        small,
+        WeightSource(LoadedTensors(module.state_dict(), Path("memory"))),
+        format="fp32",
+        group_size=DEFAULT_GROUP_SIZE,
+        dtype=torch.float32,
+        name=config.model_type,
+    )
+    _compare(TransformersModel(module, name=config.model_type), lean, "on the lean path")
+
+
+def _small_twin(config: PretrainedConfig) -> PretrainedConfig:
+    """The same kind of model, small: narrow layers, few of them, windows of a few positions."""
+    small = copy.deepcopy(config)
+    group = config.num_attention_heads // config.num_key_value_heads
+    small.head_dim = head_dim_of(config)
+    small.hidden_size, small.intermediate_size, small.vocab_size = 32, 48, 64
+    small.num_key_value_heads = min(2, config.num_key_value_heads)
+    small.num_attention_heads = small.num_key_value_heads * group
+    kinds = list(getattr(config, "layer_types", None) or ())
+    chosen = sorted({kinds.index(kind) for kind in kinds}) or range(min(2, config.num_hidden_layers))
+    small.num_hidden_layers = len(chosen)
+    if kinds:
+        small.layer_types = [kinds[index] for index in chosen]
+    if getattr(config, "sliding_window", None) is not None:
+        small.sliding_window = _SHORT_WINDOW
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(small, name, None)
+    return small
+
+
+def _compare(model: TransformersModel, twin: Model, what: str) -> None:
+    """Refuse `model` unless `twin`, which has its weights, agrees with the module's eager forward."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(model.vocab_size, (length,), generator=generator).tolist() for length in (11, 5, 1)]
     drafts = torch.randint(model.vocab_size, (6,), generator=generator).tolist()
@@ -159,13 +210,10 @@ def _error(logits: Tensor, truth: Tensor, quantile: float) -> float:
     return errors.quantile(quantile).item()
 
 
-def _logits_of_nodes(
-    model: TransformersModel, prompts: Sequence[Sequence[int]], trees: Sequence[TokenTree]
-) -> Tensor:
+def _logits_of_nodes(model: Model, prompts: Sequence[Sequence[int]], trees: Sequence[TokenTree]) -> Tensor:
     """Logits ``[all nodes, vocab]`` over our cache: parts of prompts first, then the rest and all trees."""
-    run = CachedRun(
-        model, block_size=4, num_positions=20, num_sequences=len(prompts), row_invariant=model.row_invariant
-    )
+    row_invariant = isinstance(model, TransformersModel) and model.row_invariant
+    run = CachedRun(model, block_size=4, num_positions=20, num_sequences=len(prompts), row_invariant=row_invariant)
     chunks = [list(prompt[: len(prompt) // 2]) for prompt in prompts]
     rows = {str(i): (chunk, range(-1, len(chunk) - 1)) for i, chunk in enumerate(chunks) if chunk}
     run.step(rows)

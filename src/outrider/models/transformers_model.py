@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from outrider.cache.kv_cache import KVCache, LayerShape
-from outrider.errors import ModelLoadError, UnsupportedModelError
+from outrider.errors import UnsupportedModelError
 from outrider.kernels import ops
 from outrider.kernels.attention import ROW_BUCKET, AttentionBatch, AttentionParams, RowBucket
 from outrider.models.model import ForwardBatch
+from outrider.models.model_config import context_length_of, eos_token_ids_of
 
 ATTENTION_NAME = "outrider"
 ROW_INVARIANT_EXPERTS_NAME = "outrider_row_invariant"
-
-UNDECLARED_CONTEXT_LENGTH = 32768
-"""Context length of a model whose configuration names none (it has no position table that could end)."""
 
 WHAT_RUNS = (
     "use a decoder-only model with softmax attention, such as Llama, Qwen2, Qwen3, Mistral, Mixtral, Gemma, "
@@ -142,7 +140,7 @@ class TransformersModel:
         self.module = module
         self.config = module.config.get_text_config(decoder=True)
         self.device = module.device
-        self.context_length = _context_length(self.config)
+        self.context_length = context_length_of(self.config)
         self._takes_logits_rows = "logits_to_keep" in inspect.signature(module.forward).parameters
         _refuse_foreign_layers(module, self.config)
         self.use_own_attention()
@@ -153,7 +151,7 @@ class TransformersModel:
         self.dtype = survey.key_dtype or module.dtype
         self._layers = survey.layers
         self.layer_shapes = tuple(layer.shape for layer in survey.layers.values())
-        self.eos_token_ids = _eos_token_ids(module)
+        self.eos_token_ids = eos_token_ids_of(getattr(module, "generation_config", None), self.config, module.config)
 
     @property
     def attention_params(self) -> tuple[AttentionParams, ...]:
@@ -346,49 +344,6 @@ def _attention_params(
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )
-
-
-def _context_length(config: PretrainedConfig) -> int:
-    names = (
-        "max_position_embeddings",
-        "n_positions",
-        "n_ctx",
-        "max_seq_len",
-        "max_sequence_length",
-        "seq_length",
-    )
-    declared = [getattr(config, name, None) for name in names]
-    length = next((value for value in declared if isinstance(value, int) and value > 0), None)
-    if length is None:
-        return UNDECLARED_CONTEXT_LENGTH
-    rope = getattr(config, "rope_parameters", None) or {}
-    variants = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    for variant in variants:
-        # Beyond the original length longrope changes all rows' frequencies, of other sequences in the batch
-        # and of cached keys, too; "dynamic" does so beyond the declared length, which is never exceeded.
-        if variant.get("rope_type") == "longrope":
-            original = variant.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            length = min(length, original or length)
-    return length
-
-
-def _eos_token_ids(module: PreTrainedModel) -> tuple[int, ...]:
-    """Tokens that end a text by the generation config, or else by the model's config."""
-    sources = (
-        getattr(module, "generation_config", None),
-        module.config.get_text_config(decoder=True),
-        module.config,
-    )
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            ids = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
-            if not all(isinstance(token, int) for token in ids):
-                raise ModelLoadError("eos_token_id", got=repr(ids)[:60], expected="a token id, or a list of them")
-            return ids
-    return ()
 
 
 def _unsupported(reason: str) -> UnsupportedModelError:

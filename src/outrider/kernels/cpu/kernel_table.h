@@ -1,0 +1,134 @@
+// What every level (AVX-512, AVX2, portable) offers: plain structs and functions, so that one binary holds all.
+//
+// Legend: M rows, N outputs, K inputs of a linear layer; a panel is 32 outputs. Layouts of packed weights and the
+// arithmetic are those of kernels/packed.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// Always, or the linker might keep one level's copy of a function for all of them.
+#define OUTRIDER_INLINE inline __attribute__((always_inline))
+
+namespace outrider {
+
+constexpr int kPanel = 32;
+constexpr int kKeySplit = 64;  // keys of one split of a row's own key sequence
+
+enum Format : int { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kNumFormats = 4 };
+
+struct PackedLinear {
+    Format format;
+    int64_t num_outputs, num_inputs;
+    int group_size;  // int4; 0 otherwise
+    bool has_zeros;
+    const uint8_t* data;         // [num_panels][panel_bytes]
+    const int32_t* input_order;  // [num_inputs] or null
+    const float* bias;           // [num_outputs] or null
+
+    OUTRIDER_INLINE int64_t num_panels() const { return (num_outputs + kPanel - 1) / kPanel; }
+    OUTRIDER_INLINE int64_t num_groups() const { return format == kInt4 ? (num_inputs + group_size - 1) / group_size : 1; }
+    OUTRIDER_INLINE int64_t panel_bytes() const {
+        switch (format) {
+            case kFp32: return num_inputs * kPanel * 4;
+            case kBf16: return (num_inputs + 1) / 2 * kPanel * 4;
+            case kInt8: return 4 * kPanel + (num_inputs + 3) / 4 * kPanel * 4;
+            default: return num_groups() * (2 * kPanel * (has_zeros ? 2 : 1) + group_size / 2 * kPanel);
+        }
+    }
+};
+
+// The M rows of a GEMM's input in the form that its inner loop reads: blocks of at most `block_rows` rows, each
+// block [unit][row of the block], a unit being 32 bits of consecutive inputs of one row.
+struct PackedRows {
+    int num_rows, block_rows;
+    int64_t num_units;   // per row
+    int64_t num_groups;  // per row
+    uint32_t* units;     // [num_rows * num_units]
+    int32_t* sums;       // int8, int4: what each integer sum starts from, per block [group][row]
+    float* scales;       // int8, int4: [num_rows]
+
+    OUTRIDER_INLINE int num_blocks() const { return (num_rows + block_rows - 1) / block_rows; }
+    // Blocks of nearly equal size: the first `num_rows % num_blocks` have one row more.
+    OUTRIDER_INLINE int block_start(int block) const {
+        const int blocks = num_blocks(), size = num_rows / blocks, extra = num_rows % blocks;
+        return block * size + (block < extra ? block : extra);
+    }
+    OUTRIDER_INLINE int block_of(int row) const {
+        const int blocks = num_blocks(), size = num_rows / blocks, extra = num_rows % blocks;
+        const int large = extra * (size + 1);
+        return row < large ? row / (size + 1) : extra + (row - large) / size;
+    }
+};
+
+enum class Epilogue { kStore, kAdd };  // out = y, or out += y
+
+enum class KvType : int { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
+
+// Keys or values of one layer: [slots][heads][width]. An int8 head is followed by its float32 scale.
+struct KvCache {
+    void* data;
+    KvType type;
+    int num_heads, width;
+
+    OUTRIDER_INLINE int64_t head_bytes() const {
+        return type == KvType::kFp32 ? 4 * width : type == KvType::kBf16 ? 2 * width : width + 4;
+    }
+    OUTRIDER_INLINE char* head(int64_t slot, int h) const {
+        return static_cast<char*>(data) + (slot * num_heads + h) * head_bytes();
+    }
+};
+
+// Rows [row_begin, row_end) of the batch belong to one sequence. A row attends to the context and to its
+// ancestors among these rows; key j of a row stands at position j.
+struct SequenceView {
+    int row_begin, row_end;
+    int64_t num_context;
+    const int64_t* slots;    // [num_context + row_end - row_begin]
+    const int32_t* parents;  // [row_end - row_begin] of this sequence's rows, -1 at the context; null for a chain
+};
+
+struct AttentionArgs {
+    const float* query;  // [rows][num_heads * key width]
+    float* out;          // [rows][num_heads * value width]
+    int64_t query_stride, out_stride;
+    int num_heads;
+    KvCache keys, values;
+    float scaling, softcap;  // softcap 0: none
+    int64_t window;          // 0: none
+    const float* sinks;      // [num_heads] or null
+};
+
+struct KernelTable {
+    const char* name;
+    int block_rows[kNumFormats];  // most rows of a tile
+    int unit_inputs[kNumFormats];
+
+    // Writes row `row` of `rows` from x [K] (order and format of `weight`).
+    void (*pack_row)(const PackedLinear& weight, const float* x, const PackedRows& rows, int row);
+    // Panels [begin, end) of the layer for all rows; `out` is the first row's first output of panel `begin`.
+    void (*linear)(const PackedLinear& weight, const PackedRows& rows, float* out, int64_t out_stride,
+                   Epilogue epilogue, int64_t begin, int64_t end);
+    // Likewise silu(gate) * up of two layers of one format.
+    void (*gated_silu)(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows,
+                       const PackedRows& up_rows, float* out, int64_t out_stride, int64_t begin, int64_t end);
+    void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t width);
+    // Rotates each of `num_heads` heads of `width` in place; cos and sin [width / 2].
+    void (*rotate)(float* heads, int num_heads, int width, const float* cos, const float* sin);
+    void (*write_kv)(const float* heads, const KvCache& cache, int64_t slot);
+    void (*read_row)(const void* table, KvType type, int64_t row, int64_t width, float* out);
+    size_t (*attention_scratch)(const AttentionArgs& args, int64_t num_step_rows);  // in floats
+    // Rows [row_begin, row_end) of a sequence for the query heads of one key/value head.
+    void (*attention)(const AttentionArgs& args, const SequenceView& sequence, int kv_head, int row_begin,
+                      int row_end, float* scratch);
+    // Something that depends on every byte.
+    uint64_t (*read_memory)(const void* data, size_t num_bytes);
+};
+
+#if defined(OUTRIDER_X86)
+extern const KernelTable kAvx512;
+extern const KernelTable kAvx2;
+#endif
+extern const KernelTable kPortable;
+
+}  // namespace outrider

@@ -1,0 +1,27 @@
+// One level's table; included last by level_*.cpp, which is compiled with that level's instructions.
+#pragma once
+
+#include "rows.h"
+
+#include "attention.h"
+#include "linear.h"
+
+namespace OUTRIDER_LEVEL {
+
+constexpr outrider::KernelTable table(const char* name) {
+    return {name,
+            {kBlockRows[0], kBlockRows[1], kBlockRows[2], kBlockRows[3]},
+            {kUnitInputs[0], kUnitInputs[1], kUnitInputs[2], kUnitInputs[3]},
+            pack_row,
+            linear,
+            gated_silu,
+            rms_norm,
+            rotate,
+            write_kv,
+            read_row,
+            attention_scratch,
+            attention,
+            read_memory};
+}
+
+}  // namespace OUTRIDER_LEVEL

@@ -1,0 +1,288 @@
+#include "llama.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "calls.h"
+#include "dispatch.h"
+#include "thread_pool.h"
+
+namespace outrider {
+namespace {
+
+constexpr int64_t kStrip = 8;  // panels of the output layer whose logits are looked at before the next
+
+// Whether rows packed for one layer serve another.
+bool same_inputs(const PackedLinear& a, const PackedLinear& b) {
+    return a.format == b.format && a.group_size == b.group_size && a.has_zeros == b.has_zeros &&
+           a.num_inputs == b.num_inputs &&
+           (a.input_order == b.input_order ||
+            (a.input_order != nullptr && b.input_order != nullptr &&
+             std::equal(a.input_order, a.input_order + a.num_inputs, b.input_order)));
+}
+
+}  // namespace
+
+// One forward: the batch, and where its intermediate values stand.
+struct Llama::Step {
+    const LlamaBatch& batch;
+    const LlamaOutput& output;
+    const KernelTable& kernels;
+    Barrier& barrier;
+    float *hidden, *qkv, *attended, *inner, *cos, *sin, *rows, *scratch, *strip, *best;
+    int64_t* best_tokens;
+    size_t scratch_size;
+    int64_t row_width;
+    PackedRows packed[3];
+    std::vector<AttentionTask> tasks;
+    std::atomic<size_t> next_task[2];
+
+    void wait(int num_threads) { barrier.wait(num_threads); }
+};
+
+Llama::Llama(LlamaSpec spec) : spec_(std::move(spec)) {}
+
+void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
+    const std::lock_guard<std::mutex> lock(turn_);
+    const auto start = std::chrono::steady_clock::now();
+    const KernelTable& kernels = active_level();
+    ThreadPool& pool = ThreadPool::instance();
+    const int64_t rows = batch.num_rows, threads = pool.num_threads();
+    const int64_t query_width = static_cast<int64_t>(spec_.num_heads) * spec_.head_dim;
+    const int64_t kv_width = static_cast<int64_t>(spec_.num_kv_heads) * spec_.head_dim;
+    const int64_t row_width = (std::max({spec_.hidden, spec_.intermediate, query_width}) + 15) / 16 * 16;
+    AttentionArgs attention{};
+    attention.num_heads = spec_.num_heads;
+    attention.keys = attention.values = {nullptr, batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
+    int64_t most_rows = 0;
+    for (const SequenceView& s : batch.sequences) most_rows = std::max<int64_t>(most_rows, s.row_end - s.row_begin);
+    const size_t scratch_size = (kernels.attention_scratch(attention, most_rows) + 15) / 16 * 16;
+    Step step{batch,
+              output,
+              kernels,
+              pool.barrier(),
+              hidden_.at_least(rows * spec_.hidden),
+              qkv_.at_least(rows * (query_width + 2 * kv_width)),
+              attended_.at_least(rows * query_width),
+              inner_.at_least(rows * spec_.intermediate),
+              cos_.at_least(rows * spec_.head_dim / 2),
+              sin_.at_least(rows * spec_.head_dim / 2),
+              rows_.at_least(row_width * threads),
+              scratch_.at_least(static_cast<int64_t>(scratch_size) * threads),
+              strip_.at_least(output.logits == nullptr ? threads * batch.num_logits * kStrip * kPanel : 0),
+              best_.at_least(threads * batch.num_logits),
+              best_tokens_.at_least(threads * batch.num_logits),
+              scratch_size,
+              row_width,
+              {},
+              attention_tasks(attention, batch.sequences, pool.num_threads()),
+              {}};
+    for (RowsBuffer& buffer : packed_) {  // room for every layer before the threads start
+        for (const LlamaLayer& layer : spec_.layers)
+            for (const PackedLinear* weight : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down})
+                buffer.rows_for(kernels, *weight, batch.num_rows);
+        buffer.rows_for(kernels, spec_.lm_head, std::max(1, batch.num_logits));
+    }
+    auto job = [&](int thread, int num_threads) { run_layers(step, thread, num_threads); };
+    pool.run(job);
+    last_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void Llama::run_layers(Step& step, int thread, int num_threads) {
+    embed(step, thread, num_threads);
+    for (size_t layer = 0; layer < spec_.layers.size(); ++layer) {
+        attend(step, layer, thread, num_threads);
+        feed_forward(step, layer, thread, num_threads);
+    }
+    if (step.batch.num_logits > 0) choose(step, thread, num_threads);
+}
+
+void Llama::embed(Step& step, int thread, int num_threads) {
+    const Share mine = share_of(step.batch.num_rows, thread, num_threads);
+    const int64_t half = spec_.head_dim / 2;
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+        step.kernels.read_row(spec_.embedding, spec_.embedding_type, step.batch.token_ids[row], spec_.hidden,
+                              step.hidden + row * spec_.hidden);
+        const float position = static_cast<float>(step.batch.positions[row]);
+        for (int64_t i = 0; i < half; ++i) {
+            const float angle = position * spec_.inverse_frequencies[i];
+            step.cos[row * half + i] = std::cos(angle) * spec_.rope_scaling;
+            step.sin[row * half + i] = std::sin(angle) * spec_.rope_scaling;
+        }
+    }
+    step.wait(num_threads);
+}
+
+namespace {
+
+// Packs a thread's share of rows for up to three layers; rows that serve several are packed once.
+template <class RowOf>
+void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (&packed)[3],
+              std::initializer_list<const PackedLinear*> weights, int num_rows, int thread, int num_threads,
+              RowOf row_of) {
+    const PackedLinear* const* weight = weights.begin();
+    int own[3];
+    PackedRows rows[3];
+    for (int i = 0; i < static_cast<int>(weights.size()); ++i) {
+        own[i] = i;
+        for (int j = 0; j < i && own[i] == i; ++j)
+            if (same_inputs(*weight[j], *weight[i])) own[i] = j;
+        rows[i] = buffers[own[i]].rows_for(kernels, *weight[i], num_rows);
+    }
+    const Share mine = share_of(num_rows, thread, num_threads);
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+        const float* x = row_of(row);
+        for (int i = 0; i < static_cast<int>(weights.size()); ++i)
+            if (own[i] == i) kernels.pack_row(*weight[i], x, rows[i], static_cast<int>(row));
+    }
+    if (thread == 0)
+        for (int i = 0; i < static_cast<int>(weights.size()); ++i) packed[i] = rows[i];
+}
+
+}  // namespace
+
+void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
+    const LlamaLayer& layer = spec_.layers[index];
+    const LlamaBatch& batch = step.batch;
+    const KernelTable& kernels = step.kernels;
+    const int64_t query_width = layer.query.num_outputs, kv_width = layer.key.num_outputs;
+    const int64_t width = query_width + 2 * kv_width;
+    float* normed = step.rows + thread * step.row_width;
+    pack_for(kernels, packed_, step.packed, {&layer.query, &layer.key, &layer.value}, batch.num_rows, thread, num_threads,
+             [&](int64_t row) {
+                 kernels.rms_norm(step.hidden + row * spec_.hidden, layer.input_norm, spec_.norm_eps, normed, spec_.hidden);
+                 return normed;
+             });
+    if (thread == 0) step.next_task[0].store(0, std::memory_order_relaxed);
+    step.wait(num_threads);
+
+    // The three layers' panels in one row, of which each thread takes a stretch.
+    const PackedLinear* weights[] = {&layer.query, &layer.key, &layer.value};
+    const int64_t total = layer.query.num_panels() + layer.key.num_panels() + layer.value.num_panels();
+    const Share panels = share_of(total, thread, num_threads);
+    int64_t first = 0, column = 0;
+    for (int i = 0; i < 3; ++i) {
+        const int64_t begin = std::max(panels.begin - first, int64_t{0});
+        const int64_t end = std::min(panels.end - first, weights[i]->num_panels());
+        if (begin < end)
+            kernels.linear(*weights[i], step.packed[i], step.qkv + column + begin * kPanel, width, Epilogue::kStore, begin, end);
+        first += weights[i]->num_panels();
+        column += weights[i]->num_outputs;
+    }
+    step.wait(num_threads);
+
+    const KvCache keys = {reinterpret_cast<void*>(batch.keys[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
+    const KvCache values = {reinterpret_cast<void*>(batch.values[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
+    const Share mine = share_of(batch.num_rows, thread, num_threads);
+    const int64_t half = spec_.head_dim / 2;
+    for (int64_t row = mine.begin; row < mine.end; ++row) {
+        float* query = step.qkv + row * width;
+        float* key = query + query_width;
+        const auto norm_heads = [&](float* heads, int count, const float* weight) {
+            for (int h = 0; h < count && weight != nullptr; ++h, heads += spec_.head_dim)
+                kernels.rms_norm(heads, weight, spec_.norm_eps, heads, spec_.head_dim);
+        };
+        norm_heads(query, spec_.num_heads, layer.query_norm);
+        norm_heads(key, spec_.num_kv_heads, layer.key_norm);
+        kernels.rotate(query, spec_.num_heads, spec_.head_dim, step.cos + row * half, step.sin + row * half);
+        kernels.rotate(key, spec_.num_kv_heads, spec_.head_dim, step.cos + row * half, step.sin + row * half);
+        kernels.write_kv(key, keys, batch.write_slots[row]);
+        kernels.write_kv(key + kv_width, values, batch.write_slots[row]);
+    }
+    step.wait(num_threads);
+
+    const AttentionArgs args = {step.qkv, step.attended, width, query_width, spec_.num_heads, keys, values,
+                                1.0f / std::sqrt(static_cast<float>(spec_.head_dim)), 0.0f, layer.window, nullptr};
+    for (size_t i; (i = step.next_task[0].fetch_add(1, std::memory_order_relaxed)) < step.tasks.size();) {
+        const AttentionTask& task = step.tasks[i];
+        kernels.attention(args, batch.sequences[task.sequence], task.kv_head, task.row_begin, task.row_end,
+                          step.scratch + thread * step.scratch_size);
+    }
+    step.wait(num_threads);
+
+    pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads,
+             [&](int64_t row) { return step.attended + row * query_width; });
+    step.wait(num_threads);
+    const Share outputs = share_of(layer.output.num_panels(), thread, num_threads);
+    kernels.linear(layer.output, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
+                   outputs.begin, outputs.end);
+    step.wait(num_threads);
+}
+
+void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) {
+    const LlamaLayer& layer = spec_.layers[index];
+    const KernelTable& kernels = step.kernels;
+    float* normed = step.rows + thread * step.row_width;
+    pack_for(kernels, packed_, step.packed, {&layer.gate, &layer.up}, step.batch.num_rows, thread, num_threads,
+             [&](int64_t row) {
+                 kernels.rms_norm(step.hidden + row * spec_.hidden, layer.post_norm, spec_.norm_eps, normed, spec_.hidden);
+                 return normed;
+             });
+    step.wait(num_threads);
+    const Share inner = share_of(layer.gate.num_panels(), thread, num_threads);
+    kernels.gated_silu(layer.gate, layer.up, step.packed[0], step.packed[1], step.inner + inner.begin * kPanel,
+                       spec_.intermediate, inner.begin, inner.end);
+    step.wait(num_threads);
+    pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads,
+             [&](int64_t row) { return step.inner + row * spec_.intermediate; });
+    step.wait(num_threads);
+    const Share outputs = share_of(layer.down.num_panels(), thread, num_threads);
+    kernels.linear(layer.down, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
+                   outputs.begin, outputs.end);
+    step.wait(num_threads);
+}
+
+void Llama::choose(Step& step, int thread, int num_threads) {
+    const KernelTable& kernels = step.kernels;
+    const LlamaBatch& batch = step.batch;
+    const LlamaOutput& output = step.output;
+    const int64_t num_logits = batch.num_logits, vocab = spec_.vocab;
+    float* normed = step.rows + thread * step.row_width;
+    pack_for(kernels, packed_, step.packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, [&](int64_t i) {
+        kernels.rms_norm(step.hidden + batch.logits_rows[i] * spec_.hidden, spec_.final_norm, spec_.norm_eps, normed,
+                         spec_.hidden);
+        return normed;
+    });
+    step.wait(num_threads);
+    const Share panels = share_of(spec_.lm_head.num_panels(), thread, num_threads);
+    if (output.logits != nullptr) {
+        kernels.linear(spec_.lm_head, step.packed[0], output.logits + panels.begin * kPanel, vocab, Epilogue::kStore,
+                       panels.begin, panels.end);
+        return;
+    }
+    float* best = step.best + thread * num_logits;
+    int64_t* tokens = step.best_tokens + thread * num_logits;
+    float* strip = step.strip + thread * num_logits * kStrip * kPanel;
+    std::fill(best, best + num_logits, -INFINITY);
+    std::fill(tokens, tokens + num_logits, std::min(panels.begin * kPanel, vocab - 1));
+    for (int64_t p = panels.begin; p < panels.end; p += kStrip) {
+        const int64_t end = std::min(p + kStrip, panels.end), width = kStrip * kPanel;
+        kernels.linear(spec_.lm_head, step.packed[0], strip, width, Epilogue::kStore, p, end);
+        const int64_t count = std::min(end * kPanel, vocab) - p * kPanel;
+        for (int64_t i = 0; i < num_logits; ++i) {
+            for (int64_t c = 0; c < count; ++c) {
+                const float logit = strip[i * width + c];
+                if (!(logit <= best[i]) && best[i] == best[i]) {  // NaN, once met, stays
+                    best[i] = logit;
+                    tokens[i] = p * kPanel + c;
+                }
+            }
+        }
+    }
+    step.wait(num_threads);
+    const Share mine = share_of(num_logits, thread, num_threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+        output.best_logits[i] = step.best[i];
+        output.best_tokens[i] = step.best_tokens[i];
+        for (int other = 1; other < num_threads; ++other) {  // threads hold ascending tokens: the first of equals stays
+            const float logit = step.best[other * num_logits + i];
+            if (!(logit <= output.best_logits[i]) && output.best_logits[i] == output.best_logits[i]) {
+                output.best_logits[i] = logit;
+                output.best_tokens[i] = step.best_tokens[other * num_logits + i];
+            }
+        }
+    }
+}
+
+}  // namespace outrider

@@ -1,0 +1,78 @@
+// A whole forward of the Llama family (Llama, Mistral, Qwen2, Qwen3) in one call.
+#pragma once
+
+#include <atomic>
+#include <mutex>
+#include <vector>
+
+#include "kernel_table.h"
+#include "workspace.h"
+
+namespace outrider {
+
+struct LlamaLayer {
+    PackedLinear query, key, value, output, gate, up, down;
+    const float* input_norm;      // [hidden]
+    const float* post_norm;       // [hidden]
+    const float* query_norm;      // [head_dim] or null
+    const float* key_norm;        // likewise
+    int64_t window;               // sliding window, 0 for none
+};
+
+struct LlamaSpec {
+    int64_t hidden, intermediate, vocab;
+    int num_heads, num_kv_heads, head_dim;
+    float norm_eps, rope_scaling;
+    std::vector<float> inverse_frequencies;  // [head_dim / 2]
+    const void* embedding;                   // [vocab, hidden]
+    KvType embedding_type;
+    const float* final_norm;
+    PackedLinear lm_head;
+    std::vector<LlamaLayer> layers;
+};
+
+struct LlamaBatch {
+    int num_rows;
+    const int64_t* token_ids;
+    const int64_t* positions;
+    const int64_t* write_slots;
+    std::vector<SequenceView> sequences;
+    const int64_t* logits_rows;  // [num_logits]
+    int num_logits;
+    KvType kv_type;
+    const uint64_t* keys;    // [layers] addresses
+    const uint64_t* values;  // likewise
+};
+
+// What a forward leaves: logits [num_logits, vocab], or of each row only its greatest logit and that token.
+struct LlamaOutput {
+    float* logits;          // or null
+    int64_t* best_tokens;   // [num_logits], if logits is null; the lowest of equals
+    float* best_logits;     // [num_logits]; NaN if any of the row's logits is
+};
+
+class Llama {
+public:
+    explicit Llama(LlamaSpec spec);
+
+    void forward(const LlamaBatch& batch, const LlamaOutput& output);
+    double last_seconds() const { return last_seconds_; }
+
+private:
+    struct Step;
+
+    void run_layers(Step& step, int thread, int num_threads);
+    void embed(Step& step, int thread, int num_threads);
+    void attend(Step& step, size_t layer, int thread, int num_threads);
+    void feed_forward(Step& step, size_t layer, int thread, int num_threads);
+    void choose(Step& step, int thread, int num_threads);
+
+    LlamaSpec spec_;
+    std::mutex turn_;
+    double last_seconds_ = 0.0;
+    Buffer<float> hidden_, qkv_, attended_, inner_, cos_, sin_, rows_, scratch_, strip_, best_;
+    Buffer<int64_t> best_tokens_;
+    RowsBuffer packed_[3];
+};
+
+}  // namespace outrider

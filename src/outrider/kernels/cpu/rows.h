@@ -1,0 +1,263 @@
+// Row-wise pieces of a forward, generic over the level's vectors. Each row is computed alone, in a fixed order.
+#pragma once
+
+#include <cmath>
+
+#include "kernel_table.h"
+
+namespace OUTRIDER_LEVEL {
+
+using outrider::Format;
+using outrider::KvCache;
+using outrider::KvType;
+using outrider::PackedLinear;
+using outrider::PackedRows;
+
+inline float sum_of(vf x) {
+    float lane[W];
+    store(lane, x);
+    for (int half = W / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+}
+
+// e^x within 2 units in the last place; below -87 and above 88 as at those points; NaN stays NaN.
+inline vf exp(vf x) {
+    x = min(splat(88.0f), max(splat(-87.0f), x));
+    const vf n = round_even(mul(x, splat(1.44269504f)));
+    vf r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    vf p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = add(fma(p, mul(r, r), r), splat(1.0f));
+    return scale_by_power(p, n);
+}
+
+inline vf silu(vf x) { return div(x, add(splat(1.0f), exp(sub(splat(0.0f), x)))); }
+
+inline vf tanh(vf x) {
+    const vf e = exp(add(x, x));
+    return sub(splat(1.0f), div(splat(2.0f), add(e, splat(1.0f))));
+}
+
+// Loads up to W floats, zeros after them.
+inline vf load_part(const float* p, int64_t count) {
+    if (count >= W) return load(p);
+    float lane[W] = {};
+    for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
+    return load(lane);
+}
+
+inline void store_part(float* p, vf x, int64_t count) {
+    if (count >= W) return store(p, x);
+    float lane[W];
+    store(lane, x);
+    for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
+}
+
+inline void rms_norm(const float* x, const float* weight, float eps, float* out, int64_t width) {
+    vf squares = splat(0.0f);
+    for (int64_t i = 0; i < width; i += W) {
+        const vf v = load_part(x + i, width - i);
+        squares = fma(v, v, squares);
+    }
+    const vf factor = splat(1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps));
+    for (int64_t i = 0; i < width; i += W) {
+        const vf scaled = mul(load_part(x + i, width - i), factor);
+        store_part(out + i, mul(scaled, load_part(weight + i, width - i)), width - i);
+    }
+}
+
+inline float largest_magnitude(const float* x, int64_t width) {
+    vf largest = splat(0.0f);
+    for (int64_t i = 0; i < width; i += W) largest = max_magnitude(largest, load_part(x + i, width - i));
+    float lane[W];
+    store(lane, largest);
+    float out = lane[0];
+    for (int i = 1; i < W; ++i) {
+        if (lane[i] != lane[i]) return lane[i];
+        out = out > lane[i] || out != out ? out : lane[i];
+    }
+    return out;
+}
+
+// 127 / largest, or 0 where that is not finite: rows of zeros, of almost zeros, or with NaN.
+inline float inverse_scale(float largest) {
+    const float inverse = 127.0f / largest;
+    return inverse <= 3.4e38f ? inverse : 0.0f;
+}
+
+// x / scale rounded to integers in [-127, 127]; returns the scale (NaN or infinite if the row is).
+inline float quantize(const float* x, int64_t width, int8_t* out) {
+    const float largest = largest_magnitude(x, width);
+    const vf inverse = splat(inverse_scale(largest));
+    for (int64_t i = 0; i < width; i += W) {
+        const vf q = round_even(mul(load_part(x + i, width - i), inverse));
+        if (width - i >= W) {
+            store_s8(out + i, q);
+        } else {
+            int8_t lane[W];
+            store_s8(lane, q);
+            for (int64_t j = 0; i + j < width; ++j) out[i + j] = lane[j];
+        }
+    }
+    return largest / 127.0f;
+}
+
+constexpr int64_t kStretch = 1024;  // inputs handled at a time, so that they stay in the first cache
+
+inline void pack_row(const PackedLinear& weight, const float* x, const PackedRows& rows, int row) {
+    const int block = rows.block_of(row), start = rows.block_start(block);
+    const int size = rows.block_start(block + 1) - start;
+    uint32_t* units = rows.units + start * rows.num_units + (row - start);
+    const int64_t width = weight.num_inputs;
+    const int per_unit = kUnitInputs[weight.format];
+    float ordered[kStretch];
+    float inverse = 0.0f;
+    if (weight.format == outrider::kInt8 || weight.format == outrider::kInt4) {
+        const float largest = largest_magnitude(x, width);
+        rows.scales[row] = largest / 127.0f;
+        inverse = inverse_scale(largest);
+    }
+    int32_t* sums = rows.sums + start * rows.num_groups + (row - start);
+    const int factor = weight.format == outrider::kInt8 ? -128 : weight.has_zeros ? -1 : -8;
+    int64_t unit = 0, group = 0, in_group = 0;
+    int32_t sum = 0;
+    for (int64_t first = 0; first < width; first += kStretch) {
+        const int64_t count = width - first < kStretch ? width - first : kStretch;
+        const float* in = x + first;
+        if (weight.input_order != nullptr) {
+            for (int64_t i = 0; i < count; ++i) ordered[i] = x[weight.input_order[first + i]];
+            in = ordered;
+        }
+        if (weight.format == outrider::kInt8 || weight.format == outrider::kInt4) {
+            alignas(64) int8_t q[kStretch + W];
+            for (int64_t i = 0; i < count; i += W) store_s8(q + i, round_even(mul(load_part(in + i, count - i), splat(inverse))));
+            for (int64_t i = count; i % 4 != 0; ++i) q[i] = 0;
+            for (int64_t i = 0; i < count; i += 4, ++unit) {
+                uint32_t word;
+                std::memcpy(&word, q + i, 4);
+                units[unit * size] = word;
+                sum += q[i] + q[i + 1] + q[i + 2] + q[i + 3];
+                in_group += 4;
+                if (weight.format == outrider::kInt4 && in_group == weight.group_size) {
+                    sums[group++ * size] = factor * sum;
+                    sum = 0;
+                    in_group = 0;
+                }
+            }
+        } else if (weight.format == outrider::kBf16) {
+            uint16_t narrow[kStretch + W] = {};
+            for (int64_t i = 0; i < count; i += W) store_bf16(narrow + i, load_part(in + i, count - i));
+            if (per_unit == 2) {
+                for (int64_t i = 0; i < count; i += 2, ++unit) std::memcpy(units + unit * size, narrow + i, 4);
+            } else {
+                for (int64_t i = 0; i < count; ++i, ++unit) units[unit * size] = static_cast<uint32_t>(narrow[i]) << 16;
+            }
+        } else {
+            for (int64_t i = 0; i < count; ++i, ++unit) std::memcpy(units + unit * size, in + i, 4);
+        }
+    }
+    for (; unit < rows.num_units; ++unit) units[unit * size] = 0;
+    if (group < rows.num_groups && (weight.format == outrider::kInt8 || weight.format == outrider::kInt4))
+        sums[group * size] = factor * sum;
+}
+
+// Rotates the first half of each head against the second (Su et al., arXiv 2104.09864, as Llama lays it out).
+inline void rotate(float* heads, int num_heads, int width, const float* cos, const float* sin) {
+    const int half = width / 2;
+    for (int h = 0; h < num_heads; ++h, heads += width) {
+        for (int i = 0; i < half; i += W) {
+            const int64_t count = half - i;
+            const vf a = load_part(heads + i, count), b = load_part(heads + half + i, count);
+            const vf c = load_part(cos + i, count), s = load_part(sin + i, count);
+            store_part(heads + i, sub(mul(a, c), mul(b, s)), count);
+            store_part(heads + half + i, add(mul(b, c), mul(a, s)), count);
+        }
+    }
+}
+
+inline void write_kv(const float* heads, const KvCache& cache, int64_t slot) {
+    for (int h = 0; h < cache.num_heads; ++h, heads += cache.width) {
+        char* out = cache.head(slot, h);
+        if (cache.type == KvType::kFp32) {
+            std::memcpy(out, heads, sizeof(float) * cache.width);
+        } else if (cache.type == KvType::kBf16) {
+            for (int i = 0; i < cache.width; i += W) {
+                uint16_t lane[W];
+                store_bf16(lane, load_part(heads + i, cache.width - i));
+                std::memcpy(out + 2 * i, lane, 2 * (cache.width - i < W ? cache.width - i : W));
+            }
+        } else {
+            const float scale = quantize(heads, cache.width, reinterpret_cast<int8_t*>(out));
+            std::memcpy(out + cache.width, &scale, sizeof scale);
+        }
+    }
+}
+
+// One head as float32; `out` has room for a multiple of W and gets zeros there.
+inline void read_head(const KvCache& cache, int64_t slot, int head, float* out) {
+    const char* in = cache.head(slot, head);
+    const int width = cache.width;
+    if (cache.type == KvType::kFp32) {
+        for (int i = 0; i < width; i += W) store(out + i, load_part(reinterpret_cast<const float*>(in) + i, width - i));
+        return;
+    }
+    float scale = 1.0f;
+    if (cache.type == KvType::kInt8) std::memcpy(&scale, in + width, sizeof scale);
+    for (int i = 0; i < width; i += W) {
+        char lane[2 * W] = {};
+        const int count = width - i < W ? width - i : W;
+        if (cache.type == KvType::kBf16) {
+            const char* p = in + 2 * i;
+            if (count < W) p = static_cast<const char*>(std::memcpy(lane, p, 2 * count));
+            store(out + i, load_bf16(reinterpret_cast<const uint16_t*>(p)));
+        } else {
+            std::memcpy(lane, in + i, count);
+            store(out + i, mul(load_s8(reinterpret_cast<const int8_t*>(lane)), splat(scale)));
+        }
+    }
+}
+
+inline void read_row(const void* table, KvType type, int64_t row, int64_t width, float* out) {
+    if (type == KvType::kFp32) {
+        std::memcpy(out, static_cast<const float*>(table) + row * width, sizeof(float) * width);
+        return;
+    }
+    const uint16_t* in = static_cast<const uint16_t*>(table) + row * width;
+    int64_t i = 0;
+    for (; i + W <= width; i += W) store(out + i, load_bf16(in + i));
+    for (; i < width; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(in[i]) << 16;
+        std::memcpy(out + i, &bits, sizeof bits);
+    }
+}
+
+// Reads every byte once and returns something that depends on all: the machine's read bandwidth is this, timed.
+inline uint64_t read_memory(const void* data, size_t num_bytes) {
+    const char* p = static_cast<const char*>(data);
+    vf a = splat(0.0f), b = a, c = a, d = a;
+    for (size_t i = 0; i + 16 * W <= num_bytes; i += 16 * W) {
+        prefetch(p + i + 4096);
+        if (W == 16) {
+            prefetch(p + i + 4096 + 64);
+            prefetch(p + i + 4096 + 128);
+            prefetch(p + i + 4096 + 192);
+        }
+        a = max_magnitude(a, load(reinterpret_cast<const float*>(p + i)));
+        b = max_magnitude(b, load(reinterpret_cast<const float*>(p + i + 4 * W)));
+        c = max_magnitude(c, load(reinterpret_cast<const float*>(p + i + 8 * W)));
+        d = max_magnitude(d, load(reinterpret_cast<const float*>(p + i + 12 * W)));
+    }
+    float lane[W];
+    store(lane, max_magnitude(max_magnitude(a, b), max_magnitude(c, d)));
+    uint32_t bits;
+    std::memcpy(&bits, lane, sizeof bits);
+    return bits;
+}
+
+}  // namespace OUTRIDER_LEVEL

@@ -1,0 +1,106 @@
+// Eight lanes of float32 in plain C++, for the compiler to vectorise as it can.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace OUTRIDER_LEVEL {
+
+constexpr int W = 8;
+struct vf {
+    float x[W];
+};
+
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+template <class F>
+inline vf lanes(F f) {
+    vf out;
+    for (int i = 0; i < W; ++i) out.x[i] = f(i);
+    return out;
+}
+
+inline vf load(const float* p) { return lanes([&](int i) { return p[i]; }); }
+inline void store(float* p, vf v) {
+    for (int i = 0; i < W; ++i) p[i] = v.x[i];
+}
+inline vf splat(float x) { return lanes([&](int) { return x; }); }
+inline vf add(vf a, vf b) { return lanes([&](int i) { return a.x[i] + b.x[i]; }); }
+inline vf sub(vf a, vf b) { return lanes([&](int i) { return a.x[i] - b.x[i]; }); }
+inline vf mul(vf a, vf b) { return lanes([&](int i) { return a.x[i] * b.x[i]; }); }
+inline vf div(vf a, vf b) { return lanes([&](int i) { return a.x[i] / b.x[i]; }); }
+// Two roundings: a fused one in software would take a hundred times as long.
+inline vf fma(vf a, vf b, vf c) { return lanes([&](int i) { return a.x[i] * b.x[i] + c.x[i]; }); }
+// Where either is NaN, max and min give the second operand.
+inline vf max(vf a, vf b) { return lanes([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; }); }
+inline vf min(vf a, vf b) { return lanes([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; }); }
+inline vf round_even(vf v) { return lanes([&](int i) { return std::nearbyintf(v.x[i]); }); }
+
+// x * 2^n for integral n in [-127, 128].
+inline vf scale_by_power(vf v, vf n) {
+    return lanes([&](int i) { return std::ldexp(v.x[i], static_cast<int>(n.x[i])); });
+}
+
+// The larger magnitude's bits; NaN counts as larger than infinity, so it is never lost.
+inline vf max_magnitude(vf a, vf b) {
+    return lanes([&](int i) {
+        const uint32_t p = bits_of(a.x[i]) & 0x7fffffff, q = bits_of(b.x[i]) & 0x7fffffff;
+        return float_of(p > q ? p : q);
+    });
+}
+
+inline vf load_bf16(const uint16_t* p) {
+    return lanes([&](int i) { return float_of(static_cast<uint32_t>(p[i]) << 16); });
+}
+
+// Rounds to nearest even; NaN stays NaN.
+inline void store_bf16(uint16_t* p, vf v) {
+    for (int i = 0; i < W; ++i) {
+        const uint32_t bits = bits_of(v.x[i]);
+        const uint32_t rounded = v.x[i] != v.x[i] ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
+        p[i] = static_cast<uint16_t>(rounded >> 16);
+    }
+}
+
+inline float float_of_f16(uint16_t half) {
+    const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | ((rest & 0x3ff) << 13));
+    // As if it were a float32 with a far smaller exponent, then scaled: subnormals come out right too.
+    return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+}
+
+inline vf load_f16(const uint16_t* p) { return lanes([&](int i) { return float_of_f16(p[i]); }); }
+inline vf load_s8(const int8_t* p) { return lanes([&](int i) { return static_cast<float>(p[i]); }); }
+
+// Integral x in [-128, 127].
+inline void store_s8(int8_t* p, vf v) {
+    for (int i = 0; i < W; ++i) {  // NaN and infinity, which no integer is, may become any
+        const float x = v.x[i] > -128.0f ? (v.x[i] < 127.0f ? v.x[i] : 127.0f) : -128.0f;
+        p[i] = static_cast<int8_t>(x);
+    }
+}
+
+inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#endif
+}
+
+// W rows of W floats, `stride` apart, to columns.
+inline void transpose_block(const float* in, int64_t stride, float* out, int64_t out_stride) {
+    for (int i = 0; i < W; ++i)
+        for (int j = 0; j < W; ++j) out[j * out_stride + i] = in[i * stride + j];
+}
+
+}  // namespace OUTRIDER_LEVEL

@@ -1,0 +1,348 @@
+"""The compiled CPU kernels: whether they are there, and calls of them with checked arguments.
+
+Legend: M rows, K inputs, N outputs, S cache slots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from logging import getLogger
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from outrider.kernels.attention import AttentionParams, FlatSequences
+from outrider.kernels.packed import PackedWeight
+
+try:
+    from outrider.kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError:  # built without a compiler
+    _native: Any = None
+
+ISA_VARIABLE = "OUTRIDER_ISA"
+REFERENCE = "reference"
+MAX_INPUTS = 65536
+"""Inputs of a layer whose integer sums surely fit 32 bits."""
+
+_FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+_CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_MAX_HEAD_WIDTH = 2048
+SCALE_BYTES = 4
+"""An int8 head in the cache is followed by its float32 scale."""
+
+
+class IsaError(ValueError):
+    """OUTRIDER_ISA asks for what this machine or this build does not have."""
+
+
+@cache
+def _select_isa(wanted: str | None) -> str:
+    """Apply the wish once for each of its values; the level that runs, "reference" for none."""
+    if wanted == REFERENCE:
+        return REFERENCE
+    if _native is None:
+        if wanted is not None:
+            raise IsaError(
+                f"{ISA_VARIABLE}: got {wanted!r}, expected 'reference': outrider was built without kernels"
+            )
+        getLogger("outrider").warning(
+            "outrider was installed without its compiled CPU kernels and runs on slow reference code; "
+            "install a C++ compiler (g++ or clang++) and reinstall outrider"
+        )
+        return REFERENCE
+    levels = _native.levels()
+    if wanted is not None and wanted not in levels:
+        raise IsaError(f"{ISA_VARIABLE}: got {wanted!r}, expected one of {', '.join([*levels, REFERENCE])}")
+    _native.select_level(wanted or levels[0])
+    return wanted or levels[0]
+
+
+def isa() -> str:
+    """The level of instructions that runs: "avx512", "avx2", "portable", or "reference" for no compiled kernels.
+
+    The environment's OUTRIDER_ISA forces one.
+
+    Raises:
+        IsaError: it names what this machine or build does not have.
+    """
+    level = _select_isa(os.environ.get(ISA_VARIABLE) or None)
+    if _native is not None and level != REFERENCE and _native.active_level() != level:
+        _native.select_level(level)
+    return level
+
+
+def is_available() -> bool:
+    """Whether compiled kernels run."""
+    return isa() != REFERENCE
+
+
+def levels() -> list[str]:
+    """Every level that this build and processor have, the fastest first, "reference" last."""
+    return [*(_native.levels() if _native is not None else []), REFERENCE]
+
+
+def num_threads() -> int:
+    """Threads that the kernels use: torch's number (`--threads`, OMP_NUM_THREADS) unless set otherwise."""
+    return _threads_wanted or torch.get_num_threads()
+
+
+_threads_wanted: int | None = None
+
+
+def set_num_threads(number: int | None) -> None:
+    """Use so many threads; None follows torch."""
+    global _threads_wanted  # noqa: PLW0603 - one pool for the process
+    if number is not None and not 1 <= number <= 1024:
+        raise ValueError(f"number of threads: got {number}, expected 1 to 1024")
+    _threads_wanted = number
+
+
+def _module() -> Any:
+    """The compiled module, set to the level and the threads that are asked for."""
+    level = isa()
+    assert level != REFERENCE, "a compiled kernel was called on a machine without"
+    wanted = num_threads()
+    if _native.num_threads() != wanted:
+        _native.set_num_threads(wanted)
+    return _native
+
+
+class Linear:
+    """A linear layer on the compiled kernels; row-invariant.
+
+    Args:
+        bias: ``[N]``, or None.
+
+    Raises:
+        ValueError: more than MAX_INPUTS inputs.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+        if weight.num_inputs > MAX_INPUTS:
+            raise ValueError(f"inputs of a layer: got {weight.num_inputs}, expected at most {MAX_INPUTS}")
+        self.weight = weight
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        order = weight.input_order
+        self.handle = _module().PackedLinear(
+            _FORMATS[weight.format],
+            weight.num_outputs,
+            weight.num_inputs,
+            weight.group_size,
+            weight.has_zeros,
+            weight.data.data_ptr(),
+            0 if order is None else order.data_ptr(),
+            0 if self.bias is None else self.bias.data_ptr(),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[M, K]`` of any float type -> ``[M, N]`` float32."""
+        rows = x.float().contiguous()
+        out = torch.empty(len(rows), self.weight.num_outputs)
+        assert rows.shape[1] == self.weight.num_inputs, f"rows of {rows.shape[1]} for {self.weight.num_inputs} inputs"
+        _module().linear(self.handle, rows.data_ptr(), len(rows), out.data_ptr())
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class CacheTensor:
+    """Keys or values of one layer for the kernels: ``[S, heads, width]`` (int8: width + SCALE_BYTES)."""
+
+    tensor: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.tensor.shape[2] - (SCALE_BYTES if self.tensor.dtype == torch.int8 else 0)
+
+    @property
+    def type(self) -> int:
+        return _CACHE_TYPES[self.tensor.dtype]
+
+    def handle(self) -> Any:
+        assert self.tensor.is_contiguous(), "a cache with gaps"
+        assert self.width <= _MAX_HEAD_WIDTH, f"heads of {self.width}"
+        return _module().KvCache(self.tensor.data_ptr(), self.type, self.tensor.shape[1], self.width)
+
+
+def can_attend(cache: Tensor) -> bool:
+    """Whether the kernels read and write such a cache."""
+    return cache.dtype in _CACHE_TYPES and cache.device.type == "cpu"
+
+
+def write_kv(rows: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Store keys or values ``[M, heads, width]`` at `slots` ``[M]`` int64 of a cache."""
+    rows, slots = rows.float().contiguous(), slots.contiguous()
+    _module().write_kv(rows.data_ptr(), CacheTensor(cache).handle(), slots.data_ptr(), len(rows))
+
+
+def attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, sequences: FlatSequences, params: AttentionParams
+) -> Tensor:
+    """Attention of all rows over the cache, which holds the step's keys and values already; row-invariant.
+
+    Args:
+        query: ``[M, heads, key width]``.
+
+    Returns:
+        ``[M, heads, value width]`` float32.
+    """
+    rows = query.float().contiguous()
+    keys, values = CacheTensor(key_cache), CacheTensor(value_cache)
+    out = torch.empty(*rows.shape[:2], values.width)
+    sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
+    _module().attention(
+        rows.data_ptr(),
+        out.data_ptr(),
+        rows.shape[1],
+        keys.handle(),
+        values.handle(),
+        params.scaling,
+        params.softcap or 0.0,
+        params.sliding_window or 0,
+        0 if sinks is None else sinks.data_ptr(),
+        *addresses_of(sequences),
+    )
+    return out
+
+
+def addresses_of(sequences: FlatSequences) -> tuple[int, ...]:
+    """What the kernels take as a batch's sequences."""
+    return (
+        len(sequences.num_context),
+        _address(sequences.cu_rows),
+        _address(sequences.num_context),
+        _address(sequences.slots),
+        _address(sequences.cu_slots),
+        _address(sequences.parents),
+        _address(sequences.is_chain),
+    )
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+@dataclass(frozen=True, eq=False)
+class LlamaLayerWeights:
+    """One layer of `Llama`; norms float32, None where the family has none."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    input_norm: Tensor
+    post_norm: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    sliding_window: int | None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
+
+
+class Llama:
+    """A whole forward of the Llama family in one call; row-invariant.
+
+    Args:
+        embedding: ``[vocab, hidden]`` float32 or bfloat16.
+        inverse_frequencies: ``[head_dim / 2]`` of the rotary embedding, `rope_scaling` a factor on cos and sin.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LlamaLayerWeights],
+        *,
+        embedding: Tensor,
+        final_norm: Tensor,
+        lm_head: Linear,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        norm_eps: float,
+        inverse_frequencies: Tensor,
+        rope_scaling: float,
+    ) -> None:
+        native = _module()
+        self.lm_head, self.layers = lm_head, tuple(layers)
+        self.embedding, self._final_norm = embedding.contiguous(), final_norm.float().contiguous()
+        self._norms = [
+            tuple(
+                None if norm is None else norm.float().contiguous()
+                for norm in (layer.input_norm, layer.post_norm, layer.query_norm, layer.key_norm)
+            )
+            for layer in layers
+        ]
+        self._handle = native.Llama(
+            embedding.shape[1],
+            layers[0].gate.weight.num_outputs,
+            lm_head.weight.num_outputs,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            norm_eps,
+            rope_scaling,
+            inverse_frequencies.tolist(),
+            self.embedding.data_ptr(),
+            _CACHE_TYPES[embedding.dtype],
+            self._final_norm.data_ptr(),
+            lm_head.handle,
+            [
+                native.LlamaLayer(
+                    *(linear.handle for linear in layer.linears),
+                    *(0 if norm is None else norm.data_ptr() for norm in norms),
+                    layer.sliding_window or 0,
+                )
+                for layer, norms in zip(layers, self._norms, strict=True)
+            ],
+        )
+
+    @property
+    def last_seconds(self) -> float:
+        """How long the last forward ran, Python excluded."""
+        return self._handle.last_seconds
+
+    def forward(
+        self,
+        *,
+        token_ids: Tensor,
+        positions: Tensor,
+        write_slots: Tensor,
+        sequences: FlatSequences,
+        logits_rows: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+    ) -> Tensor:
+        """Logits ``[len(logits_rows), vocab]`` float32; all index tensors int64, `keys` and `values` by layer."""
+        logits = torch.empty(len(logits_rows), self.lm_head.weight.num_outputs)
+        addresses = np.array([[cache.data_ptr() for cache in caches] for caches in (keys, values)], dtype=np.uint64)
+        _module()
+        self._handle.forward(
+            len(token_ids),
+            token_ids.data_ptr(),
+            positions.data_ptr(),
+            write_slots.data_ptr(),
+            *addresses_of(sequences),
+            logits_rows.data_ptr(),
+            len(logits_rows),
+            _CACHE_TYPES[keys[0].dtype],
+            _address(addresses[0]),
+            _address(addresses[1]),
+            logits.data_ptr(),
+            0,
+            0,
+        )
+        return logits
+
+
+def read_bandwidth(buffer: Tensor) -> float:
+    """Bytes per second at which all threads together read a contiguous tensor once."""
+    num_bytes = buffer.numel() * buffer.element_size()
+    return num_bytes / _module().time_reading(buffer.data_ptr(), num_bytes)
