@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outrider.cache.kv_cache import KVCache, LayerShape
-from outrider.models.model import ForwardBatch
+from outrider.models.model import Choices, ForwardBatch
 
 
 class ToyModel:
@@ -22,6 +22,7 @@ class ToyModel:
     name = "toy"
     layer_shapes = (LayerShape(1, 1, 1),)
     dtype = torch.float32
+    cache_dtype = torch.float32
     device = torch.device("cpu")
 
     def __init__(
@@ -59,6 +60,10 @@ class ToyModel:
                 rows.append(torch.from_numpy(self._logits(seen)))
         logits = torch.stack(rows)
         return logits if batch.logits_rows is None else logits[batch.logits_rows]
+
+    def choose(self, batch: ForwardBatch, cache: KVCache) -> Choices | None:
+        logits = self.forward(batch, cache)
+        return Choices(torch.from_numpy(logits.numpy().argmax(-1)), logits.amax(-1))
 
     def _logits(self, seen: tuple[int, ...]) -> np.ndarray:
         near = _hashed(seen[-2:], self.vocab_size) * 3.0

@@ -13,6 +13,7 @@ from outrider.errors import ConfigError
 
 Exactness = Literal["auto", "numerical", "bitwise"]
 Weights = Literal["auto", "fp32", "bf16", "int8", "int4"]
+CacheDtype = Literal["auto", "float32", "bfloat16", "int8"]
 GROUP_SIZES = (32, 64, 128)
 T = TypeVar("T")
 
@@ -26,12 +27,15 @@ class CacheConfig:
         memory_gb: the most memory that keys and values may take, in GiB.
         num_blocks: capacity in blocks; None derives it from `memory_gb` and the scheduler's needs.
         prefix_caching: reuse the blocks of equal prompt prefixes between requests.
+        dtype: of keys and values: "auto" (the model's), "float32", "bfloat16" or "int8" (each head of a position
+            rounded to integers with a scale of its own; needs the compiled kernels).
     """
 
     block_size: int = 16
     memory_gb: float = 2.0
     num_blocks: int | None = None
     prefix_caching: bool = True
+    dtype: CacheDtype = "auto"
 
     def __post_init__(self) -> None:
         _check_int("cache.block_size", self.block_size, 1, 4096)
@@ -39,6 +43,8 @@ class CacheConfig:
         _require(valid, "cache.memory_gb", self.memory_gb, "a finite number above 0")
         if self.num_blocks is not None:
             _check_int("cache.num_blocks", self.num_blocks, 1, 2**40)
+        dtypes = get_args(CacheDtype)
+        _require(self.dtype in dtypes, "cache.dtype", self.dtype, f"one of {', '.join(dtypes)}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ class DraftModelConfig:
         max_expanded: nodes expanded per depth, the most probable paths first.
         min_path_prob: paths that the draft itself finds less probable are not drafted further.
         max_nodes: the most draft tokens in a tree.
-        dtype: of the draft's weights; "auto" is the checkpoint's.
+        dtype: of the draft's activations and cache; "auto" is the checkpoint's.
+        weights, group_size: of the draft's linear layers, as in `EngineConfig`.
     """
 
     method: Literal["draft_model"] = "draft_model"
@@ -143,6 +150,8 @@ class DraftModelConfig:
     min_path_prob: float = 0.1
     max_nodes: int = 12
     dtype: str = "auto"
+    weights: Weights = "auto"
+    group_size: int = 64
 
     def __post_init__(self) -> None:
         _check_tree_limits("draft_model", self.depth, self.max_nodes)
@@ -150,6 +159,7 @@ class DraftModelConfig:
         _check_int("draft_model.max_expanded", self.max_expanded, 1, 64)
         valid = isinstance(self.min_path_prob, int | float) and 0 <= self.min_path_prob < 1
         _require(valid, "draft_model.min_path_prob", self.min_path_prob, "a number in [0, 1)")
+        _check_weights("draft_model.", self.weights, self.group_size)
 
 
 DrafterConfig = NoDrafterConfig | NgramConfig | RecyclingConfig | DraftModelConfig
@@ -198,9 +208,7 @@ class EngineConfig:
             self.exactness,
             "'auto', 'numerical' or 'bitwise'",
         )
-        formats = get_args(Weights)
-        _require(self.weights in formats, "weights", self.weights, f"one of {', '.join(formats)}")
-        _require(self.group_size in GROUP_SIZES, "group_size", self.group_size, "32, 64 or 128")
+        _check_weights("", self.weights, self.group_size)
         dtypes = ("auto", "float32", "bfloat16", "float16")
         _require(self.dtype in dtypes, "dtype", self.dtype, f"one of {', '.join(dtypes)}")
 
@@ -254,6 +262,12 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
 def _require(condition: bool, name: str, got: object, expected: str) -> None:
     if not condition:
         raise ConfigError(name, got=repr(got), expected=expected)
+
+
+def _check_weights(prefix: str, weights: object, group_size: object) -> None:
+    formats = get_args(Weights)
+    _require(weights in formats, f"{prefix}weights", weights, f"one of {', '.join(formats)}")
+    _require(group_size in GROUP_SIZES, f"{prefix}group_size", group_size, "32, 64 or 128")
 
 
 def _check_tree_limits(method: str, depth: int, max_nodes: int) -> None:

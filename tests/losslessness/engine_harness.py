@@ -58,7 +58,7 @@ def make_engine(
             model.layer_shapes,
             num_blocks=num_blocks,
             block_size=block_size,
-            dtype=model.dtype,
+            dtype=model.cache_dtype,
             prefix_caching=prefix_caching,
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from outrider.kernels import packed, reference_linear
 from outrider.kernels.packed import PackedWeight, WeightFormat
-from tests.parity.kernel_levels import ROUNDING, assert_same_bits, assert_within
+from tests.parity.kernel_levels import ROUNDING, assert_same_bits, assert_within, use_threads
 
 Apply = Callable[[Tensor], Tensor]
 """Rows ``[M, K]`` to ``[M, N]`` float32, weight and bias within."""
@@ -98,8 +98,8 @@ def check_near_truth(layer: Layer, x: Tensor) -> None:
 
     A float32 sum of K products, in whatever order and fused or not, is off by at most K + 1 roundings of the sum of
     magnitudes; bias, scales of groups and of the row add one each. The integer formats first round each input by at
-    most half a step, the row's largest magnitude / 127, and take the smallest rows as zeros. bfloat16 rows are rounded before; whatever of them, of the
-    weight or of the sums is subnormal may count as zero.
+    most half a step, the row's largest magnitude / 127, and take the smallest rows as zeros. bfloat16 rounds the rows
+    before; whatever of them, of the weight or of the sums is subnormal may count as zero.
 
     Raises:
         AssertionError: one output is farther off.
@@ -178,6 +178,15 @@ def check_row_invariance(apply: Apply, x: Tensor, batch_sizes: Sequence[int], se
         mixed = x.clone()
         mixed[1::2] = stranger
         assert_same_bits(apply(mixed)[::2], alone[::2])
+
+
+def check_threads(apply: Apply, x: Tensor, numbers: Sequence[int] = (2, 3, 5, 1)) -> None:
+    """Raises AssertionError where the number of threads changes one bit."""
+    with use_threads(1):
+        alone = apply(x)
+    for number in numbers:
+        with use_threads(number):
+            assert_same_bits(apply(x), alone)
 
 
 def check_bad_rows(layer: Layer, x: Tensor) -> None:

@@ -14,11 +14,13 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from outrider import LLM, SamplingParams
+from outrider.cache.kv_cache import KVCache
 from outrider.errors import UnsupportedModelError
 from outrider.kernels import native
 from outrider.kernels.packed import WeightFormat, dequantize
 from outrider.models import batch as batch_module
 from outrider.models import llama as llama_module
+from outrider.models.batch import SequenceRows, build_forward_batch
 from outrider.models.llama import LEAN_MODEL_TYPES, LlamaModel, load_llama, why_not_lean
 from outrider.models.probe import CachedRun, probe_lean_path
 from outrider.models.row_invariance import check_row_invariance
@@ -84,7 +86,14 @@ def load(folder: Path, format: WeightFormat = "fp32", dtype: torch.dtype = torch
     config = AutoConfig.from_pretrained(folder)
     assert why_not_lean(config) is None
     return load_llama(
-        folder, config, open_weights(folder), format=format, group_size=32, dtype=dtype, name=str(folder)
+        folder,
+        config,
+        open_weights(folder),
+        format=format,
+        group_size=32,
+        dtype=dtype,
+        cache_dtype=dtype,
+        name=str(folder),
     )
 
 
@@ -143,6 +152,35 @@ def test_row_invariance(
             check_row_invariance(load(tmp_path, format, cache_dtype))
         finally:
             native.set_num_threads(None)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("head", ["random", "ties", "nan"])
+def test_choices_are_the_argmax_of_the_logits(head: str, threads: int, tmp_path: Path) -> None:
+    """Of equal logits the lowest token, across threads, and a row with NaN gives NaN."""
+    module = make(tmp_path, model_type="llama")
+    with torch.no_grad():
+        if head == "ties":
+            module.lm_head.weight[:] = module.lm_head.weight[:1]
+            module.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    if head == "nan":
+        model.embedding[20] = float("nan")
+    cache = KVCache(model.layer_shapes, num_blocks=8, block_size=8, dtype=model.cache_dtype, prefix_caching=False)
+    cache.admit("a", [])
+    rows = SequenceRows(list(range(3, 33)), range(-1, 29), 0, cache.reserve("a", 30), (0, 3, 29))
+    batch = build_forward_batch([rows])
+    native.set_num_threads(threads)
+    try:
+        logits, choices = model.forward(batch, cache), model.choose(batch, cache)
+    finally:
+        native.set_num_threads(None)
+    assert choices is not None
+    assert torch.equal(choices.logits, logits.amax(-1)) or head == "nan"
+    sound = 2 if head == "nan" else 3  # the last row has seen token 20
+    assert choices.token_ids[:sound].tolist() == logits.numpy().argmax(-1)[:sound].tolist()
+    assert choices.logits[:sound].isfinite().all()
+    assert choices.logits[2].isnan() == (head == "nan")
 
 
 def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:

@@ -26,10 +26,11 @@ from tests.parity.linear_checks import (
     check_equals_reference,
     check_near_truth,
     check_row_invariance,
+    check_threads,
     rows_of,
 )
 
-# 32 outputs are a panel; bfloat16 packs 2 inputs together, int8 4, int4 a group; rows are packed 1024 inputs at a time.
+# 32 outputs are a panel; bfloat16 packs 2 inputs together, int8 4, int4 a group; rows are packed by 1024 inputs.
 SIZES = [(1, 1), (31, 2), (32, 3), (33, 31), (2, 33), (65, 64), (130, 65), (33, 130), (5, 1030), (64, 2051)]
 # Tiles hold 2, 3, 4, 6 or 12 rows, and rows beyond are spread over tiles of nearly equal size.
 BATCHES = [0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 23, 24, 25, 37, 64, 130]
@@ -92,13 +93,7 @@ def test_row_invariance(level: str, kind: str) -> None:
 def test_numbers_of_threads(level: str, kind: str) -> None:
     """Threads share the packing of rows and the panels; with more threads than either some have nothing to do."""
     for num_outputs, num_rows in ((1, 1), (130, 2), (130, 40)):
-        layer = layer_of(KINDS[kind], num_outputs, 70)
-        x = rows_of(num_rows, 70)
-        with use_threads(1):
-            alone = layer.apply(x)
-        for num_threads in (2, 3, 5, 1):
-            with use_threads(num_threads):
-                assert_same_bits(layer.apply(x), alone)
+        check_threads(layer_of(KINDS[kind], num_outputs, 70).apply, rows_of(num_rows, 70))
 
 
 @pytest.mark.parametrize("kind", [name for name in KINDS if KINDS[name].format in INTEGERS])
@@ -258,7 +253,7 @@ kinds = st.builds(
     seed=st.integers(0, 2**20),
 )
 def test_random_layers(
-    level: str, kind: Kind, num_outputs: int, num_inputs: int, num_rows: int, num_threads: int, seed: int
+    *, level: str, kind: Kind, num_outputs: int, num_inputs: int, num_rows: int, num_threads: int, seed: int
 ) -> None:
     x = rows_of(num_rows, num_inputs, seed)
     with use_level(level), use_threads(num_threads):

@@ -1,15 +1,19 @@
-"""Both attentions of the reference against a dense one in float64 that is written from the definition."""
+"""Both attentions of models, of the reference and of the level that runs here, against a dense one in float64."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from outrider.kernels import ops
+from outrider.kernels import native, ops
 from outrider.kernels.attention import AttentionBatch, AttentionParams
 from outrider.models.batch import SequenceRows, build_forward_batch
+from tests.parity.attention_checks import dense_attention, sequence_of
+from tests.parity.kernel_levels import use_level
 
 NUM_SLOTS = 700
 TREE = (-1, 0, 0, 1, 1, 2, 5, 3)
@@ -37,34 +41,17 @@ PARAMS = {
 HEADS = {"gqa": (8, 2, 16, 16), "mha": (3, 3, 8, 8), "mqa": (5, 1, 8, 8), "wide values": (4, 2, 8, 24)}
 
 
-def dense_attention(
-    query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, params: AttentionParams
-) -> Tensor:
-    """``[N, H, E]`` float64, one query head and one row at a time."""
-    num_rows, num_heads, _ = query.shape
-    group = num_heads // keys.shape[1]
-    out = torch.zeros(num_rows, num_heads, values.shape[2], dtype=torch.float64)
-    for sequence in batch.sequences:
-        slots = torch.arange(NUM_SLOTS)[sequence.slots].tolist()
-        mask = torch.ones(1, 1, dtype=torch.bool) if sequence.row_mask is None else sequence.row_mask
-        for row in range(sequence.end - sequence.start):
-            path = [sequence.num_context + int(other) for other in mask[row].nonzero()[:, 0]]
-            seen = [slots[key] for key in [*range(sequence.num_context), *path]]
-            if params.sliding_window is not None:
-                seen = seen[-params.sliding_window :]
-            for head in range(num_heads):
-                k, v = keys[seen, head // group].double(), values[seen, head // group].double()
-                scores = k @ query[sequence.start + row, head].double() * params.scaling
-                if params.softcap is not None:
-                    scores = params.softcap * torch.tanh(scores / params.softcap)
-                if params.sinks is not None:
-                    scores = torch.cat((scores, params.sinks[head : head + 1].double()))
-                out[sequence.start + row, head] = torch.softmax(scores, 0)[: len(seen)] @ v
-    return out
+@pytest.fixture(params=[native.REFERENCE, "as it is"], autouse=True)
+def level(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param != native.REFERENCE:
+        yield
+    else:
+        with use_level(native.REFERENCE):
+            yield
 
 
-def build(name: str, row_invariant: bool) -> AttentionBatch:
-    """A batch whose sequences lie in disjoint slots: consecutive ones below 300, scattered ones above."""
+def build(name: str, row_invariant: bool) -> tuple[tuple[SequenceRows, ...], AttentionBatch]:
+    """Sequences in disjoint slots (consecutive ones below 300, scattered ones above) and their batch."""
     scattered = np.random.default_rng(0).permutation(np.arange(300, NUM_SLOTS))
     regions = {True: np.arange(300), False: scattered}
     sequences = []
@@ -72,8 +59,8 @@ def build(name: str, row_invariant: bool) -> AttentionBatch:
         num_keys = context + len(parents)
         slots, regions[consecutive] = np.split(regions[consecutive], [num_keys])
         assert len(slots) == num_keys
-        sequences.append(SequenceRows([0] * len(parents), parents, context, slots, ()))
-    return build_forward_batch(sequences, row_invariant=row_invariant).attention
+        sequences.append(sequence_of(parents, context, slots))
+    return tuple(sequences), build_forward_batch(sequences, row_invariant=row_invariant).attention
 
 
 @pytest.mark.parametrize("row_invariant", [False, True], ids=["numerical", "bitwise"])
@@ -87,7 +74,7 @@ def test_equals_dense_attention(name: str, options: str, heads: str, row_invaria
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    batch = build(name, row_invariant)
+    sequences, batch = build(name, row_invariant)
     num_rows = len(batch.write_slots)
     query, rows_k = random(num_rows, num_heads, width) * 2, random(num_rows, kv_heads, width)
     rows_v = random(num_rows, kv_heads, value_width)
@@ -98,15 +85,14 @@ def test_equals_dense_attention(name: str, options: str, heads: str, row_invaria
     out = ops.attention(query, rows_k, rows_v, key_cache=keys, value_cache=values, batch=batch, params=params)
     assert torch.equal(keys[batch.write_slots], rows_k)
     assert torch.equal(values[batch.write_slots], rows_v)
-    truth = dense_attention(query, keys, values, batch, params)
-    torch.testing.assert_close(out.double(), truth, atol=3e-6, rtol=3e-6)
+    truth = dense_attention(query, keys.double(), values.double(), sequences, params)
+    torch.testing.assert_close(out.double(), truth.out, atol=3e-6, rtol=3e-6)
 
 
 @pytest.mark.parametrize("row_invariant", [False, True], ids=["numerical", "bitwise"])
 def test_masked_slots_cannot_leak(row_invariant: bool) -> None:
     """NaN in every slot that a row does not see (other sequences, unused pages, siblings) stays there."""
-    batch = build("tree", row_invariant)
-    sequence = batch.sequences[0]
+    (sequence,), batch = build("tree", row_invariant)
     keys = torch.full((NUM_SLOTS, 2, 8), float("nan"))
     values = keys.clone()
     keys[sequence.slots], values[sequence.slots] = 1.0, 1.0

@@ -56,8 +56,9 @@ def fma(a: float, b: float, c: float) -> np.float32:
 
 
 def slow_int4(
-    x: np.ndarray, q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, bias: Tensor | None
+    x: np.ndarray, weights: tuple[Tensor, Tensor, Tensor | None], group_size: int, bias: Tensor | None
 ) -> np.ndarray:
+    q, scales, zeros = weights
     out = np.empty((len(x), len(q)), f32)
     for r, row in enumerate(x):
         integers, scale = round_row(row)
@@ -107,7 +108,7 @@ def test_int4_bit_for_bit(
         assert zeros is not None
         zeros = zeros.half() + 0.375
     x, bias = random_x(num_rows, num_inputs, seed), torch.randn(num_outputs) if with_bias else None
-    expected = slow_int4(x.numpy(), q, scales, zeros, group_size, bias)
+    expected = slow_int4(x.numpy(), (q, scales, zeros), group_size, bias)
     assert np.array_equal(linear(x, pack_int4(q, scales, zeros, group_size), bias).numpy(), expected)
 
 

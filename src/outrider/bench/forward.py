@@ -195,12 +195,12 @@ class KernelRuns:
         inputs = {width: torch.randn(num_rows, width) for width in widths}
         output = torch.zeros(num_rows, widest)
         # Past `Linear.__call__`: its few microseconds a layer would be a tenth of the time of small layers.
-        calls = [(linear.handle, inputs[linear.weight.num_inputs]) for linear in self._linears]
+        calls = [(linear, inputs[linear.weight.num_inputs]) for linear in self._linears]  # keeps what is pointed to
 
         def run() -> None:
             run_linear = native._module().linear
-            for handle, x in calls:
-                run_linear(handle, x.data_ptr(), num_rows, output.data_ptr())
+            for linear, x in calls:
+                run_linear(linear.handle, x.data_ptr(), num_rows, output.data_ptr())
 
         return Workload("kernels", self._weights, num_rows, self.num_bytes, 2 * self._num_params * num_rows, run)
 
@@ -220,7 +220,7 @@ class ForwardRuns:
             model.layer_shapes,
             num_blocks=2 * -(-num_positions // _BLOCK_SIZE),
             block_size=_BLOCK_SIZE,
-            dtype=model.dtype,
+            dtype=model.cache_dtype,
             prefix_caching=False,
         )
         config = model.config

@@ -57,7 +57,7 @@ def plot_slack(record: Mapping[str, Any], path: str, title: str) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens in a forward")
     axes.set_ylabel("milliseconds a forward")
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title.replace("; ", "\n"), fontsize="medium")
     axes.grid(alpha=0.25)
     if rows:
         axes.legend(title="weights (dashed: one token)", frameon=False)

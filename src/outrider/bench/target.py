@@ -97,6 +97,7 @@ class BenchTarget:
             format=format,
             group_size=self.group_size,
             dtype=cache_dtype(format),
+            cache_dtype=cache_dtype(format),
             name=self.name,
         )
 

@@ -47,6 +47,8 @@ def decode(
     model: opt.Model = None,
     revision: opt.Revision = None,
     dtype: opt.Dtype = EngineConfig.dtype,
+    weights: opt.WeightFormat = EngineConfig.weights,
+    group_size: opt.GroupSize = EngineConfig.group_size,
     device: opt.Device = EngineConfig.device,
     drafter: opt.Drafters = None,
     draft_model: opt.DraftModel = None,
@@ -75,6 +77,7 @@ def decode(
     seed: opt.Seed = None,
     exactness: opt.ExactnessMode = EngineConfig.exactness,
     cache_gb: opt.CacheGb = CacheConfig.memory_gb,
+    cache_dtype: opt.CacheDtype = CacheConfig.dtype,
     max_batch_tokens: opt.MaxBatchTokens = SchedulerConfig.max_batch_tokens,
     threads: opt.Threads = None,
     json_out: opt.JsonOut = False,
@@ -93,12 +96,15 @@ def decode(
         model=model,
         revision=revision,
         dtype=dtype,
+        weights=weights,
+        group_size=group_size,
         device=device,
         draft_model=draft_model,
         drafter_settings=drafter_settings,
         verification=verification,
         exactness=exactness,
         cache_gb=cache_gb,
+        cache_dtype=cache_dtype,
         max_num_seqs=max(batch_size, 1),
         max_batch_tokens=max_batch_tokens,
         threads=threads,
@@ -206,7 +212,8 @@ def _report(
     machine, prompts = record["machine"], settings["prompts"]
     config = settings["config"]
     title = (
-        f"{config['model'] or 'bundled model'}, {settings['dtype']}, {config['exactness']}, "
+        f"{config['model'] or 'bundled model'}, {settings['dtype']}, weights {config['weights']}, "
+        f"{config['exactness']}, "
         f"temperature {settings['sampling']['temperature']:g}, batch {settings['batch_size']}, "
         f"{prompts['count']} prompts, up to {settings['sampling']['max_tokens']} tokens, "
         f"{settings['repeats']} repeats; {machine['cpu']}, {machine['torch_threads']} threads"

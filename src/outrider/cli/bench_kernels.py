@@ -24,6 +24,7 @@ MEASURING = "Measuring"
 DEFAULT_ROWS = "1,2,4,8,16,32,64"
 MAX_ROWS = 4096
 MAX_POSITIONS = 1 << 17
+_FOREIGN_LOAD = 1.0  # programs beside our own threads, from which on a warning is due
 
 ModelFolder = Annotated[
     str | None,
@@ -330,12 +331,16 @@ def _cells(row: dict[str, Any], single_ms: float | None, *, relative: bool) -> d
 
 
 def _footnote(record: dict[str, Any]) -> str:
-    probe, config = record["probe"], record["config"]
+    probe, config, machine = record["probe"], record["config"], record["machine"]
     rows = [*record["rows"], *record["prefill"]]
     kept, tried = (sum(row[key] for row in rows) for key in ("num_samples", "num_tried"))
-    return (
+    text = (
         f"Kept {kept} of {tried} runs: those whose bandwidth before and after agreed within "
         f"{100 * config['probe_agreement']:.0f}%. Read bandwidth: median {probe['gbps_median']:.1f} GB/s, "
         f"{probe['gbps_min']:.1f}-{probe['gbps_max']:.1f} in {probe['num_probes']} probes of "
         f"{config['probe_bytes'] / 2**30:.2g} GiB."
     )
+    load = (machine["load_average"] or [0.0])[0]
+    if load - config["threads"] > _FOREIGN_LOAD:
+        text += f"\nOther programs ran meanwhile (load average {load:.1f} on {machine['cores']} cores): run it alone."
+    return text

@@ -36,6 +36,15 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, option("--revision", help="Branch, tag or commit of the hub id.", panel=MODEL)]
 Dtype = Annotated[str, option("--dtype", help="auto (the checkpoint's), float32, bfloat16 or float16.", panel=MODEL)]
+WeightFormat = Annotated[
+    str,
+    option(
+        "--weights",
+        help="Linear layers as: auto (the checkpoint's), fp32, bf16, int8 or int4, rounded at load.",
+        panel=MODEL,
+    ),
+]
+GroupSize = Annotated[int, option("--group-size", help="Inputs per scale of int4: 32, 64 or 128.", panel=MODEL)]
 Device = Annotated[str, option("--device", help="Torch device.", panel=MODEL)]
 
 Drafter = Annotated[
@@ -75,13 +84,20 @@ Verification = Annotated[
 
 ExactnessMode = Annotated[
     str,
-    option("--exactness", help="numerical (equal up to ties) or bitwise (proven at start).", panel=ENGINE),
+    option(
+        "--exactness",
+        help="bitwise (proven at start), numerical (equal up to ties), or auto: bitwise on a CPU with our kernels.",
+        panel=ENGINE,
+    ),
 ]
 CacheGb = Annotated[float, option("--cache-gb", help="Most memory for keys and values, in GiB.", panel=ENGINE)]
+CacheDtype = Annotated[
+    str, option("--cache-dtype", help="Keys and values as: auto, float32, bfloat16 or int8.", panel=ENGINE)
+]
 MaxNumSeqs = Annotated[int, option("--max-num-seqs", help="Most sequences that run at once.", panel=ENGINE)]
 MaxBatchTokens = Annotated[int, option("--max-batch-tokens", help="Most rows of a forward.", panel=ENGINE)]
 Threads = Annotated[
-    int | None, option("--threads", help="CPU threads of torch; without it torch decides.", panel=ENGINE)
+    int | None, option("--threads", help="CPU threads; without it torch decides (OMP_NUM_THREADS).", panel=ENGINE)
 ]
 
 MaxTokens = Annotated[int, option("--max-tokens", help="Most tokens to generate per sequence.", panel=SAMPLING)]
@@ -101,12 +117,14 @@ class EngineOptions:
     Attributes:
         drafter: a method's name; None leaves the choice to `drafter_name`.
         drafter_settings: a JSON object with more settings of the drafter.
-        threads: of torch; None leaves torch's own choice.
+        threads: of torch and of our kernels; None leaves torch's own choice.
     """
 
     model: str | None = None
     revision: str | None = None
     dtype: str = EngineConfig.dtype
+    weights: str = EngineConfig.weights
+    group_size: int = EngineConfig.group_size
     device: str = EngineConfig.device
     drafter: str | None = None
     draft_model: str | None = None
@@ -114,6 +132,7 @@ class EngineOptions:
     verification: str = EngineConfig.verification
     exactness: str = EngineConfig.exactness
     cache_gb: float = CacheConfig.memory_gb
+    cache_dtype: str = CacheConfig.dtype
     max_num_seqs: int = SchedulerConfig.max_num_seqs
     max_batch_tokens: int = SchedulerConfig.max_batch_tokens
     threads: int | None = None
@@ -158,11 +177,21 @@ class EngineOptions:
         spec = {"method": "none"} if drafter == "none" else self.drafter_spec(drafter)
         if self.model == "":
             raise ConfigError("--model", got="nothing", expected="a folder or hub id")
-        cache = {"memory_gb": self.cache_gb, "prefix_caching": self.prefix_caching}
+        cache: dict[str, Any] = {
+            "memory_gb": self.cache_gb,
+            "prefix_caching": self.prefix_caching,
+            "dtype": self.cache_dtype,
+        }
         scheduler = {"max_num_seqs": self.max_num_seqs, "max_batch_tokens": self.max_batch_tokens}
         CacheConfig(**cache)
         SchedulerConfig(**scheduler)
-        EngineConfig(dtype=self.dtype, exactness=self.exactness)  # pyright: ignore[reportArgumentType]
+        model: dict[str, Any] = {
+            "dtype": self.dtype,
+            "weights": self.weights,
+            "group_size": self.group_size,
+            "exactness": self.exactness,
+        }
+        EngineConfig(**model)
         self.set_threads()
         from transformers.utils import logging
 
@@ -173,8 +202,7 @@ class EngineOptions:
             self.model,
             drafter=spec,
             verification=self.verification,
-            exactness=self.exactness,  # pyright: ignore[reportArgumentType]
-            dtype=self.dtype,
+            **model,
             device=self.device,
             revision=self.revision,
             cache=cache,

@@ -27,6 +27,8 @@ def verify(
     model: opt.Model = None,
     revision: opt.Revision = None,
     dtype: opt.Dtype = EngineConfig.dtype,
+    weights: opt.WeightFormat = EngineConfig.weights,
+    group_size: opt.GroupSize = EngineConfig.group_size,
     device: opt.Device = EngineConfig.device,
     drafter: opt.Drafters = None,
     draft_model: opt.DraftModel = None,
@@ -52,6 +54,7 @@ def verify(
     ] = "1,4,16",
     exactness: opt.ExactnessMode = EngineConfig.exactness,
     cache_gb: opt.CacheGb = CacheConfig.memory_gb,
+    cache_dtype: opt.CacheDtype = CacheConfig.dtype,
     threads: opt.Threads = None,
     json_out: opt.JsonOut = False,
     output: opt.OutputFile = None,
@@ -65,12 +68,15 @@ def verify(
         model=model,
         revision=revision,
         dtype=dtype,
+        weights=weights,
+        group_size=group_size,
         device=device,
         draft_model=draft_model,
         drafter_settings=drafter_settings,
         verification=verification,
         exactness=exactness,
         cache_gb=cache_gb,
+        cache_dtype=cache_dtype,
         threads=threads,
     )
     names = opt.drafter_names(drafter, engine)
@@ -91,7 +97,8 @@ def verify(
     record = {
         "model": plain.model.name if model else "bundled model",
         "dtype": str(plain.model.dtype).removeprefix("torch."),
-        "exactness": exactness,
+        "weights": plain.config.weights,
+        "exactness": plain.config.exactness,
         "verification": verification,
         "drafters": specs,
         "settings": {setting.name: str(setting.params) for setting in settings},
@@ -141,7 +148,10 @@ def _print_report(report: Report, record: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = stdout_console()
-    title = "outputs equal to plain decoding's: {model}, {dtype}, {exactness}, {verification}, {count} prompts"
+    title = (
+        "outputs equal to plain decoding's: {model}, {dtype}, weights {weights}, {exactness}, {verification}, "
+        "{count} prompts"
+    )
     table = Table(
         title=title.format(**record, count=record["prompts"]["count"]), title_justify="left", highlight=False
     )

@@ -56,6 +56,7 @@ class _Growing:
 
 class DraftModelDrafter:
     name = "draft_model"
+    reads_logits = False
 
     def __init__(
         self,

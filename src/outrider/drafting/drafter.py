@@ -48,13 +48,14 @@ class DraftOutcome:
     """What verification made of one request's tree.
 
     Attributes:
-        target_logits: ``[tree.num_nodes, vocab]`` the target's raw logits at each node.
+        target_logits: ``[tree.num_nodes, vocab]`` the target's raw logits at each node; None only for a drafter that
+            does not read them.
     """
 
     request_id: str
     tree: TokenTree
     path: VerifiedPath
-    target_logits: Tensor
+    target_logits: Tensor | None
 
 
 class Drafter(Protocol):
@@ -62,11 +63,13 @@ class Drafter(Protocol):
     name: as users spell it.
     max_nodes: the most draft tokens that it proposes for one request.
     returns_probs: True if its trees carry the distributions they were drawn from.
+    reads_logits: True if `observe` looks at the target's logits.
     """
 
     name: str
     max_nodes: int
     returns_probs: bool
+    reads_logits: bool
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         """One tree per context, in order, rooted at its last token."""

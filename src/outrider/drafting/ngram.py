@@ -48,6 +48,7 @@ class NgramIndex:
 class NgramDrafter:
     name = "ngram"
     returns_probs = False
+    reads_logits = False
 
     def __init__(self, config: NgramConfig, style: DraftStyle) -> None:
         self._config = config

@@ -12,6 +12,7 @@ class PlainDrafter:
     name = "none"
     max_nodes = 0
     returns_probs = False
+    reads_logits = False
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         return [TokenTree.root_only(context.token_ids[-1]) for context in contexts]

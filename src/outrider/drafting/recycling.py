@@ -23,6 +23,7 @@ RANK_PROBS = (0.45, 0.13, 0.07, 0.05, 0.035, 0.025, 0.02, 0.015)
 class RecyclingDrafter:
     name = "recycling"
     returns_probs = False
+    reads_logits = True
 
     def __init__(self, config: RecyclingConfig, style: DraftStyle, vocab_size: int) -> None:
         rank_probs = RANK_PROBS[:1] if style.chains_only else RANK_PROBS[: config.num_candidates]
@@ -57,6 +58,7 @@ class RecyclingDrafter:
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:
+            assert outcome.target_logits is not None, "a drafter that reads logits got none"
             top = outcome.target_logits.topk(self._num_candidates, dim=-1).indices.cpu().numpy()
             # In node order: of a token that stands at several nodes the deepest wins.
             self._candidates[np.asarray(outcome.tree.tokens)] = top

@@ -46,6 +46,7 @@ def load_target(config: EngineConfig) -> tuple[Model, Tokenizer, Exactness]:
         dtype=config.dtype,
         weights=config.weights,
         group_size=config.group_size,
+        cache_dtype=config.cache.dtype,
         device=config.device,
         row_invariant=bitwise,
     )
@@ -81,7 +82,15 @@ def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> En
                 remedy="pass drafter={'method': 'draft_model', 'model': ...}, or --draft-model",
             )
         path = drafter.model or BUNDLED_DRAFT
-        draft = load_model(path, revision=drafter.revision, dtype=drafter.dtype, device=config.device)
+        draft = load_model(
+            path,
+            revision=drafter.revision,
+            dtype=drafter.dtype,
+            weights=drafter.weights,
+            group_size=drafter.group_size,
+            cache_dtype=config.cache.dtype,
+            device=config.device,
+        )
         check_same_vocabulary(tokenizer, Tokenizer(load_tokenizer(path, revision=drafter.revision)))
         return DraftModelDrafter(
             drafter,
@@ -110,7 +119,7 @@ def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> En
 
 def build_cache(cache: CacheConfig, scheduler: SchedulerConfig, model: Model) -> KVCache:
     """A cache within the memory limit, no larger than the scheduler could ever fill."""
-    block_bytes = cache.block_size * _bytes_per_position(model.layer_shapes, model.dtype.itemsize)
+    block_bytes = cache.block_size * _bytes_per_position(model.layer_shapes, model.cache_dtype.itemsize)
     affordable = int(cache.memory_gb * 2**30 / block_bytes)
     useful = scheduler.max_num_seqs * math.ceil(model.context_length / cache.block_size)
     num_blocks = cache.num_blocks or min(affordable, useful)
@@ -122,7 +131,7 @@ def build_cache(cache: CacheConfig, scheduler: SchedulerConfig, model: Model) ->
         model.layer_shapes,
         num_blocks=num_blocks,
         block_size=cache.block_size,
-        dtype=model.dtype,
+        dtype=model.cache_dtype,
         device=model.device,
         prefix_caching=cache.prefix_caching,
     )

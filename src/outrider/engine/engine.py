@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from outrider.engine.stats import EngineStats
 from outrider.engine.stopping import append_tokens
 from outrider.errors import NumericsError
 from outrider.models.batch import SequenceRows, build_forward_batch, rows_of
-from outrider.models.model import ForwardBatch, Model
+from outrider.models.model import Choices, ForwardBatch, Model
 from outrider.request import Request
 from outrider.sampling.logprobs import token_logprobs
 from outrider.sampling.processors import RowContext, process_logits
 from outrider.sampling.sampler import KeyedDecisions, check_finite
 from outrider.token_tree import TokenTree, TokenTreeBatch, VerifiedPath
+from outrider.verification.coupled import follow_choices
 from outrider.verification.rule import VerificationRule
 
 
@@ -72,9 +74,9 @@ class Engine:
                 trees = self._propose(drafting)
             batch = self._build_batch(plan, trees)
             with stats.timed("target"):
-                logits = self.model.forward(batch, self.cache)
+                target = self._run_target(drafting, batch)
             with stats.timed("verify"):
-                verified = self._verify(drafting, trees, logits)
+                verified = self._verify(drafting, trees, target)
             self._commit(plan, verified)
             with stats.timed("draft"):
                 self._observe(verified)
@@ -114,11 +116,26 @@ class Engine:
             sequences.append(SequenceRows(token_ids, parents, start, slots, logits_rows))
         return build_forward_batch(sequences, self.model.device, row_invariant=self._row_invariant)
 
+    def _run_target(self, drafting: Sequence[ScheduledSequence], batch: ForwardBatch) -> Tensor | Choices:
+        """The one forward: whole rows of logits, or their argmax where no one needs more."""
+        if not self.drafter.reads_logits and all(s.request.params.takes_argmax for s in drafting):
+            choices = self.model.choose(batch, self.cache)
+            if choices is not None:
+                return choices
+        return self.model.forward(batch, self.cache)
+
     def _verify(
-        self, drafting: Sequence[ScheduledSequence], trees: TokenTreeBatch, logits: Tensor
+        self, drafting: Sequence[ScheduledSequence], trees: TokenTreeBatch, target: Tensor | Choices
     ) -> list[_Verified]:
         if not drafting:
             return []
+        if isinstance(target, Choices):
+            return _follow(drafting, trees, target)
+        return self._apply_rule(drafting, trees, target)
+
+    def _apply_rule(
+        self, drafting: Sequence[ScheduledSequence], trees: TokenTreeBatch, logits: Tensor
+    ) -> list[_Verified]:
         requests = [scheduled.request for scheduled in drafting]
         contexts = [
             RowContext(
@@ -184,6 +201,7 @@ class Engine:
                 self.stats.count_path(num_drafted, num_accepted, num_appended)
                 request.metrics.count_path(num_drafted, num_accepted, now)
                 if request.params.logprobs is not None:
+                    assert outcome.logits is not None, "no logits for a request that asks for logprobs"
                     rows = outcome.logits[[0, *outcome.path.accepted_nodes][:num_appended]]
                     chosen = outcome.new_tokens[:num_appended]
                     request.logprobs.extend(token_logprobs(rows, chosen, request.params.logprobs))
@@ -214,16 +232,27 @@ class _Verified:
     """What a step made of one request's tree.
 
     Attributes:
-        logits: ``[tree.num_nodes, vocab]`` raw logits.
+        logits: ``[tree.num_nodes, vocab]`` raw logits; None where only their argmax was computed.
         sound: False if any of the tree's rows had NaN or infinite logits, or no token to choose.
     """
 
     request: Request
     tree: TokenTree
     path: VerifiedPath
-    logits: Tensor
+    logits: Tensor | None
     sound: bool
 
     @property
     def new_tokens(self) -> list[int]:
         return [*(self.tree.tokens[node] for node in self.path.accepted_nodes), self.path.next_token]
+
+
+def _follow(drafting: Sequence[ScheduledSequence], trees: TokenTreeBatch, choices: Choices) -> list[_Verified]:
+    """What every rule does with greedy requests: walk along the target's choices."""
+    tokens, logits = choices.token_ids.tolist(), choices.logits.tolist()
+    verified = []
+    for index, (scheduled, tree) in enumerate(zip(drafting, trees.trees, strict=True)):
+        rows = trees.rows(index)
+        sound = all(math.isfinite(logit) for logit in logits[rows])
+        verified.append(_Verified(scheduled.request, tree, follow_choices(tree, tokens[rows]), None, sound))
+    return verified

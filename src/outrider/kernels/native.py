@@ -168,6 +168,11 @@ class CacheTensor:
         return _module().KvCache(self.tensor.data_ptr(), self.type, self.tensor.shape[1], self.width)
 
 
+def cache_width(head_width: int, dtype: torch.dtype) -> int:
+    """Elements that a head takes in a cache of this dtype."""
+    return head_width + (SCALE_BYTES if dtype == torch.int8 else 0)
+
+
 def can_attend(cache: Tensor) -> bool:
     """Whether the kernels read and write such a cache."""
     return cache.dtype in _CACHE_TYPES and cache.device.type == "cpu"
@@ -248,6 +253,25 @@ class LlamaLayerWeights:
         return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
 
 
+@dataclass(frozen=True, eq=False)
+class LlamaStep:
+    """What `Llama.forward` computes; R wanted rows.
+
+    Attributes:
+        token_ids, positions, write_slots: ``[M]`` int64.
+        logits_rows: ``[R]`` int64.
+        keys, values: the cache of each layer.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    write_slots: Tensor
+    sequences: FlatSequences
+    logits_rows: Tensor
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+
+
 class Llama:
     """A whole forward of the Llama family in one call; row-invariant.
 
@@ -311,35 +335,31 @@ class Llama:
 
     def forward(
         self,
+        step: LlamaStep,
         *,
-        token_ids: Tensor,
-        positions: Tensor,
-        write_slots: Tensor,
-        sequences: FlatSequences,
-        logits_rows: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-    ) -> Tensor:
-        """Logits ``[len(logits_rows), vocab]`` float32; all index tensors int64, `keys` and `values` by layer."""
-        logits = torch.empty(len(logits_rows), self.lm_head.weight.num_outputs)
-        addresses = np.array([[cache.data_ptr() for cache in caches] for caches in (keys, values)], dtype=np.uint64)
+        logits: Tensor | None = None,
+        best_tokens: Tensor | None = None,
+        best_logits: Tensor | None = None,
+    ) -> None:
+        """Write ``[R, vocab]`` float32 logits, or else of each row its argmax and that logit (``[R]`` each)."""
+        addresses = np.array(
+            [[cache.data_ptr() for cache in caches] for caches in (step.keys, step.values)], dtype=np.uint64
+        )
+        outputs = (logits, best_tokens, best_logits)
         _module()
         self._handle.forward(
-            len(token_ids),
-            token_ids.data_ptr(),
-            positions.data_ptr(),
-            write_slots.data_ptr(),
-            *addresses_of(sequences),
-            logits_rows.data_ptr(),
-            len(logits_rows),
-            _CACHE_TYPES[keys[0].dtype],
+            len(step.token_ids),
+            step.token_ids.data_ptr(),
+            step.positions.data_ptr(),
+            step.write_slots.data_ptr(),
+            *addresses_of(step.sequences),
+            step.logits_rows.data_ptr(),
+            len(step.logits_rows),
+            _CACHE_TYPES[step.keys[0].dtype],
             _address(addresses[0]),
             _address(addresses[1]),
-            logits.data_ptr(),
-            0,
-            0,
+            *(0 if output is None else output.data_ptr() for output in outputs),
         )
-        return logits
 
 
 def read_bandwidth(buffer: Tensor) -> float:

@@ -18,7 +18,7 @@ from outrider.cache.kv_cache import KVCache, LayerShape
 from outrider.errors import ModelLoadError
 from outrider.kernels import native
 from outrider.kernels.packed import WeightFormat
-from outrider.models.model import ForwardBatch
+from outrider.models.model import Choices, ForwardBatch
 from outrider.models.model_config import context_length_of, eos_token_ids_of
 from outrider.quantization.tensor_files import first_line
 from outrider.quantization.weights import WeightSource, lm_head_format
@@ -52,7 +52,8 @@ class LlamaModel:
         weights: all tensors.
         format: of the linear layers that `weights` does not hold packed.
         group_size: of int4.
-        dtype: of the cache.
+        dtype: that the checkpoint is computed in.
+        cache_dtype: of keys and values: float32, bfloat16 or int8.
         name: what errors and statistics call it.
 
     Raises:
@@ -67,17 +68,20 @@ class LlamaModel:
         format: WeightFormat,
         group_size: int,
         dtype: torch.dtype,
+        cache_dtype: torch.dtype,
         name: str,
     ) -> None:
         self.name = name
         self.dtype = dtype
+        self.cache_dtype = cache_dtype
         self.device = torch.device("cpu")
         self.config = config
         self.vocab_size = config.vocab_size
         self.context_length = context_length_of(config)
         self.eos_token_ids = eos_token_ids_of(config)
         head_dim, kv_heads = head_dim_of(config), config.num_key_value_heads
-        self.layer_shapes = (LayerShape(kv_heads, head_dim, head_dim),) * config.num_hidden_layers
+        width = native.cache_width(head_dim, cache_dtype)
+        self.layer_shapes = (LayerShape(kv_heads, width, width),) * config.num_hidden_layers
         reader = _Reader(config, weights, format, group_size)
         rope = _rotary_embedding(config)
         self._llama = native.Llama(
@@ -112,18 +116,32 @@ class LlamaModel:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits ``[R, vocab]`` float32 of the wanted rows; writes the rows' keys and values into `cache`."""
-        wanted = batch.logits_rows
-        if wanted is None:
-            wanted = torch.arange(len(batch.token_ids))
-        return self._llama.forward(
-            token_ids=batch.token_ids,
-            positions=batch.positions,
-            write_slots=batch.attention.write_slots,
-            sequences=batch.attention.flat,
-            logits_rows=wanted,
-            keys=cache.keys,
-            values=cache.values,
-        )
+        step = _kernel_step(batch, cache)
+        logits = torch.empty(len(step.logits_rows), self.vocab_size)
+        self._llama.forward(step, logits=logits)
+        return logits
+
+    @torch.inference_mode()
+    def choose(self, batch: ForwardBatch, cache: KVCache) -> Choices | None:
+        """The argmax of each wanted row, whose logits never leave the processor's caches."""
+        step = _kernel_step(batch, cache)
+        num_rows = len(step.logits_rows)
+        choices = Choices(torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows))
+        self._llama.forward(step, best_tokens=choices.token_ids, best_logits=choices.logits)
+        return choices
+
+
+def _kernel_step(batch: ForwardBatch, cache: KVCache) -> native.LlamaStep:
+    wanted = batch.logits_rows
+    return native.LlamaStep(
+        token_ids=batch.token_ids,
+        positions=batch.positions,
+        write_slots=batch.attention.write_slots,
+        sequences=batch.attention.flat,
+        logits_rows=torch.arange(len(batch.token_ids)) if wanted is None else wanted,
+        keys=cache.keys,
+        values=cache.values,
+    )
 
 
 def load_llama(
@@ -134,10 +152,13 @@ def load_llama(
     format: WeightFormat,
     group_size: int,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     name: str,
 ) -> LlamaModel:
     """A model of the family from a folder whose weights are open already; see `LlamaModel`."""
-    model = LlamaModel(config, weights, format=format, group_size=group_size, dtype=dtype, name=name)
+    model = LlamaModel(
+        config, weights, format=format, group_size=group_size, dtype=dtype, cache_dtype=cache_dtype, name=name
+    )
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
         model.eos_token_ids = eos_token_ids_of(generation, config)

@@ -41,6 +41,7 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _PLAIN_FORMATS: dict[torch.dtype, WeightFormat] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _GENERATIVE_CLASS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", re.IGNORECASE)
@@ -53,6 +54,7 @@ def load_model(
     dtype: str = "auto",
     weights: WeightFormat | Literal["auto"] = "auto",
     group_size: int = DEFAULT_GROUP_SIZE,
+    cache_dtype: str = "auto",
     device: str = "cpu",
     row_invariant: bool = False,
 ) -> Model:
@@ -67,6 +69,7 @@ def load_model(
         dtype: "auto" (as stored), "float32", "bfloat16" or "float16".
         weights: "auto", "fp32", "bf16", "int8" or "int4", as `EngineConfig` describes.
         group_size: of int4.
+        cache_dtype: of keys and values: "auto" (as `dtype`), "float32", "bfloat16" or "int8".
         row_invariant: prepare for the bitwise mode (`check_row_invariance` proves it).
 
     Raises:
@@ -88,6 +91,7 @@ def load_model(
                 format=(_PLAIN_FORMATS[chosen] if weights == "auto" else weights),
                 group_size=group_size,
                 dtype=chosen,
+                cache_dtype=chosen if cache_dtype == "auto" else _CACHE_DTYPES[cache_dtype],
                 name=str(path_or_hub_id),
             )
         module = _read_weights(folder, config, "auto" if dtype == "auto" else _DTYPES[dtype])

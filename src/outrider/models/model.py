@@ -29,11 +29,26 @@ class ForwardBatch:
     logits_rows: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """The argmax of the wanted rows.
+
+    Attributes:
+        token_ids: ``[R]`` int64, the lowest of equals.
+        logits: ``[R]`` float32 of those tokens; NaN where any of a row's logits is.
+    """
+
+    token_ids: Tensor
+    logits: Tensor
+
+
 class Model(Protocol):
     """Attributes:
     vocab_size: width of the logits.
     context_length: the most positions a sequence may have.
     layer_shapes: the cache that each attention layer needs.
+    dtype: that it computes in.
+    cache_dtype: of keys and values.
     eos_token_ids: tokens that end a text, from the model's own configuration.
     """
 
@@ -43,8 +58,13 @@ class Model(Protocol):
     layer_shapes: tuple[LayerShape, ...]
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     device: torch.device
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits ``[R, vocab]`` float32 of the wanted rows; writes the rows' keys and values into `cache`."""
+        ...
+
+    def choose(self, batch: ForwardBatch, cache: KVCache) -> Choices | None:
+        """As `forward`, but only each row's argmax; None, and nothing done, if that would save no work."""
         ...

@@ -48,7 +48,7 @@ class CachedRun:
             model.layer_shapes,
             num_blocks=num_sequences * (-(-num_positions // block_size)),
             block_size=block_size,
-            dtype=model.dtype,
+            dtype=model.cache_dtype,
             device=model.device,
             prefix_caching=False,
         )
@@ -122,6 +122,7 @@ def probe_lean_path(config: PretrainedConfig) -> None:
         format="fp32",
         group_size=DEFAULT_GROUP_SIZE,
         dtype=torch.float32,
+        cache_dtype=torch.float32,
         name=config.model_type,
     )
     _compare(TransformersModel(module, name=config.model_type), lean, "on the lean path")

@@ -23,7 +23,7 @@ from outrider.cache.kv_cache import KVCache, LayerShape
 from outrider.errors import UnsupportedModelError
 from outrider.kernels import ops
 from outrider.kernels.attention import ROW_BUCKET, AttentionBatch, AttentionParams, RowBucket
-from outrider.models.model import ForwardBatch
+from outrider.models.model import Choices, ForwardBatch
 from outrider.models.model_config import context_length_of, eos_token_ids_of
 
 ATTENTION_NAME = "outrider"
@@ -148,7 +148,7 @@ class TransformersModel:
         survey = _Survey(self.config)
         logits = self._survey_forward(survey)
         self.vocab_size = logits.shape[-1]
-        self.dtype = survey.key_dtype or module.dtype
+        self.dtype = self.cache_dtype = survey.key_dtype or module.dtype
         self._layers = survey.layers
         self.layer_shapes = tuple(layer.shape for layer in survey.layers.values())
         self.eos_token_ids = eos_token_ids_of(getattr(module, "generation_config", None), self.config, module.config)
@@ -196,6 +196,10 @@ class TransformersModel:
             return self._forward_in_buckets(batch, cache)
         step = _Step(self._layers, cache, batch.attention)
         return self._run(batch.token_ids, batch.positions, batch.logits_rows, step)
+
+    def choose(self, batch: ForwardBatch, cache: KVCache) -> Choices | None:
+        """None: the module writes whole rows."""
+        return None
 
     def _forward_in_buckets(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """The bitwise mode: every operation of the model sees ROW_BUCKET rows, whatever the batch.

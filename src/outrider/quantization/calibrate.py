@@ -234,4 +234,5 @@ def _forward(module: nn.Module, batch: Tensor) -> None:
 def _matrix(linear: nn.Module) -> Tensor:
     """The weight as [N, K], a view."""
     assert isinstance(linear, nn.Linear | Conv1D)
-    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+    weight = linear.weight.detach()
+    return weight if isinstance(linear, nn.Linear) else weight.T

@@ -122,6 +122,12 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def takes_argmax(self) -> bool:
+        """Whether every token is the argmax of the model's raw logits, and nothing else of them is asked for."""
+        edits = self.has_penalties or self.logit_bias or self.min_tokens
+        return self.greedy and not edits and self.logprobs is None
+
+    @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
