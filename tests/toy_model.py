@@ -23,6 +23,7 @@ class ToyModel:
     layer_shapes = (LayerShape(1, 1, 1),)
     dtype = torch.float32
     cache_dtype = torch.float32
+    runs_on_kernels = False
     device = torch.device("cpu")
 
     def __init__(

@@ -82,7 +82,7 @@ def make(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> An
     return module
 
 
-def load(folder: Path, format: WeightFormat = "fp32", dtype: torch.dtype = torch.float32) -> LlamaModel:
+def load(folder: Path, format: WeightFormat = "fp32", cache_dtype: torch.dtype = torch.float32) -> LlamaModel:
     config = AutoConfig.from_pretrained(folder)
     assert why_not_lean(config) is None
     return load_llama(
@@ -91,8 +91,8 @@ def load(folder: Path, format: WeightFormat = "fp32", dtype: torch.dtype = torch
         open_weights(folder),
         format=format,
         group_size=32,
-        dtype=dtype,
-        cache_dtype=dtype,
+        dtype=torch.float32,
+        cache_dtype=cache_dtype,
         name=str(folder),
     )
 
@@ -138,7 +138,7 @@ def test_every_format_is_near_its_dequantised_twin(family: str, format: WeightFo
     assert error < {"fp32": 1e-5, "bf16": 0.03, "int8": 0.06, "int4": 0.06}[format]
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("level", native.levels()[:-1])
 def test_row_invariance(
@@ -152,6 +152,22 @@ def test_row_invariance(
             check_row_invariance(load(tmp_path, format, cache_dtype))
         finally:
             native.set_num_threads(None)
+
+
+def test_an_int8_cache_is_near_the_exact_one(tmp_path: Path) -> None:
+    make(tmp_path, model_type="qwen3")
+    tokens, found = list(range(3, 80)), []
+    for cache_dtype in (torch.float32, torch.int8):
+        run = CachedRun(
+            load(tmp_path, cache_dtype=cache_dtype),
+            block_size=4,
+            num_positions=128,
+            num_sequences=1,
+            row_invariant=True,
+        )
+        found.append(torch.cat([run.feed("a", tokens[:40]), run.feed("a", tokens[40:])]))
+    error = (found[1] - found[0]).square().mean().sqrt() / found[0].std()
+    assert 1e-4 < error < 0.03
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -199,10 +215,12 @@ def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
-def test_drafters_do_not_change_the_output(weights: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
+def test_drafters_do_not_change_the_output(cache_dtype: Any, weights: Any, tmp_path: Path) -> None:
     folder = make_tiny("llama", tmp_path / "llama")
-    plain = LLM(str(folder), drafter="none", weights=weights)
+    plain = LLM(str(folder), drafter="none", weights=weights, cache={"dtype": cache_dtype})
     assert plain.config.exactness == "bitwise"
+    assert plain.engine.cache.keys[0].dtype == (torch.int8 if cache_dtype == "int8" else torch.float32)
     prompts = [{"prompt_token_ids": [3 + i, 9, 4, 9 + i]} for i in range(20)]
     for params in (
         SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),

@@ -16,6 +16,7 @@ from outrider.engine.scheduler import ScheduledSequence, Scheduler
 from outrider.engine.stats import EngineStats
 from outrider.engine.stopping import append_tokens
 from outrider.errors import NumericsError
+from outrider.kernels import native
 from outrider.models.batch import SequenceRows, build_forward_batch, rows_of
 from outrider.models.model import Choices, ForwardBatch, Model
 from outrider.request import Request
@@ -65,7 +66,7 @@ class Engine:
         """Run one step; returns the requests that got tokens or ended."""
         stats = self.stats
         stats.num_steps += 1
-        with stats.timed("step"):
+        with native.cores_for_kernels(self.model.runs_on_kernels), stats.timed("step"):
             plan = self.scheduler.schedule()
             if not plan:
                 return []

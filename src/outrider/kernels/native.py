@@ -6,7 +6,8 @@ Legend: M rows, K inputs, N outputs, S cache slots.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from logging import getLogger
@@ -86,12 +87,33 @@ def levels() -> list[str]:
     return [*(_native.levels() if _native is not None else []), REFERENCE]
 
 
+_threads_wanted: int | None = None
+_threads_of_torch: int | None = None  # while torch itself is kept to one
+
+
 def num_threads() -> int:
     """Threads that the kernels use: torch's number (`--threads`, OMP_NUM_THREADS) unless set otherwise."""
-    return _threads_wanted or torch.get_num_threads()
+    return _threads_wanted or _threads_of_torch or torch.get_num_threads()
 
 
-_threads_wanted: int | None = None
+@contextmanager
+def cores_for_kernels(wanted: bool = True) -> Iterator[None]:
+    """Keep torch to one thread where the kernels do the work.
+
+    What torch has left to do is small, and its other threads spin for milliseconds after every parallel operation,
+    on the very cores that the kernels' threads need.
+    """
+    global _threads_of_torch  # noqa: PLW0603 - torch's number is one for the process, too
+    if not wanted or _threads_of_torch is not None:
+        yield
+        return
+    _threads_of_torch = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_threads_of_torch)
+        _threads_of_torch = None
 
 
 def set_num_threads(number: int | None) -> None:

@@ -1,6 +1,7 @@
 """Which kernel computes what: the one place where faster kernels join.
 
-Legend: N rows of the step, H query heads, K key/value heads, D key width, E value width, S cache slots.
+Legend: N rows of the step, H query heads, K key/value heads, D key width, E value width, S cache slots; of a linear
+layer: I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -8,8 +9,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from outrider.kernels import native, reference
+from outrider.kernels import native, reference, reference_linear
 from outrider.kernels.attention import ROW_BUCKET, AttentionBatch, AttentionParams, RowBucket
+from outrider.kernels.packed import PackedWeight
+
+
+class Linear:
+    """A linear layer on the kernels that run when it is called.
+
+    Args:
+        bias: ``[O]`` of any float type, or None; not to be changed afterwards.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+        self._compiled: native.Linear | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[N, I]`` of any float type on the CPU -> ``[N, O]`` float32."""
+        if not native.is_available():
+            return reference_linear.linear(x, self.weight, self.bias)
+        if self._compiled is None:
+            self._compiled = native.Linear(self.weight, self.bias)
+        return self._compiled(x)
 
 
 def attention(
@@ -26,7 +48,7 @@ def attention(
 
     Args:
         query: ``[N, H, D]``; keys: ``[N, K, D]``; values: ``[N, K, E]``.
-        key_cache: ``[S, K, D]``; value_cache: ``[S, K, E]``.
+        key_cache: ``[S, K, D]``; value_cache: ``[S, K, E]``; of any float type, or int8 as `native.cache_width` says.
 
     Returns:
         ``[N, H, E]`` in the dtype of `query`.
@@ -35,9 +57,10 @@ def attention(
         native.write_kv(keys, key_cache, batch.write_slots)
         native.write_kv(values, value_cache, batch.write_slots)
         return native.attention(query, key_cache, value_cache, batch.flat, params).to(query.dtype)
-    reference.write_rows(keys, values, key_cache, value_cache, batch.write_slots)
+    stored = key_cache.dtype
+    reference.write_rows(keys.to(stored), values.to(stored), key_cache, value_cache, batch.write_slots)
     if not batch.row_invariant:
-        return reference.attention(query, key_cache, value_cache, batch, params)
+        return reference.attention(query.to(stored), key_cache, value_cache, batch, params).to(query.dtype)
     mixed = []
     for bucket in batch.row_buckets:
         rows = query[bucket.start : bucket.end]
@@ -70,7 +93,8 @@ def row_bucket_attention(
         native.write_kv(values[:num_rows], value_cache, bucket.write_slots)
         attended = native.attention(query[:num_rows], key_cache, value_cache, bucket.flat, params)
         return torch.cat((attended, attended[:1].expand(len(query) - num_rows, -1, -1))).to(query.dtype)
-    reference.write_rows(keys[:num_rows], values[:num_rows], key_cache, value_cache, bucket.write_slots)
+    rows, stored = slice(num_rows), key_cache.dtype
+    reference.write_rows(keys[rows].to(stored), values[rows].to(stored), key_cache, value_cache, bucket.write_slots)
     return reference.row_bucket_attention(query, key_cache, value_cache, bucket, params)
 
 

@@ -72,6 +72,7 @@ class LlamaModel:
         name: str,
     ) -> None:
         self.name = name
+        self.runs_on_kernels = True
         self.dtype = dtype
         self.cache_dtype = cache_dtype
         self.device = torch.device("cpu")

@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from outrider.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from outrider.errors import ConfigError, ModelLoadError, OutriderError, UnsupportedModelError
 from outrider.kernels import native
 from outrider.kernels.packed import WeightFormat
 from outrider.models.llama import LEAN_MODEL_TYPES, load_llama, why_not_lean
 from outrider.models.model import Model
+from outrider.models.packed_linear import HeldLinears, require_finite, swap_linears
 from outrider.models.probe import probe_lean_path, probe_model
 from outrider.models.transformers_model import WHAT_RUNS, TransformersModel
 from outrider.quantization.tensor_files import first_line, read_json
-from outrider.quantization.weights import DEFAULT_GROUP_SIZE, open_weights
+from outrider.quantization.weights import DEFAULT_GROUP_SIZE, WeightSource, open_weights
 
 _DOWNLOADED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt", "*.jinja"]
 _TOKENIZER_FILES = (
@@ -60,7 +61,8 @@ def load_model(
 ) -> Model:
     """Load a causal language model and prove by a probe that it computes what transformers alone would.
 
-    On a CPU with compiled kernels the Llama family takes the lean path; everything else runs in transformers' module.
+    On a CPU with compiled kernels the Llama family takes the lean path; everything else runs in transformers' module,
+    whose linear layers are swapped for ours where there are compiled kernels, or `weights` or the checkpoint ask for it.
 
     Args:
         path_or_hub_id: a folder with config.json and safetensors, or ``owner/name`` on the Hugging Face hub
@@ -75,9 +77,9 @@ def load_model(
     Raises:
         ModelLoadError: nothing there, or incomplete, or damaged.
         UnsupportedModelError: no causal language model, or one that would run wrong.
-        ConfigError: an unknown dtype, or a device that is not there.
+        ConfigError: an unknown dtype, a device that is not there, or what cannot be had on it.
     """
-    _check_device_and_dtype(device, dtype)
+    _check_device_and_dtypes(device, dtype, cache_dtype)
     folder = _folder_of(path_or_hub_id, revision)
     with _quiet_transformers():
         config = _read_config(folder)
@@ -94,11 +96,43 @@ def load_model(
                 cache_dtype=chosen if cache_dtype == "auto" else _CACHE_DTYPES[cache_dtype],
                 name=str(path_or_hub_id),
             )
-        module = _read_weights(folder, config, "auto" if dtype == "auto" else _DTYPES[dtype])
-        module = module.to(device).eval().requires_grad_(False)
+        module = _load_module(folder, config, source, dtype=dtype, weights=weights, group_size=group_size, device=device)
         model = TransformersModel(module, name=str(path_or_hub_id), row_invariant=row_invariant)
         probe_model(model)
-    return model
+    return model if cache_dtype == "auto" else model.with_cache_dtype(_CACHE_DTYPES[cache_dtype])
+
+
+def _load_module(
+    folder: Path,
+    config: PretrainedConfig,
+    source: WeightSource,
+    *,
+    dtype: str,
+    weights: WeightFormat | Literal["auto"],
+    group_size: int,
+    device: str,
+) -> PreTrainedModel:
+    """transformers' module in evaluation mode, its linear layers on our kernels where they can and should be."""
+    held = source.held is not None
+    asked = held or weights != "auto"
+    if asked and device != "cpu":
+        raise ConfigError(
+            "weights",
+            got=f"{source.held} in {folder}, on {device}" if held else f"{weights} on {device}",
+            expected="a plain checkpoint and 'auto' on devices other than the CPU",
+            remedy="use device='cpu'" if held else "use device='cpu', or leave weights at 'auto' and set dtype",
+        )
+    chosen = "auto" if dtype == "auto" else _DTYPES[dtype]
+    if asked and dtype == "auto":
+        chosen = _stored_dtype(config)
+    module = _read_weights(folder, config, chosen, source if held else None)
+    module = module.to(device).eval().requires_grad_(False)
+    require_finite(module, folder)
+    if asked or (device == "cpu" and native.is_available() and module.dtype in _PLAIN_FORMATS):
+        plain = _PLAIN_FORMATS.get(module.dtype, "fp32")
+        # Layers that a quantised checkpoint keeps plain were left so for a reason.
+        swap_linears(module, plain if held or weights == "auto" else weights, plain, group_size)
+    return module
 
 
 def _runs_lean(config: PretrainedConfig) -> bool:
@@ -144,9 +178,10 @@ def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -
             ) from error
 
 
-def _check_device_and_dtype(device: str, dtype: str) -> None:
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ConfigError("dtype", got=repr(dtype), expected=f"'auto' or one of {', '.join(_DTYPES)}")
+def _check_device_and_dtypes(device: str, dtype: str, cache_dtype: str) -> None:
+    for name, value, known in (("dtype", dtype, _DTYPES), ("cache.dtype", cache_dtype, _CACHE_DTYPES)):
+        if value != "auto" and value not in known:
+            raise ConfigError(name, got=repr(value), expected=f"'auto' or one of {', '.join(known)}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -156,6 +191,13 @@ def _check_device_and_dtype(device: str, dtype: str) -> None:
             expected="a device of this machine, such as 'cpu'",
             remedy=first_line(error),
         ) from error
+    if cache_dtype == "int8" and not (device == "cpu" and native.is_available()):
+        raise ConfigError(
+            "cache.dtype",
+            got=f"int8 on {device}" if device != "cpu" else "int8 without compiled kernels",
+            expected="auto, float32 or bfloat16",
+            remedy="use device='cpu'" if device != "cpu" else "install a C++ compiler and reinstall outrider",
+        )
 
 
 def _folder_of(path_or_hub_id: str | Path, revision: str | None) -> Path:
@@ -246,9 +288,13 @@ def _read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _read_weights(folder: Path, config: PretrainedConfig, dtype: torch.dtype | str) -> Any:
-    """The module with every one of its tensors from the checkpoint."""
+def _read_weights(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype | str, held: WeightSource | None = None
+) -> Any:
+    """The module with every one of its tensors from the checkpoint, but for the packed layers that `held` has."""
     loaded: Any  # with output_loading_info a pair, which the stubs do not say
+    if held is not None and hasattr(config, "quantization_config"):
+        del config.quantization_config  # or transformers would ask for the method's own library
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -260,7 +306,10 @@ def _read_weights(folder: Path, config: PretrainedConfig, dtype: torch.dtype | s
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            quantization_config=None if held is None else HeldLinears(held),
         )
+    except OutriderError:
+        raise
     except Exception as error:  # anything that a model class raises on an unexpected configuration
         raise ModelLoadError(
             f"model {folder} cannot be built",

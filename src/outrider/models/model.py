@@ -49,6 +49,7 @@ class Model(Protocol):
     layer_shapes: the cache that each attention layer needs.
     dtype: that it computes in.
     cache_dtype: of keys and values.
+    runs_on_kernels: True if a forward is one call of the compiled kernels, and torch has next to nothing to do.
     eos_token_ids: tokens that end a text, from the model's own configuration.
     """
 
@@ -59,6 +60,7 @@ class Model(Protocol):
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     cache_dtype: torch.dtype
+    runs_on_kernels: bool
     device: torch.device
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:

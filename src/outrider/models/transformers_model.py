@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from outrider.cache.kv_cache import KVCache, LayerShape
 from outrider.errors import UnsupportedModelError
-from outrider.kernels import ops
+from outrider.kernels import native, ops
 from outrider.kernels.attention import ROW_BUCKET, AttentionBatch, AttentionParams, RowBucket
 from outrider.models.model import Choices, ForwardBatch
 from outrider.models.model_config import context_length_of, eos_token_ids_of
@@ -136,6 +136,7 @@ class TransformersModel:
     def __init__(self, module: PreTrainedModel, *, name: str, row_invariant: bool = False) -> None:
         _register()
         self.name = name
+        self.runs_on_kernels = False
         self.row_invariant = row_invariant
         self.module = module
         self.config = module.config.get_text_config(decoder=True)
@@ -179,14 +180,32 @@ class TransformersModel:
 
     def with_sliding_window(self, window: int) -> TransformersModel:
         """The same module with `window` in all its sliding layers: few rows then test them."""
-        twin = object.__new__(TransformersModel)
-        twin.__dict__.update(self.__dict__)
+        twin = self._twin()
         twin._layers = {
             index: layer
             if layer.params.sliding_window is None
             else replace(layer, params=replace(layer.params, sliding_window=window))
             for index, layer in self._layers.items()
         }
+        return twin
+
+    def with_cache_dtype(self, dtype: torch.dtype) -> TransformersModel:
+        """The same module with keys and values of another dtype; int8 needs the compiled kernels."""
+        twin = self._twin()
+        twin.cache_dtype = dtype
+        twin.layer_shapes = tuple(
+            LayerShape(
+                layer.shape.num_heads,
+                native.cache_width(layer.shape.key_dim, dtype),
+                native.cache_width(layer.shape.value_dim, dtype),
+            )
+            for layer in self._layers.values()
+        )
+        return twin
+
+    def _twin(self) -> TransformersModel:
+        twin = object.__new__(TransformersModel)
+        twin.__dict__.update(self.__dict__)
         return twin
 
     @torch.inference_mode()

@@ -1,0 +1,162 @@
+"""outrider and the peers in one run: forwards of M new tokens after 64, taking turns, between bandwidth probes.
+
+Runs in outrider's environment and starts each peer (`measure_peers.py --serve`) in the peers' own:
+
+    python benchmarks/peers/compare.py --model MODEL --models PEERS --peers-python ~/peers-venv/bin/python
+
+A sample counts only if the read bandwidth before and after it agree within 15% (`outrider.bench.forward.measure`).
+outrider's times include its Python; a peer's are those that it measures itself, without putting its context back.
+Threads: OMP_NUM_THREADS for outrider, the same number for the peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from outrider.bench.forward import BandwidthProbe, ForwardRuns, Measurement, Workload, measure, probe_bytes
+from outrider.bench.report import environment
+from outrider.bench.target import open_target
+
+CONTEXT = 64
+PREFILL = 512
+PEERS = {
+    "bf16": [("llama.cpp", "bf16"), ("openvino", "bf16")],
+    "int8": [("llama.cpp", "q8_0"), ("openvino", "int8")],
+    "int4": [("llama.cpp", "q4_0"), ("openvino", "int4"), ("onnxruntime", "int4")],
+}
+
+
+class Peer:
+    """One engine with one weight format, loaded in a process of its own."""
+
+    def __init__(self, name: str, weights: str, args: argparse.Namespace) -> None:
+        self.name, self.weights = name, weights
+        script = Path(__file__).resolve().parent / "measure_peers.py"
+        command = [args.peers_python, str(script), "--models", args.models, "--peer", name, "--weights", weights]
+        command += ["--threads", str(torch.get_num_threads()), "--serve"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.version = self._read()
+
+    def run(self, command: dict[str, int]) -> float:
+        """Seconds of one forward, as the engine's own process measures it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({**command, "repeats": 1, "warmup": 1}) + "\n")
+        self._process.stdin.flush()
+        return self._read()["ms"] / 1e3
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} {self.weights} ended; run measure_peers.py by hand to see why")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise SystemExit(f"{self.name} {self.weights}: {answer['error']}")
+        return answer
+
+
+def own_workloads(args: argparse.Namespace, rows: list[int]) -> dict[str, list[Workload]]:
+    formats = args.weights.split(",")
+    target = open_target(args.model, None, formats, args.group_size)
+    found = {}
+    for format in target.formats:
+        runs = ForwardRuns(format, target.model(format), context=CONTEXT, num_positions=CONTEXT + max(*rows, PREFILL))
+        workloads = [runs.workload(m, target.num_params) for m in rows]
+        found[f"outrider {format}"] = [*workloads, runs.prefill(PREFILL, target.num_params)]
+    return found
+
+
+def peer_workloads(peer: Peer, format: Any, rows: list[int]) -> list[Workload]:
+    commands = [{"m": m} for m in rows]
+    workloads = [
+        Workload("forward", format, m, 0, 0, lambda command=command: peer.run(command))
+        for m, command in zip(rows, commands, strict=True)
+    ]
+    return [*workloads, Workload("prefill", format, PREFILL, 0, 0, lambda: peer.run({"prefill": PREFILL}))]
+
+
+def summary(name: str, workloads: list[Workload], measurement: Measurement) -> dict[str, Any]:
+    """Median and range in milliseconds by number of rows; of outrider also the share of the bandwidth."""
+    ours = name.startswith("outrider")
+    records = []
+    for workload in workloads:
+        samples = measurement.samples[workload]
+        times = [1e3 * (sample.seconds if ours else sample.kernel_seconds or 0.0) for sample in samples]
+        record: dict[str, Any] = {"kind": workload.kind, "m": workload.num_rows, "num_samples": len(times)}
+        if times:
+            record |= {"ms": median(times), "ms_min": min(times), "ms_max": max(times)}
+        if times and ours:
+            shares = [workload.num_bytes / sample.seconds / sample.bandwidth for sample in samples]
+            record["share"] = median(shares)
+            record["kernel_ms"] = median(1e3 * (sample.kernel_seconds or 0.0) for sample in samples)
+        records.append(record)
+    return {"name": name, "rows": records}
+
+
+def print_table(summaries: list[dict[str, Any]], rows: list[int]) -> None:
+    print("| ms, median | " + " | ".join(f"M={m}" for m in rows) + f" | prefill {PREFILL} |")
+    print("|---|" + "---|" * (len(rows) + 1))
+    for entry in summaries:
+        print(f"| {entry['name']} | " + " | ".join(f"{r['ms']:.1f}" if "ms" in r else "-" for r in entry["rows"]) + " |")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face folder of a Llama")
+    parser.add_argument("--models", required=True, help="folder that convert.py filled from it")
+    parser.add_argument("--peers-python", required=True, help="python of the peers' environment")
+    parser.add_argument("--weights", default="bf16,int8,int4")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rows", default="1,2,4,8,16,32,64")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--output", help="write the JSON here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    rows = [int(part) for part in args.rows.split(",")]
+    named = own_workloads(args, rows)
+    peers = [Peer(name, weights, args) for format in args.weights.split(",") for name, weights in PEERS[format]]
+    formats = [format for format in args.weights.split(",") for _ in PEERS[format]]
+    for peer, format in zip(peers, formats, strict=True):
+        named[f"{peer.name} {peer.weights}"] = peer_workloads(peer, format, rows)
+    measurement = Measurement()
+    everything = [workload for workloads in named.values() for workload in workloads]
+    try:
+        measure(everything, args.repeats, measurement, probe=BandwidthProbe(probe_bytes()))
+    except KeyboardInterrupt:
+        print("interrupted: what there is", file=sys.stderr)
+    finally:
+        for peer in peers:
+            peer.close()
+    summaries = [summary(name, workloads, measurement) for name, workloads in named.items()]
+    print_table(summaries, rows)
+    if args.output:
+        probes = [bandwidth / 1e9 for bandwidth in measurement.probes]
+        record = {
+            "command": "python benchmarks/peers/compare.py " + " ".join(sys.argv[1:]),
+            **environment(),
+            "versions": {f"{peer.name} {peer.weights}": peer.version for peer in peers},
+            "probe_gbps": {"median": median(probes), "min": min(probes), "max": max(probes), "num": len(probes)},
+            "results": summaries,
+        }
+        Path(args.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
