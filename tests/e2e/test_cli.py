@@ -14,13 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import outrider.llm
 from outrider import LLM, SamplingParams, __version__
 from outrider.cli.app import app
+from outrider.cli.options import EngineOptions
 from outrider.engine.build import BUNDLED_TARGET
+from outrider.kernels import native
 from outrider.losslessness.explain import Explanation
+from outrider.models.llama import LlamaModel
 from tests.tiny_models import make_tiny
 
 PROMPT = "def quicksort("
@@ -239,6 +243,9 @@ def test_a_prompt_without_usable_logits_does_not_spoil_the_others(
         ("generate x --verification hope", ["verification", "hope"]),
         ("generate x --exactness almost", ["exactness", "almost"]),
         ("generate x --dtype int8", ["dtype", "int8"]),
+        ("generate x --weights int3", ["weights", "int3", "int4"]),
+        ("generate x --group-size 48", ["group_size", "48"]),
+        ("generate x --cache-dtype int4", ["cache.dtype", "int4"]),
         ("generate x --device quantum", ["device", "quantum"]),
         ("generate x --cache-gb 0", ["memory_gb"]),
         ("generate x --cache-gb nan", ["memory_gb"]),
@@ -269,6 +276,24 @@ def test_a_prompt_without_usable_logits_does_not_spoil_the_others(
 def test_bad_input_is_one_line_and_status_2(arguments: str, words: list[str]) -> None:
     parts = [part.format(empty="") for part in arguments.split()]
     assert_one_error_line(run(*parts), *words)
+
+
+def test_an_unknown_level_of_instructions() -> None:
+    environment = {**os.environ, "OUTRIDER_ISA": "sse9"}
+    done = subprocess.run([*COMMAND, "generate", "x"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: OUTRIDER_ISA: got 'sse9', expected one of")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_weights_reach_the_model(weights: str) -> None:
+    llm = EngineOptions(weights=weights, group_size=32, cache_dtype="bfloat16").load("none")
+    assert isinstance(llm.model, LlamaModel) or not native.is_available()
+    assert (llm.config.weights, llm.config.group_size) == (weights, 32)
+    if native.is_available():
+        assert llm.config.exactness == "bitwise"
+        assert llm.engine.cache.keys[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import pytest
 import torch
@@ -281,6 +282,20 @@ def test_calls_from_several_threads(level: str) -> None:
             done.result()
 
 
+def test_flushing_subnormals_is_all_threads_or_none(level: str) -> None:
+    """It is a mode of each thread of the processor: workers take over the caller's."""
+    layer = layer_of(KINDS["fp32"], 130, 70)
+    x = rows_of(9, 70) * 1e-40
+    with use_threads(3):
+        layer.apply(x)  # workers that started before
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor does not flush")
+        try:
+            check_threads(layer.apply, x)
+        finally:
+            torch.set_flush_denormal(False)
+
+
 CHILD_SECONDS = 20
 
 
@@ -301,6 +316,27 @@ def test_a_forked_process_has_its_own_threads(level: str) -> None:
         expected = layer.apply(x)
         assert succeeds_in_a_child(layer, x, expected)
         assert torch.equal(layer.apply(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_forks_amid_calls(level: str) -> None:
+    """What another thread held at the time of the fork is nobody's in the child."""
+    layer, x = layer_of(KINDS["int8"], 130, 1030), rows_of(40, 1030)
+    done = Event()
+
+    def keep_calling() -> None:
+        while not done.is_set():
+            layer.apply(x)
+
+    with use_threads(2), ThreadPoolExecutor(1) as executor:
+        expected = layer.apply(x[:2])
+        caller = executor.submit(keep_calling)
+        try:
+            for _ in range(10):
+                assert succeeds_in_a_child(layer, x[:2], expected)
+        finally:
+            done.set()
+        caller.result()
 
 
 def test_reference_is_what_is_compared_with() -> None:

@@ -35,10 +35,14 @@ def load_target(config: EngineConfig) -> tuple[Model, Tokenizer, Exactness]:
 
     Raises:
         ModelLoadError: it cannot be loaded, or its outputs would be wrong.
+        ConfigError: OUTRIDER_ISA names what this machine does not have.
         ExactnessError: bitwise mode was asked for, on a model or device that is not row-invariant.
     """
     path = config.model or BUNDLED_TARGET
-    on_kernels = config.device == "cpu" and native.is_available()
+    try:
+        on_kernels = config.device == "cpu" and native.is_available()
+    except native.IsaError as error:
+        raise ConfigError(str(error)) from error
     bitwise = config.exactness == "bitwise" or (config.exactness == "auto" and on_kernels)
     model = load_model(
         path,
