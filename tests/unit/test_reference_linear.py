@@ -112,6 +112,20 @@ def test_int4_bit_for_bit(
     assert np.array_equal(linear(x, pack_int4(q, scales, zeros, group_size), bias).numpy(), expected)
 
 
+def test_int4_rounds_once_a_group() -> None:
+    """Sums of all signs alike, so that their products with a scale need more bits than float32 has."""
+    q, scales, zeros = random_int4(20, 256, 64, True)
+    q, scales = q | 8, scales.abs()
+    x = random_x(3, 256).abs()
+    expected = slow_int4(x.numpy(), (q, scales, zeros), 64, None)
+    assert np.array_equal(linear(x, pack_int4(q, scales, zeros, 64)).numpy(), expected)
+    twice = np.zeros_like(expected)
+    for group in range(4):
+        one = slow_int4(x.numpy() * (np.arange(256) // 64 == group), (q, scales, zeros), 64, None)
+        twice += one
+    assert not np.array_equal(twice, expected)
+
+
 def test_int8_sums_beyond_float32() -> None:
     """More products than float32 sums exactly: all of the same sign, and odd."""
     num_inputs = 5000

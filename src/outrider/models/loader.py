@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from outrider.kernels import native
 from outrider.kernels.packed import WeightFormat
 from outrider.models.llama import LEAN_MODEL_TYPES, load_llama, why_not_lean
 from outrider.models.model import Model
-from outrider.models.packed_linear import HeldLinears, require_finite, swap_linears
+from outrider.models.packed_linear import HeldWeights, require_finite, swap_linears
 from outrider.models.probe import probe_lean_path, probe_model
 from outrider.models.transformers_model import WHAT_RUNS, TransformersModel
 from outrider.quantization.tensor_files import first_line, read_json
@@ -61,8 +62,8 @@ def load_model(
 ) -> Model:
     """Load a causal language model and prove by a probe that it computes what transformers alone would.
 
-    On a CPU with compiled kernels the Llama family takes the lean path; everything else runs in transformers' module,
-    whose linear layers are swapped for ours where there are compiled kernels, or `weights` or the checkpoint ask for it.
+    On a CPU with compiled kernels the Llama family takes the lean path. Everything else runs in transformers' module,
+    its linear layers swapped for ours on a CPU with compiled kernels, or if `weights` or the checkpoint ask for it.
 
     Args:
         path_or_hub_id: a folder with config.json and safetensors, or ``owner/name`` on the Hugging Face hub
@@ -80,58 +81,64 @@ def load_model(
         ConfigError: an unknown dtype, a device that is not there, or what cannot be had on it.
     """
     _check_device_and_dtypes(device, dtype, cache_dtype)
+    wanted = _Wanted(str(path_or_hub_id), dtype, weights, group_size, cache_dtype, device)
     folder = _folder_of(path_or_hub_id, revision)
     with _quiet_transformers():
         config = _read_config(folder)
         source = open_weights(folder, None if weights == "auto" else weights)
         if device == "cpu" and dtype != "float16" and _runs_lean(config):
-            chosen = _stored_dtype(config) if dtype == "auto" else _DTYPES[dtype]
-            return load_llama(
-                folder,
-                config,
-                source,
-                format=(_PLAIN_FORMATS[chosen] if weights == "auto" else weights),
-                group_size=group_size,
-                dtype=chosen,
-                cache_dtype=chosen if cache_dtype == "auto" else _CACHE_DTYPES[cache_dtype],
-                name=str(path_or_hub_id),
-            )
-        module = _load_module(folder, config, source, dtype=dtype, weights=weights, group_size=group_size, device=device)
-        model = TransformersModel(module, name=str(path_or_hub_id), row_invariant=row_invariant)
+            return _load_lean(folder, config, source, wanted)
+        module = _load_module(folder, config, source, wanted)
+        model = TransformersModel(module, name=wanted.name, row_invariant=row_invariant)
         probe_model(model)
     return model if cache_dtype == "auto" else model.with_cache_dtype(_CACHE_DTYPES[cache_dtype])
 
 
-def _load_module(
-    folder: Path,
-    config: PretrainedConfig,
-    source: WeightSource,
-    *,
-    dtype: str,
-    weights: WeightFormat | Literal["auto"],
-    group_size: int,
-    device: str,
-) -> PreTrainedModel:
+@dataclass(frozen=True)
+class _Wanted:
+    """What `load_model` was asked for."""
+
+    name: str
+    dtype: str
+    weights: WeightFormat | Literal["auto"]
+    group_size: int
+    cache_dtype: str
+    device: str
+
+
+def _load_lean(folder: Path, config: PretrainedConfig, source: WeightSource, wanted: _Wanted) -> Model:
+    chosen = _stored_dtype(config) if wanted.dtype == "auto" else _DTYPES[wanted.dtype]
+    return load_llama(
+        folder,
+        config,
+        source,
+        format=(_PLAIN_FORMATS[chosen] if wanted.weights == "auto" else wanted.weights),
+        group_size=wanted.group_size,
+        dtype=chosen,
+        cache_dtype=chosen if wanted.cache_dtype == "auto" else _CACHE_DTYPES[wanted.cache_dtype],
+        name=wanted.name,
+    )
+
+
+def _load_module(folder: Path, config: PretrainedConfig, source: WeightSource, wanted: _Wanted) -> PreTrainedModel:
     """transformers' module in evaluation mode, its linear layers on our kernels where they can and should be."""
-    held = source.held is not None
-    asked = held or weights != "auto"
-    if asked and device != "cpu":
+    weights, held = wanted.weights, source.held is not None
+    asked, on_cpu = held or weights != "auto", wanted.device == "cpu"
+    if asked and not on_cpu:
         raise ConfigError(
             "weights",
-            got=f"{source.held} in {folder}, on {device}" if held else f"{weights} on {device}",
+            got=f"{source.held} in {folder}, on {wanted.device}" if held else f"{weights} on {wanted.device}",
             expected="a plain checkpoint and 'auto' on devices other than the CPU",
             remedy="use device='cpu'" if held else "use device='cpu', or leave weights at 'auto' and set dtype",
         )
-    chosen = "auto" if dtype == "auto" else _DTYPES[dtype]
-    if asked and dtype == "auto":
-        chosen = _stored_dtype(config)
-    module = _read_weights(folder, config, chosen, source if held else None)
-    module = module.to(device).eval().requires_grad_(False)
+    dtype = _DTYPES.get(wanted.dtype) or (_stored_dtype(config) if asked else "auto")
+    module = _read_weights(folder, config, dtype, source if held else None)
+    module = module.to(wanted.device).eval().requires_grad_(False)
     require_finite(module, folder)
-    if asked or (device == "cpu" and native.is_available() and module.dtype in _PLAIN_FORMATS):
+    if asked or (on_cpu and native.is_available() and module.dtype in _PLAIN_FORMATS):
         plain = _PLAIN_FORMATS.get(module.dtype, "fp32")
-        # Layers that a quantised checkpoint keeps plain were left so for a reason.
-        swap_linears(module, plain if held or weights == "auto" else weights, plain, group_size)
+        # What a quantised checkpoint keeps plain stays plain.
+        swap_linears(module, plain if held or weights == "auto" else weights, plain, wanted.group_size)
     return module
 
 
@@ -293,8 +300,8 @@ def _read_weights(
 ) -> Any:
     """The module with every one of its tensors from the checkpoint, but for the packed layers that `held` has."""
     loaded: Any  # with output_loading_info a pair, which the stubs do not say
-    if held is not None and hasattr(config, "quantization_config"):
-        del config.quantization_config  # or transformers would ask for the method's own library
+    if held is not None:
+        vars(config).pop("quantization_config", None)  # or transformers would ask for the method's own library
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -306,7 +313,7 @@ def _read_weights(
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            quantization_config=None if held is None else HeldLinears(held),
+            quantization_config=None if held is None else HeldWeights(held),
         )
     except OutriderError:
         raise

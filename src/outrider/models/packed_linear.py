@@ -26,7 +26,7 @@ from outrider.quantization.linears import _ROUTERS
 from outrider.quantization.weights import WeightSource, lm_head_format, pack_linear
 
 HELD_METHOD = "outrider_held"
-"""What transformers' catalogue of quantisers calls ours; config.json never does, so that it is only ours to ask for."""
+"""What transformers' catalogue of quantisers calls ours; no config.json names it."""
 
 
 class PackedLinear(nn.Module):
@@ -53,7 +53,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., K]`` -> ``[..., N]`` in the dtype of `x`."""
         if self._linear is None:  # not before: the bias may still be loaded after construction
-            self._linear = ops.Linear(self.packed, self.bias)
+            self._linear = ops.Linear(self.packed, self._parameters["bias"])
         y = self._linear(x.reshape(-1, self.packed.num_inputs))
         return y.view(*x.shape[:-1], self.packed.num_outputs).to(x.dtype)
 
@@ -107,7 +107,7 @@ def require_finite(module: nn.Module, folder: Path) -> None:
             )
 
 
-class HeldLinears(QuantizationConfigMixin):
+class HeldWeights(QuantizationConfigMixin):
     """For `from_pretrained(quantization_config=...)`: take these layers from a source that holds them packed."""
 
     def __init__(self, source: WeightSource) -> None:
@@ -115,7 +115,7 @@ class HeldLinears(QuantizationConfigMixin):
         self.quant_method: Any = HELD_METHOD
         self.source = source
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HeldLinears:
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeldWeights:
         """Itself: transformers copies configurations, and an open file cannot be copied."""
         return self
 
@@ -133,11 +133,11 @@ class _HeldQuantizer(HfQuantizer):
         self.remove_quantization_config(model)  # for all that transformers knows, an ordinary module from here on
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return False
 
 
@@ -166,10 +166,11 @@ def _place_held(module: PreTrainedModel, source: WeightSource) -> None:
         left.discard(stored)
         _replace(module, name, PackedLinear(source.linear(stored, "fp32"), part.bias, part.weight.dtype))
     if left:
+        class_name = type(module).__name__
         raise UnsupportedModelError(
             f"weights of {source.folder}",
-            got=f"{len(left)} quantised layers that {type(module).__name__} has no linear layer for, such as {min(left)}",
-            expected="quantised linear layers only; a mixture's experts are no such layers",
+            got=f"{len(left)} quantised layers, such as {min(left)}, that are no linear layers of {class_name}",
+            expected="no others quantised (a mixture's experts run unquantised)",
             remedy="quantise the original model with `outrider quantize`",
         )
 

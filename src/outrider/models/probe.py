@@ -182,11 +182,7 @@ def _compare(model: TransformersModel, twin: Model, what: str) -> None:
             expected="finite numbers",
             remedy="check the checkpoint, or load it with dtype='float32'",
         )
-    # Where linear layers round their inputs, attention's last bit may decide which way.
-    rounds = bool(packed_formats(model.module) - {"fp32"})
-    tolerance = _TOLERANCE[torch.bfloat16] if rounds else _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float32])
-    # Below float32, rounding alone may send a few rows of a mixture to other experts; errors spoil more rows.
-    quantile = 0.75 if model.is_mixture and (rounds or model.dtype != torch.float32) else 1.0
+    tolerance, quantile = _tolerance_of(model)
     noise = _error(other, eager, quantile)
     if not noise < tolerance:
         raise UnsupportedModelError(
@@ -203,6 +199,15 @@ def _compare(model: TransformersModel, twin: Model, what: str) -> None:
             expected=f"below {tolerance:g} for {model.dtype} (eager against itself: {noise:.2g})",
             remedy=WHAT_RUNS,
         )
+
+
+def _tolerance_of(model: TransformersModel) -> tuple[float, float]:
+    """The accepted error, and the quantile over rows of which it is asked."""
+    # Where linear layers round their inputs, the last bit of attention may decide which way.
+    rounds = bool(packed_formats(model.module) - {"fp32"})
+    tolerance = _TOLERANCE[torch.bfloat16] if rounds else _TOLERANCE.get(model.dtype, _TOLERANCE[torch.float32])
+    # Below float32, rounding alone may send a few rows of a mixture to other experts; errors spoil more rows.
+    return tolerance, 0.75 if model.is_mixture and (rounds or model.dtype != torch.float32) else 1.0
 
 
 def _error(logits: Tensor, truth: Tensor, quantile: float) -> float:

@@ -75,8 +75,6 @@ class Calibration:
             if part in finished:
                 result = dict(finished[part])
             else:
-                if position and not recorded:
-                    recorded = self._outputs(position - 1, recorded)
                 result = self._quantize(names, position, recorded)
                 yield part, result
             self._replace(result)
