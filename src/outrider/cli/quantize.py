@@ -107,15 +107,15 @@ def _read_sample(path: Path | None, num_tokens: int, method: str) -> _Sample | N
 def _quantize(
     model: str, revision: str | None, out: Path, settings: QuantizationSettings, sample: _Sample | None
 ) -> QuantizationReport:
-    from outrider.models.loader import _folder_of, _quiet_transformers, _read_config
+    from outrider.models.loader import folder_of, quiet_transformers, read_config
     from outrider.quantization.convert import check_quantizable, write_quantized
     from outrider.quantization.linears import find_linears
     from outrider.quantization.output_folder import OutputFolder
     from outrider.quantization.weights import open_weights
 
-    with stderr_console().status("reading the model"), _quiet_transformers():
-        folder = _folder_of(model, revision)
-        config = _read_config(folder)
+    with stderr_console().status("reading the model"), quiet_transformers():
+        folder = folder_of(model, revision)
+        config = read_config(folder)
         source = open_weights(folder)
         layers = find_linears(config, source)
         check_quantizable(source, layers)
@@ -154,15 +154,15 @@ class _Calibrator:
         """The int4 layers by their names in the module; each part of them is saved when it is done."""
         import torch
 
-        from outrider.models.loader import _quiet_transformers, _read_weights, load_tokenizer
+        from outrider.models.loader import load_tokenizer, quiet_transformers, read_module
         from outrider.models.model_config import context_length_of
         from outrider.quantization.calibrate import Calibration, calibration_ids
 
         tokenizer = load_tokenizer(self.folder)
         token_ids = calibration_ids(tokenizer, sample.text, sample.num_tokens, context_length_of(self.config))
         dtype = torch.bfloat16 if self.config.dtype == torch.bfloat16 else torch.float32
-        with _quiet_transformers():
-            module = _read_weights(self.folder, self.config, dtype).eval().requires_grad_(False)
+        with quiet_transformers():
+            module = read_module(self.folder, self.config, dtype).eval().requires_grad_(False)
         names = [layer.module_name for layer in self.layers if self.settings.format_of(layer) == "int4"]
         calibration = Calibration(module, names, token_ids, self.settings.group_size)
         finished = output.finished_parts()

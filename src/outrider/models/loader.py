@@ -82,9 +82,9 @@ def load_model(
     """
     _check_device_and_dtypes(device, dtype, cache_dtype)
     wanted = _Wanted(str(path_or_hub_id), dtype, weights, group_size, cache_dtype, device)
-    folder = _folder_of(path_or_hub_id, revision)
-    with _quiet_transformers():
-        config = _read_config(folder)
+    folder = folder_of(path_or_hub_id, revision)
+    with quiet_transformers():
+        config = read_config(folder)
         source = open_weights(folder, None if weights == "auto" else weights)
         if device == "cpu" and dtype != "float16" and _runs_lean(config):
             return _load_lean(folder, config, source, wanted)
@@ -132,7 +132,7 @@ def _load_module(folder: Path, config: PretrainedConfig, source: WeightSource, w
             remedy="use device='cpu'" if held else "use device='cpu', or leave weights at 'auto' and set dtype",
         )
     dtype = _DTYPES.get(wanted.dtype) or (_stored_dtype(config) if asked else "auto")
-    module = _read_weights(folder, config, dtype, source if held else None)
+    module = read_module(folder, config, dtype, source if held else None)
     module = module.to(wanted.device).eval().requires_grad_(False)
     require_finite(module, folder)
     if asked or (on_cpu and native.is_available() and module.dtype in _PLAIN_FORMATS):
@@ -168,7 +168,7 @@ def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -
     Raises:
         ModelLoadError: there is none, or it is damaged or needs code of the checkpoint.
     """
-    folder = _folder_of(path_or_hub_id, revision)
+    folder = folder_of(path_or_hub_id, revision)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelLoadError(
             f"tokenizer of {folder}",
@@ -176,7 +176,7 @@ def load_tokenizer(path_or_hub_id: str | Path, *, revision: str | None = None) -
             expected=f"one of {', '.join(_TOKENIZER_FILES)}",
             remedy="copy the tokenizer files of the model next to config.json",
         )
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers raises bare Exception
@@ -207,7 +207,7 @@ def _check_device_and_dtypes(device: str, dtype: str, cache_dtype: str) -> None:
         )
 
 
-def _folder_of(path_or_hub_id: str | Path, revision: str | None) -> Path:
+def folder_of(path_or_hub_id: str | Path, revision: str | None) -> Path:
     """The local folder, downloaded if it is a hub id."""
     name = str(path_or_hub_id)
     folder = Path(name).expanduser()
@@ -260,7 +260,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
             enable_progress_bars()
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
     """The configuration of a causal language model that transformers knows without code of the checkpoint."""
     path = folder / "config.json"
     if not path.is_file():
@@ -295,7 +295,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _read_weights(
+def read_module(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype | str, held: WeightSource | None = None
 ) -> Any:
     """The module with every one of its tensors from the checkpoint, but for the packed layers that `held` has."""
@@ -345,7 +345,7 @@ def _read_weights(
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars, reports or warnings of transformers on stderr: what matters is an error of ours."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
