@@ -1,17 +1,19 @@
 #!/bin/sh
 # The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 #
-#     scripts/sanitize_kernels.sh                      the tests of the kernels
-#     scripts/sanitize_kernels.sh tests/parity -k llama   whatever pytest is given instead
+#     scripts/sanitize_kernels.sh                           the kernels' tests, slow ones too: some minutes
+#     scripts/sanitize_kernels.sh tests/parity -k native    instead, whatever pytest is told here
 #
 # PYTHON is an interpreter with outrider's `dev` extra, by default .venv/bin/python; it is what `make install` makes.
-# Needs cmake, g++ (or clang++ through CXX) and its sanitizers; nanobind and cmake come from PyPI where they are missing.
-# The sanitized build goes to a copy of the package in a temporary folder: the checkout is not changed.
+# Needs g++ (another GCC through CXX) with its sanitizers and make; nanobind and cmake come from PyPI where they are
+# missing. The sanitized build goes to a copy of the package in a temporary folder: the checkout is not changed.
 set -eu
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$(command -v "$python")" ] || { echo "$0: no $python; run 'make install' or set PYTHON" >&2; exit 2; }
+compiler=${CXX:-g++}
+found=$(command -v "$python") || { echo "$0: no $python; run 'make install' or set PYTHON" >&2; exit 2; }
+python=$(cd "$(dirname "$found")" && pwd)/$(basename "$found")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT INT TERM
 
@@ -25,9 +27,11 @@ if ! command -v cmake >/dev/null; then
     PATH=$tools/bin:$PATH
 fi
 
-cmake -S "$root" -B "$scratch/build" -DOUTRIDER_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-    "-DPython_EXECUTABLE=$(command -v "$python")" >"$scratch/log" || { cat "$scratch/log" >&2; exit 1; }
-cmake --build "$scratch/build" --parallel >"$scratch/log" || { cat "$scratch/log" >&2; exit 1; }
+{
+    cmake -S "$root" -B "$scratch/build" -DOUTRIDER_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+        "-DCMAKE_CXX_COMPILER=$compiler" "-DPython_EXECUTABLE=$python" &&
+        cmake --build "$scratch/build" --parallel
+} >"$scratch/log" 2>&1 || { cat "$scratch/log" >&2; exit 1; }
 
 mkdir "$scratch/src"
 cp -R "$root/src/outrider" "$scratch/src/outrider"
@@ -35,7 +39,6 @@ rm -f "$scratch"/src/outrider/kernels/_native.*
 cp "$scratch"/build/_native.* "$scratch/src/outrider/kernels/"
 
 # Python itself has no sanitizer in it, so their libraries come first; it keeps memory to its end, which is no leak.
-compiler=${CXX:-g++}
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libubsan.so)"
 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1

@@ -108,15 +108,21 @@ def require_finite(module: nn.Module, folder: Path) -> None:
 
 
 class HeldWeights(QuantizationConfigMixin):
-    """For `from_pretrained(quantization_config=...)`: take these layers from a source that holds them packed."""
+    """For `from_pretrained(quantization_config=...)`: the layers that a checkpoint holds packed.
+
+    Raises:
+        ModelLoadError: a layer that cannot be read.
+    """
 
     def __init__(self, source: WeightSource) -> None:
         _register()
         self.quant_method: Any = HELD_METHOD
-        self.source = source
+        self.folder = source.folder
+        # Read here, as transformers builds modules where tensors have no memory and another default dtype.
+        self.layers = {name: source.linear(name, "fp32") for name in sorted(source.linear_names)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeldWeights:
-        """Itself: transformers copies configurations, and an open file cannot be copied."""
+        """Itself: transformers copies configurations, and this one is as large as the model."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +133,8 @@ class _HeldQuantizer(HfQuantizer):
     """Puts packed layers into a module before transformers loads the rest of it."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        _place_held(model, self.quantization_config.source)  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(self.quantization_config, HeldWeights)
+        _place_held(model, self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.remove_quantization_config(model)  # for all that transformers knows, an ordinary module from here on
@@ -146,29 +153,31 @@ def _register() -> None:
     register_quantizer(HELD_METHOD)(_HeldQuantizer)
 
 
-def _place_held(module: PreTrainedModel, source: WeightSource) -> None:
-    """Replace every layer that the source holds, in a module that has no memory yet."""
+def _place_held(module: PreTrainedModel, held: HeldWeights) -> None:
+    """Replace every held layer, by its name or by that without the base model's prefix, in a module without memory."""
     prefix = f"{module.base_model_prefix}."
-    left = set(source.linear_names)
+    left = set(held.layers)
     for name in _linear_names(module):
-        stored = next((held for held in (name, name.removeprefix(prefix)) if held in source.linear_names), None)
+        stored = next((known for known in (name, name.removeprefix(prefix)) if known in held.layers), None)
         if stored is None:
             continue
         part: Any = module.get_submodule(name)
-        shape = tuple(part.weight.T.shape if isinstance(part, Conv1D) else part.weight.shape)
-        if source.shape(f"{stored}.weight") != shape:
+        packed = held.layers[stored]
+        got = [packed.num_outputs, packed.num_inputs]
+        expected = list(part.weight.T.shape if isinstance(part, Conv1D) else part.weight.shape)
+        if got != expected:
             raise ModelLoadError(
-                f"weights of {source.folder}",
-                got=f"{stored} of shape {list(source.shape(f'{stored}.weight'))}",
-                expected=f"{list(shape)}, as config.json asks for",
+                f"weights of {held.folder}",
+                got=f"{stored} of shape {got}",
+                expected=f"{expected}, as config.json asks for",
                 remedy="use config.json and weights of the same model",
             )
         left.discard(stored)
-        _replace(module, name, PackedLinear(source.linear(stored, "fp32"), part.bias, part.weight.dtype))
+        _replace(module, name, PackedLinear(packed, part.bias, part.weight.dtype))
     if left:
         class_name = type(module).__name__
         raise UnsupportedModelError(
-            f"weights of {source.folder}",
+            f"weights of {held.folder}",
             got=f"{len(left)} quantised layers, such as {min(left)}, that are no linear layers of {class_name}",
             expected="no others quantised (a mixture's experts run unquantised)",
             remedy="quantise the original model with `outrider quantize`",

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <mutex>
 
 #include "dispatch.h"
 #include "thread_pool.h"
@@ -13,22 +12,20 @@ namespace outrider {
 
 void run_linear(const PackedLinear& weight, const float* x, int num_rows, float* out) {
     if (num_rows == 0) return;
-    static std::mutex turn;  // one buffer for all callers
-    static RowsBuffer buffer;
-    const std::lock_guard<std::mutex> lock(turn);
+    static RowsBuffer& buffer = *new RowsBuffer();  // never destroyed: a thread may still compute while the process ends
+    ThreadPool::Turn turn;
     const KernelTable& kernels = active_level();
-    ThreadPool& pool = ThreadPool::instance();
     const PackedRows rows = buffer.rows_for(kernels, weight, num_rows);
     auto job = [&](int thread, int num_threads) {
         const Share mine = share_of(num_rows, thread, num_threads);
         for (int64_t row = mine.begin; row < mine.end; ++row)
             kernels.pack_row(weight, x + row * weight.num_inputs, rows, static_cast<int>(row));
-        pool.barrier().wait(num_threads);
+        turn.barrier().wait(num_threads);
         const Share panels = share_of(weight.num_panels(), thread, num_threads);
         kernels.linear(weight, rows, out + panels.begin * kPanel, weight.num_outputs, Epilogue::kStore, panels.begin,
                        panels.end);
     };
-    pool.run(job);
+    turn.run(job);
 }
 
 std::vector<AttentionTask> attention_tasks(const AttentionArgs& args, const std::vector<SequenceView>& sequences,
@@ -49,16 +46,14 @@ std::vector<AttentionTask> attention_tasks(const AttentionArgs& args, const std:
 }
 
 void run_attention(const AttentionArgs& args, const std::vector<SequenceView>& sequences) {
-    static std::mutex turn;
-    static Buffer<float> buffer;
-    const std::lock_guard<std::mutex> lock(turn);
+    static Buffer<float>& buffer = *new Buffer<float>();
+    ThreadPool::Turn turn;
     const KernelTable& kernels = active_level();
-    ThreadPool& pool = ThreadPool::instance();
-    const std::vector<AttentionTask> tasks = attention_tasks(args, sequences, pool.num_threads());
+    const std::vector<AttentionTask> tasks = attention_tasks(args, sequences, turn.num_threads());
     int64_t most_rows = 0;
     for (const SequenceView& s : sequences) most_rows = std::max<int64_t>(most_rows, s.row_end - s.row_begin);
     const size_t scratch = (kernels.attention_scratch(args, most_rows) + 15) / 16 * 16;
-    float* memory = buffer.at_least(static_cast<int64_t>(scratch) * pool.num_threads());
+    float* memory = buffer.at_least(static_cast<int64_t>(scratch) * turn.num_threads());
     std::atomic<size_t> next{0};
     auto job = [&](int thread, int) {
         for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {
@@ -67,7 +62,7 @@ void run_attention(const AttentionArgs& args, const std::vector<SequenceView>& s
                               memory + thread * scratch);
         }
     };
-    pool.run(job);
+    turn.run(job);
 }
 
 void run_write_kv(const float* heads, const KvCache& cache, const int64_t* slots, int num_rows) {
@@ -77,6 +72,7 @@ void run_write_kv(const float* heads, const KvCache& cache, const int64_t* slots
 }
 
 double time_reading(const void* data, int64_t num_bytes) {
+    ThreadPool::Turn turn;
     const KernelTable& kernels = active_level();
     std::atomic<uint64_t> seen{0};
     auto job = [&](int thread, int num_threads) {
@@ -85,7 +81,7 @@ double time_reading(const void* data, int64_t num_bytes) {
                                     static_cast<size_t>(mine.end - mine.begin) * 4096);
     };
     const auto start = std::chrono::steady_clock::now();
-    ThreadPool::instance().run(job);
+    turn.run(job);
     const auto stop = std::chrono::steady_clock::now();
     return std::chrono::duration<double>(stop - start).count();
 }

@@ -44,11 +44,10 @@ struct Llama::Step {
 Llama::Llama(LlamaSpec spec) : spec_(std::move(spec)) {}
 
 void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
-    const std::lock_guard<std::mutex> lock(turn_);
+    ThreadPool::Turn turn;  // of this model's memory too
     const auto start = std::chrono::steady_clock::now();
     const KernelTable& kernels = active_level();
-    ThreadPool& pool = ThreadPool::instance();
-    const int64_t rows = batch.num_rows, threads = pool.num_threads();
+    const int64_t rows = batch.num_rows, threads = turn.num_threads();
     const int64_t query_width = static_cast<int64_t>(spec_.num_heads) * spec_.head_dim;
     const int64_t kv_width = static_cast<int64_t>(spec_.num_kv_heads) * spec_.head_dim;
     const int64_t row_width = (std::max({spec_.hidden, spec_.intermediate, query_width}) + 15) / 16 * 16;
@@ -61,7 +60,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
     Step step{batch,
               output,
               kernels,
-              pool.barrier(),
+              turn.barrier(),
               hidden_.at_least(rows * spec_.hidden),
               qkv_.at_least(rows * (query_width + 2 * kv_width)),
               attended_.at_least(rows * query_width),
@@ -76,7 +75,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
               scratch_size,
               row_width,
               {},
-              attention_tasks(attention, batch.sequences, pool.num_threads()),
+              attention_tasks(attention, batch.sequences, turn.num_threads()),
               {}};
     for (RowsBuffer& buffer : packed_) {  // room for every layer before the threads start
         for (const LlamaLayer& layer : spec_.layers)
@@ -85,7 +84,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
         buffer.rows_for(kernels, spec_.lm_head, std::max(1, batch.num_logits));
     }
     auto job = [&](int thread, int num_threads) { run_layers(step, thread, num_threads); };
-    pool.run(job);
+    turn.run(job);
     last_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 

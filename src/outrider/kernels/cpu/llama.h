@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <mutex>
 #include <vector>
 
 #include "kernel_table.h"
@@ -68,7 +67,6 @@ private:
     void choose(Step& step, int thread, int num_threads);
 
     LlamaSpec spec_;
-    std::mutex turn_;
     double last_seconds_ = 0.0;
     Buffer<float> hidden_, qkv_, attended_, inner_, cos_, sin_, rows_, scratch_, strip_, best_;
     Buffer<int64_t> best_tokens_;

@@ -1,6 +1,7 @@
 // Row-wise pieces of a forward, generic over the level's vectors. Each row is computed alone, in a fixed order.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "kernel_table.h"
@@ -88,7 +89,7 @@ inline float largest_magnitude(const float* x, int64_t width) {
 // 127 / largest, or 0 where that is not finite: rows of zeros, of almost zeros, or with NaN.
 inline float inverse_scale(float largest) {
     const float inverse = 127.0f / largest;
-    return inverse <= 3.4e38f ? inverse : 0.0f;
+    return inverse <= FLT_MAX ? inverse : 0.0f;
 }
 
 // x / scale rounded to integers in [-127, 127]; returns the scale (NaN or infinite if the row is).
@@ -210,7 +211,7 @@ inline void read_head(const KvCache& cache, int64_t slot, int head, float* out) 
     float scale = 1.0f;
     if (cache.type == KvType::kInt8) std::memcpy(&scale, in + width, sizeof scale);
     for (int i = 0; i < width; i += W) {
-        char lane[2 * W] = {};
+        alignas(64) char lane[2 * W] = {};
         const int count = width - i < W ? width - i : W;
         if (cache.type == KvType::kBf16) {
             const char* p = in + 2 * i;
