@@ -24,6 +24,7 @@ class ToyModel:
     dtype = torch.float32
     cache_dtype = torch.float32
     runs_on_kernels = False
+    kernel_seconds = 0.0
     device = torch.device("cpu")
 
     def __init__(

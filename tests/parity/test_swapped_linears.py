@@ -254,7 +254,7 @@ def test_dtypes(folders: Any, compiled: None) -> None:
     assert packed_formats(half.module) == {"int8"}
     brain: Any = load_model(folder, dtype="bfloat16")
     assert packed_formats(brain.module) == {"bf16"}
-    assert relative_error(logits_of(brain), eager(build_tiny("gpt2"))) < 0.1
+    assert typical_error(logits_of(brain), eager(build_tiny("gpt2"))) < 0.1
 
 
 @pytest.mark.parametrize("weights", ["auto", "int4"])
@@ -331,14 +331,14 @@ def test_drafters_do_not_change_the_output_without_kernels(
 # --- dtypes of the cache
 
 
-@pytest.mark.parametrize(("cache_dtype", "most"), [("float32", 1e-5), ("bfloat16", 0.03), ("int8", 0.1)])
+@pytest.mark.parametrize(("cache_dtype", "most"), [("float32", 1e-5), ("bfloat16", 0.02), ("int8", 0.06)])
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_oss"])
 @pytest.mark.usefixtures("compiled")
 def test_cache_dtypes(family: str, cache_dtype: str, most: float, folders: Any) -> None:
     model: Any = load_model(folders(family), cache_dtype=cache_dtype, row_invariant=True)
     assert model.cache_dtype == getattr(torch, cache_dtype)
     assert model.dtype == torch.float32
-    assert 0 < relative_error(logits_of(model), eager(build_tiny(family))) < most
+    assert 0 < typical_error(logits_of(model), eager(build_tiny(family))) < most
     check_row_invariance(model)
 
 
@@ -364,7 +364,7 @@ def test_cache_dtypes_without_kernels(
         for row_invariant in (False, True):
             run = CachedRun(model, block_size=4, num_positions=64, num_sequences=1, row_invariant=row_invariant)
             found = torch.cat([run.feed("a", TOKENS[:20]), run.feed("a", TOKENS[20:21]), run.feed("a", TOKENS[21:])])
-            assert relative_error(found, exact) < most
+            assert typical_error(found, exact) < most
 
 
 # --- quantised checkpoints
@@ -372,10 +372,12 @@ def test_cache_dtypes_without_kernels(
 
 @pytest.fixture(scope="module")
 def quantised(folders: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `outrider quantize` makes of a family, each once."""
+    """What `outrider quantize` makes of a family, each once; "plain" is what it made that of."""
     made: dict[tuple[str, str], Path] = {}
 
     def folder(family: str, weights: str) -> Path:
+        if weights == "plain":
+            return folders(family)
         if (family, weights) not in made:
             out = made[family, weights] = tmp_path_factory.mktemp("quantised") / family
             command = ["quantize", str(folders(family)), str(out), "--weights", weights, "--group-size", "32"]
@@ -393,12 +395,12 @@ def pack_nothing(*args: object) -> PackedWeight:
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral", "llama"])
 def test_packed_folders(
-    family: str, weights: Any, folders: Any, quantised: Any, kernels: str, monkeypatch: pytest.MonkeyPatch
+    family: str, weights: Any, quantised: Any, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit the plain checkpoint rounded at load, with no layer in full precision on the way."""
     if family == "llama" and kernels == "compiled":
         pytest.skip("takes the lean path")
-    at_load = load_model(folders(family), weights=weights, group_size=32)
+    at_load = load_model(quantised(family, "plain"), weights=weights, group_size=32)
     monkeypatch.setattr(packed_linear, "pack_linear", pack_nothing)
     model: Any = load_model(quantised(family, weights))
     assert isinstance(model, TransformersModel)
@@ -471,7 +473,7 @@ def test_hub_formats(family: str, method: str, tmp_path: Path, kernels: str) -> 
     packed = packed_of(model.module)
     assert {name: weight.format for name, weight in packed.items() if weight.format != "int4"} == {"lm_head": "fp32"}
     check_row_invariance(model)
-    assert relative_error(logits_of(model), eager(module)) < 0.1
+    assert typical_error(logits_of(model), eager(module)) < 0.1
 
 
 @pytest.mark.usefixtures("compiled")
@@ -481,7 +483,7 @@ def test_float16_of_the_hub_is_computed_in_bfloat16(tmp_path: Path, folders: Any
     model: Any = load_model(tmp_path, weights="int4")
     assert model.dtype == torch.bfloat16
     assert packed_formats(model.module) == {"int4", "bf16"}
-    assert relative_error(logits_of(model), eager(module)) < 0.2
+    assert typical_error(logits_of(model), eager(module)) < 0.1
 
 
 @pytest.mark.usefixtures("compiled")

@@ -55,11 +55,18 @@ def _steps(samples: Sequence[Sample]) -> dict[str, Any]:
     """Acceptance and times of an engine of ours; nothing for others."""
     stats = [sample.stats for sample in samples if sample.stats is not None]
     if not stats:
-        return {"acceptance_length": None, "own_ms_per_step": None, "phases": None}
+        return {
+            "acceptance_length": None,
+            "own_ms_per_step": None,
+            "outside_kernels_ms_per_step": None,
+            "phases": None,
+        }
+    outside = [of.outside_kernels_ms_per_step for of in stats]
     return {
         "acceptance_length": stats[0].acceptance_length,
         "own_ms_per_step": _spread([of.own_ms_per_step for of in stats]),
-        "phases": {phase: _phase(phase, stats) for phase in PHASES},
+        "outside_kernels_ms_per_step": None if None in outside else _spread([ms for ms in outside if ms is not None]),
+        "phases": {phase: _phase(phase, stats) for phase in (*PHASES, "kernel")},
     }
 
 
@@ -79,7 +86,7 @@ def speed_table(summaries: Sequence[dict[str, Any]], title: str) -> Table:
 
 def step_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """Where the time of a step goes, for engines of ours."""
-    headings = (*PHASES, "all but draft and target")
+    headings = (*PHASES, "all but draft and target", "all but draft and kernels")
     rows = [(summary, _step_cells(summary)) for summary in summaries if summary["phases"] is not None]
     return _table("milliseconds a step (percent)", headings, rows)
 
@@ -109,8 +116,11 @@ def _speed_cells(summary: dict[str, Any]) -> list[str]:
 
 def _step_cells(summary: dict[str, Any]) -> list[str]:
     phases = [summary["phases"][phase] for phase in PHASES]
-    own = summary["own_ms_per_step"]["median"]
-    return [*(f"{of['ms_per_step']:.2f} ({of['percent']:.0f})" for of in phases), f"{own:.2f}"]
+    outside = [summary["own_ms_per_step"], summary["outside_kernels_ms_per_step"]]
+    return [
+        *(f"{of['ms_per_step']:.2f} ({of['percent']:.0f})" for of in phases),
+        *("-" if of is None else f"{of['median']:.2f}" for of in outside),
+    ]
 
 
 def environment() -> dict[str, Any]:

@@ -76,6 +76,7 @@ class Engine:
             batch = self._build_batch(plan, trees)
             with stats.timed("target"):
                 target = self._run_target(drafting, batch)
+            stats.kernel_s += self.model.kernel_seconds
             with stats.timed("verify"):
                 verified = self._verify(drafting, trees, target)
             self._commit(plan, verified)

@@ -15,6 +15,7 @@ class EngineStats:
     Attributes:
         draft_s: in the drafter's propose and observe.
         target_s: in the target's forward.
+        kernel_s: of that in compiled kernels; 0 for a model that is not one call of them.
         verify_s: in processors and the verification rule.
         step_s: whole steps; what is in none of the three is the engine's own time.
         num_steps: steps run.
@@ -27,6 +28,7 @@ class EngineStats:
 
     draft_s: float = 0.0
     target_s: float = 0.0
+    kernel_s: float = 0.0
     verify_s: float = 0.0
     step_s: float = 0.0
     num_steps: int = 0
@@ -50,6 +52,13 @@ class EngineStats:
     def own_ms_per_step(self) -> float:
         """The engine's time per step outside draft and target forwards, verification included."""
         return 1e3 * (self.step_s - self.draft_s - self.target_s) / max(1, self.num_steps)
+
+    @property
+    def outside_kernels_ms_per_step(self) -> float | None:
+        """A step's time outside the draft and the target's compiled kernels; None for a model without them."""
+        if not self.kernel_s:
+            return None
+        return 1e3 * (self.step_s - self.draft_s - self.kernel_s) / max(1, self.num_steps)
 
     def count_path(self, num_draft_tokens: int, num_accepted: int, num_output: int) -> None:
         self.num_verifications += 1

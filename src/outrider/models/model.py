@@ -50,6 +50,7 @@ class Model(Protocol):
     dtype: that it computes in.
     cache_dtype: of keys and values.
     runs_on_kernels: True if a forward is one call of the compiled kernels, and torch has next to nothing to do.
+    kernel_seconds: wall time of the last forward in that call; 0 for other models.
     eos_token_ids: tokens that end a text, from the model's own configuration.
     """
 
@@ -62,6 +63,9 @@ class Model(Protocol):
     cache_dtype: torch.dtype
     runs_on_kernels: bool
     device: torch.device
+
+    @property
+    def kernel_seconds(self) -> float: ...
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits ``[R, vocab]`` float32 of the wanted rows; writes the rows' keys and values into `cache`."""

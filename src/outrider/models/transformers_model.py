@@ -137,6 +137,7 @@ class TransformersModel:
         _register()
         self.name = name
         self.runs_on_kernels = False
+        self.kernel_seconds = 0.0
         self.row_invariant = row_invariant
         self.module = module
         self.config = module.config.get_text_config(decoder=True)
