@@ -108,14 +108,11 @@ def check_near_truth(layer: Layer, x: Tensor) -> None:
     dense = packed.dequantize(weight).double()
     inputs = (x.bfloat16() if weight.format == "bf16" else x).double()
     terms = weight.num_inputs + -(-weight.num_inputs // (weight.group_size or weight.num_inputs)) + 6
-    magnitude = inputs.abs() @ dense.T.abs()
-    if weight.format in INTEGERS:
-        step = x.abs().amax(dim=1, keepdim=True).double() / 127
-        magnitude = magnitude + step * dense.abs().sum(dim=1)
-    bound = terms * (ROUNDING * magnitude + 2.0**-149)
-    if weight.format in INTEGERS:
-        whole = torch.where(step * 127 < SMALLEST_QUANTIZED, step * 127, 0.5001 * step)
-        bound = bound + whole * dense.abs().sum(dim=1)
+    largest = x.abs().amax(dim=1, keepdim=True).double() * (weight.format in INTEGERS)
+    off_by = torch.where(largest < SMALLEST_QUANTIZED, largest, 0.5001 / 127 * largest)
+    per_input = dense.abs().sum(dim=1)
+    magnitude = inputs.abs() @ dense.T.abs() + largest / 127 * per_input
+    bound = terms * (ROUNDING * magnitude + 2.0**-149) + off_by * per_input
     if weight.format == "bf16":
         bound = bound + terms * SMALLEST_NORMAL
         bound = bound + _only_subnormal(inputs).abs() @ dense.T.abs() + inputs.abs() @ _only_subnormal(dense).T.abs()

@@ -87,12 +87,12 @@ def cuts_instead_of_rounding(x: Tensor, weight: PackedWeight, bias: Tensor | Non
 
 
 def quantizes_to_128(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    values, scales, _ = packed.unpack(weight)
+    assert scales is not None
+    assert bias is None
     largest = x.abs().amax(dim=1, keepdim=True)
     q = (x * (128 / largest)).round().clamp(max=127)
-    out = ((q.double() @ packed.unpack(weight).values.double().T).float() * packed.unpack(weight).scales) * (
-        largest / 128
-    )
-    return out if bias is None else out + bias
+    return (q.double() @ values.double().T).float() * scales * (largest / 128)
 
 
 def loses_nan(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

@@ -154,7 +154,7 @@ def _register() -> None:
 
 
 def _place_held(module: PreTrainedModel, held: HeldWeights) -> None:
-    """Replace every held layer, by its name or by that without the base model's prefix, in a module without memory."""
+    """Replace every held layer, known by its name or by that without the base model's prefix, in an empty module."""
     prefix = f"{module.base_model_prefix}."
     left = set(held.layers)
     for name in _linear_names(module):

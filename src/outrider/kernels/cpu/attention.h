@@ -14,6 +14,11 @@ using outrider::AttentionArgs;
 using outrider::kKeySplit;
 using outrider::SequenceView;
 
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
 constexpr int kQueries = 4;  // rows' heads that share the loads of keys and values
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -61,49 +66,67 @@ inline void read_block(const AttentionArgs& args, const int64_t* slots, int64_t 
     for (int64_t j = 0; j < count; ++j) read_head(args.values, slots[j], head, block.values + j * value_width);
 }
 
-// Scores of N queries with keys [first, first + kKeySplit) of the block.
-template <int N>
-inline void scores_of(const AttentionArgs& args, const Query* queries, const KeyBlock& block, int64_t first, float (*scores)[kKeySplit]) {
-    constexpr int kVectors = W == 16 ? 4 : 2;
-    for (int j = 0; j < kKeySplit; j += kVectors * W) {
-        vf sum[N][kVectors];
-        for (int q = 0; q < N; ++q)
-            for (int v = 0; v < kVectors; ++v) sum[q][v] = splat(0.0f);
-        const float* keys = block.keys + first + j;
-        for (int d = 0; d < args.keys.width; ++d, keys += block.capacity) {
-            vf key[kVectors];
-            for (int v = 0; v < kVectors; ++v) key[v] = load(keys + v * W);
-            for (int q = 0; q < N; ++q) {
-                const vf x = splat(queries[q].query[d]);
-                for (int v = 0; v < kVectors; ++v) sum[q][v] = fma(x, key[v], sum[q][v]);
-            }
-        }
+constexpr int kVectors = W == 16 ? 4 : 2;  // of keys or values that a loop holds in registers for each query
+
+// Scores of N queries with V vectors of keys from `first` on.
+template <int N, int V>
+inline void scores_of_vectors(const AttentionArgs& args, const Query* queries, const float* keys, int64_t capacity,
+                              int at, float (*scores)[kKeySplit]) {
+    vf sum[N][V];
+    for (int q = 0; q < N; ++q)
+        for (int v = 0; v < V; ++v) sum[q][v] = splat(0.0f);
+    for (int d = 0; d < args.keys.width; ++d, keys += capacity) {
+        vf key[V];
+        for (int v = 0; v < V; ++v) key[v] = load(keys + v * W);
         for (int q = 0; q < N; ++q) {
-            for (int v = 0; v < kVectors; ++v) {
-                vf score = mul(sum[q][v], splat(args.scaling));
-                if (args.softcap > 0.0f) score = mul(splat(args.softcap), tanh(div(score, splat(args.softcap))));
-                store(scores[q] + j + v * W, score);
-            }
+            const vf x = splat(queries[q].query[d]);
+            for (int v = 0; v < V; ++v) sum[q][v] = fma(x, key[v], sum[q][v]);
+        }
+    }
+    for (int q = 0; q < N; ++q) {
+        for (int v = 0; v < V; ++v) {
+            vf score = mul(sum[q][v], splat(args.scaling));
+            if (args.softcap > 0.0f) score = mul(splat(args.softcap), tanh(div(score, splat(args.softcap))));
+            store(scores[q] + at + v * W, score);
         }
     }
 }
 
+// Scores of N queries with keys [first, first + count) of the block; `count` is rounded up to whole vectors.
+template <int N>
+inline void scores_of(const AttentionArgs& args, const Query* queries, const KeyBlock& block, int64_t first, int count,
+                      float (*scores)[kKeySplit]) {
+    int at = 0;
+    const auto some = [&](auto vectors) {
+        constexpr int V = decltype(vectors)::value;
+        scores_of_vectors<N, V>(args, queries, block.keys + first + at, block.capacity, at, scores);
+        at += V * W;
+    };
+    while (at + (kVectors - 1) * W < count) some(Constant<kVectors>{});
+    if constexpr (kVectors > 2) {
+        if (at + 2 * W < count) some(Constant<3>{});
+        if (at + W < count) some(Constant<2>{});
+    }
+    if (at < count) some(Constant<1>{});
+}
+
 // Turns the scores of one split into weights (zero outside [low, high)) and brings the query's sums up to date.
 inline void weigh(const AttentionArgs& args, float* scores, int low, int high, const Query& query) {
+    const int end = static_cast<int>(round_up(high, W));  // whole vectors of zeros would change no bit of the sums
     for (int j = 0; j < low; ++j) scores[j] = -INFINITY;
-    for (int j = high; j < kKeySplit; ++j) scores[j] = -INFINITY;
+    for (int j = high; j < end; ++j) scores[j] = -INFINITY;
     vf largest = load(scores);
-    for (int j = W; j < kKeySplit; j += W) largest = max(largest, load(scores + j));
+    for (int j = W; j < end; j += W) largest = max(largest, load(scores + j));
     float lane[W];
     store(lane, largest);
     const float before = query.stats[0];
     float now = before;
     for (int i = 0; i < W; ++i) now = lane[i] > now ? lane[i] : now;
-    for (int j = 0; j < kKeySplit; j += W) store(scores + j, exp(sub(load(scores + j), splat(now))));
+    for (int j = 0; j < end; j += W) store(scores + j, exp(sub(load(scores + j), splat(now))));
     for (int j = 0; j < low; ++j) scores[j] = 0.0f;
-    for (int j = high; j < kKeySplit; ++j) scores[j] = 0.0f;
+    for (int j = high; j < end; ++j) scores[j] = 0.0f;
     vf total = load(scores);
-    for (int j = W; j < kKeySplit; j += W) total = add(total, load(scores + j));
+    for (int j = W; j < end; j += W) total = add(total, load(scores + j));
     store(lane, exp(splat(before - now)));
     const vf factor = splat(lane[0]);
     query.stats[1] = query.stats[1] * lane[0] + sum_of(total);
@@ -116,7 +139,6 @@ inline void weigh(const AttentionArgs& args, float* scores, int low, int high, c
 template <int N>
 inline void add_values(const AttentionArgs& args, const Query* queries, float (*weights)[kKeySplit], const float* values, const int32_t* index, int low, int high) {
     const int64_t width = round_up(args.values.width, W);
-    constexpr int kVectors = W == 16 ? 4 : 2;
     for (int64_t e = 0; e < width; e += kVectors * W) {
         const int some = width - e < kVectors * W ? static_cast<int>((width - e) / W) : kVectors;
         vf sum[N][kVectors];
@@ -144,7 +166,9 @@ struct Span {
 template <int N>
 inline void attend_split(const AttentionArgs& args, const Query* queries, const Span* spans, const KeyBlock& block, int64_t first) {
     alignas(64) float scores[N][kKeySplit];
-    scores_of<N>(args, queries, block, first, scores);
+    int count = 0;
+    for (int q = 0; q < N; ++q) count = spans[q].high > count ? spans[q].high : count;
+    scores_of<N>(args, queries, block, first, count, scores);
     const int64_t width = round_up(args.values.width, W);
     bool alike = true;
     for (int q = 0; q < N; ++q) alike = alike && spans[q].low == spans[0].low && spans[q].low < spans[q].high;
@@ -197,11 +221,12 @@ inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequ
         const int some = group - q0 < kQueries ? group - q0 : kQueries;
         for (int64_t first = 0; first < num_slots; first += kKeySplit) {
             alignas(64) float scores[kQueries][kKeySplit];
+            const int seen = static_cast<int>(num_slots - first < kKeySplit ? num_slots - first : kKeySplit);
             switch (some) {
-                case 1: scores_of<1>(args, queries + q0, block, first, scores); break;
-                case 2: scores_of<2>(args, queries + q0, block, first, scores); break;
-                case 3: scores_of<3>(args, queries + q0, block, first, scores); break;
-                default: scores_of<kQueries>(args, queries + q0, block, first, scores);
+                case 1: scores_of<1>(args, queries + q0, block, first, seen, scores); break;
+                case 2: scores_of<2>(args, queries + q0, block, first, seen, scores); break;
+                case 3: scores_of<3>(args, queries + q0, block, first, seen, scores); break;
+                default: scores_of<kQueries>(args, queries + q0, block, first, seen, scores);
             }
             for (int q = 0; q < some; ++q) std::memcpy(gathered + q * stride + first, scores[q], sizeof scores[q]);
         }

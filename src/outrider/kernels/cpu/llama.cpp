@@ -11,6 +11,7 @@
 namespace outrider {
 namespace {
 
+constexpr int64_t kFetchedAhead = 16384;  // bytes
 constexpr int64_t kStrip = 8;  // panels of the output layer whose logits are looked at before the next
 
 // Whether rows packed for one layer serve another.
@@ -20,6 +21,15 @@ bool same_inputs(const PackedLinear& a, const PackedLinear& b) {
            (a.input_order == b.input_order ||
             (a.input_order != nullptr && b.input_order != nullptr &&
              std::equal(a.input_order, a.input_order + a.num_inputs, b.input_order)));
+}
+
+// Asks for the beginning of a thread's stretch of a layer while memory has nothing else to do: before a barrier, and
+// before attention. What it asks for comes while the thread waits.
+void fetch_ahead(const PackedLinear& weight, const Share& panels) {
+    if (panels.begin >= panels.end) return;
+    const int64_t bytes = std::min(kFetchedAhead, (panels.end - panels.begin) * weight.panel_bytes());
+    const uint8_t* data = weight.data + panels.begin * weight.panel_bytes();
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
 }
 
 }  // namespace
@@ -36,7 +46,7 @@ struct Llama::Step {
     int64_t row_width;
     PackedRows packed[3];
     std::vector<AttentionTask> tasks;
-    std::atomic<size_t> next_task[2];
+    std::atomic<size_t> next_task;
 
     void wait(int num_threads) { barrier.wait(num_threads); }
 };
@@ -153,13 +163,14 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.input_norm, spec_.norm_eps, normed, spec_.hidden);
                  return normed;
              });
-    if (thread == 0) step.next_task[0].store(0, std::memory_order_relaxed);
-    step.wait(num_threads);
+    if (thread == 0) step.next_task.store(0, std::memory_order_relaxed);
 
     // The three layers' panels in one row, of which each thread takes a stretch.
     const PackedLinear* weights[] = {&layer.query, &layer.key, &layer.value};
     const int64_t total = layer.query.num_panels() + layer.key.num_panels() + layer.value.num_panels();
     const Share panels = share_of(total, thread, num_threads);
+    fetch_ahead(layer.query, {panels.begin, std::min(panels.end, layer.query.num_panels())});
+    step.wait(num_threads);
     int64_t first = 0, column = 0;
     for (int i = 0; i < 3; ++i) {
         const int64_t begin = std::max(panels.begin - first, int64_t{0});
@@ -191,9 +202,11 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     }
     step.wait(num_threads);
 
+    const Share outputs = share_of(layer.output.num_panels(), thread, num_threads);
+    fetch_ahead(layer.output, outputs);
     const AttentionArgs args = {step.qkv, step.attended, width, query_width, spec_.num_heads, keys, values,
                                 1.0f / std::sqrt(static_cast<float>(spec_.head_dim)), 0.0f, layer.window, nullptr};
-    for (size_t i; (i = step.next_task[0].fetch_add(1, std::memory_order_relaxed)) < step.tasks.size();) {
+    for (size_t i; (i = step.next_task.fetch_add(1, std::memory_order_relaxed)) < step.tasks.size();) {
         const AttentionTask& task = step.tasks[i];
         kernels.attention(args, batch.sequences[task.sequence], task.kv_head, task.row_begin, task.row_end,
                           step.scratch + thread * step.scratch_size);
@@ -203,7 +216,6 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads,
              [&](int64_t row) { return step.attended + row * query_width; });
     step.wait(num_threads);
-    const Share outputs = share_of(layer.output.num_panels(), thread, num_threads);
     kernels.linear(layer.output, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
                    outputs.begin, outputs.end);
     step.wait(num_threads);
@@ -218,15 +230,18 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.post_norm, spec_.norm_eps, normed, spec_.hidden);
                  return normed;
              });
-    step.wait(num_threads);
     const Share inner = share_of(layer.gate.num_panels(), thread, num_threads);
+    fetch_ahead(layer.gate, inner);
+    fetch_ahead(layer.up, inner);
+    step.wait(num_threads);
     kernels.gated_silu(layer.gate, layer.up, step.packed[0], step.packed[1], step.inner + inner.begin * kPanel,
                        spec_.intermediate, inner.begin, inner.end);
     step.wait(num_threads);
     pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads,
              [&](int64_t row) { return step.inner + row * spec_.intermediate; });
-    step.wait(num_threads);
     const Share outputs = share_of(layer.down.num_panels(), thread, num_threads);
+    fetch_ahead(layer.down, outputs);
+    step.wait(num_threads);
     kernels.linear(layer.down, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
                    outputs.begin, outputs.end);
     step.wait(num_threads);
