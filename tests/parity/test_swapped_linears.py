@@ -1,9 +1,10 @@
-"""transformers' modules on our linear layers: logits, whole generations, quantised checkpoints, refusals."""
+"""transformers' modules on our linear layers: logits, bits, whole generations, dtypes of the cache, refusals."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from outrider import LLM
-from outrider.errors import ConfigError, ModelLoadError
+from outrider.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from outrider.kernels import native, ops
 from outrider.kernels.native import ISA_VARIABLE, REFERENCE
 from outrider.kernels.packed import PackedWeight, WeightFormat, dequantize
-from outrider.models import packed_linear
+from outrider.models import packed_linear, transformers_model
 from outrider.models.loader import load_model
 from outrider.models.packed_linear import PackedLinear, packed_formats, swap_linears
 from outrider.models.probe import CachedRun, probe_model
@@ -213,6 +214,22 @@ def test_row_invariance(family: str, format: WeightFormat, kernels: str) -> None
     model = TransformersModel(module, name=family, row_invariant=True)
     probe_model(model)
     check_row_invariance(model)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("family", "option"), [("gpt_oss", "sinks"), ("gpt_oss", "sliding_window"), ("gemma2", "sliding_window")]
+)
+def test_the_probe_finds_mutants_through_rounding(
+    family: str, option: str, format: WeightFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tolerance is that of bfloat16 where linear layers round their inputs."""
+    true, dropped = transformers_model._attention_params, {option: None}
+    monkeypatch.setattr(transformers_model, "_attention_params", lambda *args: replace(true(*args), **dropped))
+    module = build_tiny(family)
+    swap_linears(module, format, "fp32", 32)
+    with pytest.raises(UnsupportedModelError, match="eager"):
+        probe_model(TransformersModel(module, name=family))
 
 
 def test_dtypes(folders: Any, compiled: None) -> None:
