@@ -5,7 +5,7 @@ The layers' mutants are made from the reference, so that they need no compiled k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,10 +20,17 @@ from outrider.kernels.attention import AttentionParams, FlatSequences
 from outrider.kernels.packed import PackedWeight
 from tests.parity import attention_checks, linear_checks
 from tests.parity.attention_checks import Attend, Step, decode, make_step
-from tests.parity.kernel_levels import LEVELS
+from tests.parity.kernel_levels import LEVELS, use_level
 from tests.parity.linear_checks import KINDS, Apply, Layer, rows_of, twice_rounded_int4
 
-needs_kernels = pytest.mark.skipif(not LEVELS, reason="built without kernels")
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    """The fastest level, even where the environment asks for the reference."""
+    if not LEVELS:
+        pytest.skip("built without kernels")
+    with use_level(LEVELS[0]):
+        yield
 
 
 def nudged(out: Tensor, rows: slice | list[int] = slice(None)) -> Tensor:
@@ -306,7 +313,7 @@ ATTENTION_MUTANTS = {
 }
 
 
-@needs_kernels
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("name", ATTENTION_MUTANTS)
 def test_wrong_attention_is_found(name: str, dtype: torch.dtype) -> None:
@@ -318,7 +325,7 @@ def test_wrong_attention_is_found(name: str, dtype: torch.dtype) -> None:
         check(lambda *arguments: mutant.run(Call(*arguments)), step)
 
 
-@needs_kernels
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_slots_that_no_row_sees_are_poison(dtype: torch.dtype) -> None:
     """Or the checks could not tell a kernel that reads them."""
