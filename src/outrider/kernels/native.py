@@ -134,6 +134,19 @@ def _module() -> Any:
     return _native
 
 
+def _require(condition: bool, what: str, got: object, expected: object) -> None:
+    """Kernels follow addresses: what does not fit must not reach them."""
+    if not condition:
+        raise ValueError(f"{what}: got {got}, expected {expected}")
+
+
+def _require_indices(what: str, indices: Tensor, length: int) -> None:
+    fits = indices.dtype == torch.int64 and indices.shape == (length,) and indices.is_contiguous()
+    _require(
+        fits and indices.device.type == "cpu", what, f"{indices.dtype} {list(indices.shape)}", f"int64 [{length}]"
+    )
+
+
 class Linear:
     """A linear layer on the compiled kernels; row-invariant.
 
@@ -141,12 +154,16 @@ class Linear:
         bias: ``[N]``, or None.
 
     Raises:
-        ValueError: more than MAX_INPUTS inputs.
+        ValueError: more than MAX_INPUTS inputs, or a bias or an order of inputs that does not fit.
     """
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
-        if weight.num_inputs > MAX_INPUTS:
-            raise ValueError(f"inputs of a layer: got {weight.num_inputs}, expected at most {MAX_INPUTS}")
+        _require(weight.num_inputs <= MAX_INPUTS, "inputs of a layer", weight.num_inputs, f"at most {MAX_INPUTS}")
+        if bias is not None:
+            _require(bias.shape == (weight.num_outputs,), "bias", list(bias.shape), [weight.num_outputs])
+        if weight.input_order is not None:
+            on_cpu = weight.input_order.device.type == "cpu" and weight.input_order.is_contiguous()
+            _require(on_cpu, "order of inputs", weight.input_order.device, "contiguous memory of the CPU")
         self.weight = weight
         self.bias = None if bias is None else bias.detach().float().contiguous()
         order = weight.input_order
@@ -165,7 +182,15 @@ class Linear:
         """``[M, K]`` of any float type -> ``[M, N]`` float32."""
         rows = x.float().contiguous()
         out = torch.empty(len(rows), self.weight.num_outputs)
-        assert rows.shape[1] == self.weight.num_inputs, f"rows of {rows.shape[1]} for {self.weight.num_inputs} inputs"
+        _require(
+            rows.ndim == 2 and rows.shape[1] == self.weight.num_inputs,
+            "x",
+            list(rows.shape),
+            [
+                "M",
+                self.weight.num_inputs,
+            ],
+        )
         _module().linear(self.handle, rows.data_ptr(), len(rows), out.data_ptr())
         return out
 
@@ -185,8 +210,9 @@ class CacheTensor:
         return _CACHE_TYPES[self.tensor.dtype]
 
     def handle(self) -> Any:
-        assert self.tensor.is_contiguous(), "a cache with gaps"
-        assert self.width <= _MAX_HEAD_WIDTH, f"heads of {self.width}"
+        _require(can_attend(self.tensor), "cache", f"{self.tensor.dtype} on {self.tensor.device}", "a dtype of ours")
+        _require(self.tensor.is_contiguous() and self.tensor.ndim == 3, "cache", "gaps", "[slots, heads, width]")
+        _require(0 < self.width <= _MAX_HEAD_WIDTH, "width of a head", self.width, f"1 to {_MAX_HEAD_WIDTH}")
         return _module().KvCache(self.tensor.data_ptr(), self.type, self.tensor.shape[1], self.width)
 
 
@@ -202,8 +228,12 @@ def can_attend(cache: Tensor) -> bool:
 
 def write_kv(rows: Tensor, cache: Tensor, slots: Tensor) -> None:
     """Store keys or values ``[M, heads, width]`` at `slots` ``[M]`` int64 of a cache."""
-    rows, slots = rows.float().contiguous(), slots.contiguous()
-    _module().write_kv(rows.data_ptr(), CacheTensor(cache).handle(), slots.data_ptr(), len(rows))
+    rows, target = rows.float().contiguous(), CacheTensor(cache)
+    _require_indices("slots", slots, len(rows))
+    _require(
+        rows.shape[1:] == (cache.shape[1], target.width), "keys or values", list(rows.shape), "the cache's heads"
+    )
+    _module().write_kv(rows.data_ptr(), target.handle(), slots.data_ptr(), len(rows))
 
 
 def attention(
@@ -219,8 +249,16 @@ def attention(
     """
     rows = query.float().contiguous()
     keys, values = CacheTensor(key_cache), CacheTensor(value_cache)
+    num_rows, num_heads, width = rows.shape
+    _require(num_rows == sequences.cu_rows[-1], "rows", num_rows, int(sequences.cu_rows[-1]))
+    _require(
+        width == keys.width and num_heads % key_cache.shape[1] == 0, "query", list(rows.shape), "the cache's heads"
+    )
+    _require(key_cache.shape[:2] == value_cache.shape[:2], "caches", list(value_cache.shape), list(key_cache.shape))
     out = torch.empty(*rows.shape[:2], values.width)
     sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
+    if sinks is not None:
+        _require(sinks.shape == (num_heads,), "sinks", list(sinks.shape), [num_heads])
     _module().attention(
         rows.data_ptr(),
         out.data_ptr(),
@@ -269,6 +307,11 @@ class LlamaLayerWeights:
     query_norm: Tensor | None
     key_norm: Tensor | None
     sliding_window: int | None
+
+    def __post_init__(self) -> None:
+        gate, up = self.gate.weight, self.up.weight
+        same = (gate.format, gate.num_outputs) == (up.format, up.num_outputs)  # they are computed side by side
+        _require(same, "gate and up", [gate.format, gate.num_outputs, up.format, up.num_outputs], "equal ones")
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -368,6 +411,18 @@ class Llama:
             [[cache.data_ptr() for cache in caches] for caches in (step.keys, step.values)], dtype=np.uint64
         )
         outputs = (logits, best_tokens, best_logits)
+        num_rows, num_logits = len(step.token_ids), len(step.logits_rows)
+        _require(num_rows == step.sequences.cu_rows[-1], "rows", num_rows, int(step.sequences.cu_rows[-1]))
+        for name, indices in (("positions", step.positions), ("slots", step.write_slots), ("tokens", step.token_ids)):
+            _require_indices(name, indices, num_rows)
+        _require_indices("logits_rows", step.logits_rows, num_logits)
+        tokens = step.token_ids.numpy()
+        in_vocabulary = num_rows > 0 and tokens.min() >= 0 and tokens.max() < len(self.embedding)
+        _require(in_vocabulary, "token ids", "others", f"0 to {len(self.embedding) - 1}")
+        _require(len(step.keys) == len(step.values) == len(self.layers), "caches", len(step.keys), len(self.layers))
+        _require(
+            (logits is None) != (best_tokens is None or best_logits is None), "outputs", "none", "logits or choices"
+        )
         _module()
         self._handle.forward(
             len(step.token_ids),

@@ -15,14 +15,22 @@ template <int R>
 inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
     const uint32_t* units = rows.units + start * rows.num_units;
     const int32_t* sums = rows.sums + start * rows.num_groups;
-    switch (weight.format) {
-        case outrider::kFp32: return tile_fp32<R>(units, panel, rows.num_units, tile, ahead);
-        case outrider::kBf16: return tile_bf16<R>(units, panel, rows.num_units, tile, ahead);
-        case outrider::kInt8: return tile_int8<R>(units, sums, panel, rows.num_units, tile, ahead);
+    switch (weight.format) {  // tiles of more rows than a format's blocks have are not even compiled
+        case outrider::kFp32:
+            if constexpr (R <= kBlockRows[0]) tile_fp32<R>(units, panel, rows.num_units, tile, ahead);
+            return;
+        case outrider::kBf16:
+            if constexpr (R <= kBlockRows[1]) tile_bf16<R>(units, panel, rows.num_units, tile, ahead);
+            return;
+        case outrider::kInt8:
+            if constexpr (R <= kBlockRows[2]) tile_int8<R>(units, sums, panel, rows.num_units, tile, ahead);
+            return;
         default:
-            if (weight.has_zeros)
-                return tile_int4<R, true>(units, sums, panel, rows.num_groups, weight.group_size, tile, ahead);
-            return tile_int4<R, false>(units, sums, panel, rows.num_groups, weight.group_size, tile, ahead);
+            if constexpr (R <= kBlockRows[3]) {
+                const int64_t groups = rows.num_groups;
+                if (weight.has_zeros) return tile_int4<R, true>(units, sums, panel, groups, weight.group_size, tile, ahead);
+                return tile_int4<R, false>(units, sums, panel, groups, weight.group_size, tile, ahead);
+            }
     }
 }
 

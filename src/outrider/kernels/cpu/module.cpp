@@ -49,7 +49,8 @@ NB_MODULE(_native, m) {
     m.def("active_level", [] { return std::string(active_level().name); });
     m.def("select_level", [](const std::string& name) { return select_level(name.c_str()); });
     m.def("num_threads", [] { return ThreadPool::instance().num_threads(); });
-    m.def("set_num_threads", [](int n) { ThreadPool::instance().set_num_threads(n); });
+    m.def("set_num_threads", [](int n) { ThreadPool::instance().set_num_threads(n); },
+          nb::call_guard<nb::gil_scoped_release>());
     m.def("time_reading", [](Address data, int64_t num_bytes) { return time_reading(at<void>(data), num_bytes); },
           nb::call_guard<nb::gil_scoped_release>());
 

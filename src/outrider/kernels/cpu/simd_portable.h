@@ -49,7 +49,7 @@ inline vf round_even(vf v) { return lanes([&](int i) { return std::nearbyintf(v.
 
 // x * 2^n for integral n in [-127, 128].
 inline vf scale_by_power(vf v, vf n) {
-    return lanes([&](int i) { return std::ldexp(v.x[i], static_cast<int>(n.x[i])); });
+    return lanes([&](int i) { return std::ldexp(v.x[i], n.x[i] == n.x[i] ? static_cast<int>(n.x[i]) : 0); });
 }
 
 // The larger magnitude's bits; NaN counts as larger than infinity, so it is never lost.

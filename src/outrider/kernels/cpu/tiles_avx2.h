@@ -139,7 +139,7 @@ void tile_int4(const uint32_t* units, const int32_t* sums, const uint8_t* panel,
         for (int r = 0; r < R; ++r) {
             for (int c = 0; c < 4; ++c) {
                 vf s = _mm256_cvtepi32_ps(sum[r][c]);
-                if constexpr (kZeros)  // exact: all of it is integers below 2^24
+                if constexpr (kZeros)  // integers below 2^24: exact
                     s = fma(splat(static_cast<float>(sums[r])), load_f16(head + kPanel + 8 * c), s);
                 total[r][c] = fma(s, load_f16(head + 8 * c), total[r][c]);
             }

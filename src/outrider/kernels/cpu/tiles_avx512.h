@@ -135,7 +135,7 @@ void tile_int4(const uint32_t* __restrict units, const int32_t* __restrict sums,
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
             vf s0 = _mm512_cvtepi32_ps(sum[r][0]), s1 = _mm512_cvtepi32_ps(sum[r][1]);
-            if constexpr (kZeros) {  // exact: all of it is integers below 2^24
+            if constexpr (kZeros) {  // integers below 2^24: exact
                 const vf row_sum = _mm512_set1_ps(static_cast<float>(sums[r]));
                 s0 = fma(row_sum, load_f16(head + 32), s0);
                 s1 = fma(row_sum, load_f16(head + 48), s1);
