@@ -4,7 +4,9 @@ Runs in outrider's environment and starts each peer (`measure_peers.py --serve`)
 
     python benchmarks/peers/compare.py --model MODEL --models PEERS --peers-python ~/peers-venv/bin/python
 
-A sample counts only if the read bandwidth before and after it agree within 15% (`outrider.bench.forward.measure`).
+A sample counts only if the read bandwidth before and after it agree within 15% (`outrider.bench.forward.measure`),
+and if it is within 15% of the run's median: a machine that flips between two bandwidths would else compare one engine
+in one of them with another in the other.
 outrider's times include its Python; a peer's are those that it measures itself, without putting its context back.
 Threads: OMP_NUM_THREADS for outrider, the same number for the peers.
 """
@@ -15,18 +17,28 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from outrider.bench.forward import BandwidthProbe, ForwardRuns, Measurement, Workload, measure, probe_bytes
+from outrider.bench.forward import (
+    BandwidthProbe,
+    ForwardRuns,
+    Measurement,
+    Workload,
+    measure,
+    probe_bytes,
+    probes_agree,
+)
 from outrider.bench.report import environment
 from outrider.bench.target import open_target
 
 CONTEXT = 64
 PREFILL = 512
+SETTLE_S = 0.1  # the engine before may still spin; ONNX Runtime does for 30 ms
 # For OpenVINO the group of activations that is fastest; its default, 32, is slower.
 GROUP_128 = "DYNAMIC_QUANTIZATION_GROUP_SIZE=128"
 PEERS: dict[str, list[tuple[str, ...]]] = {
@@ -100,9 +112,10 @@ def peer_workloads(peer: Peer, format: Any, rows: list[int]) -> list[Workload]:
 def summary(name: str, workloads: list[Workload], measurement: Measurement) -> dict[str, Any]:
     """Median and range in milliseconds by number of rows; of outrider also the share of the bandwidth."""
     ours = name.startswith("outrider")
+    usual = median(measurement.probes)
     records = []
     for workload in workloads:
-        samples = measurement.samples[workload]
+        samples = [s for s in measurement.samples[workload] if probes_agree(s.bandwidth, usual)]
         times = [1e3 * (sample.seconds if ours else sample.kernel_seconds or 0.0) for sample in samples]
         record: dict[str, Any] = {"kind": workload.kind, "m": workload.num_rows, "num_samples": len(times)}
         if times:
@@ -147,7 +160,8 @@ def main() -> None:
     measurement = Measurement()
     everything = [workload for workloads in named.values() for workload in workloads]
     try:
-        measure(everything, args.repeats, measurement, probe=BandwidthProbe(probe_bytes()))
+        probe = BandwidthProbe(probe_bytes())
+        measure(everything, args.repeats, measurement, probe=probe, on_start=lambda _: time.sleep(SETTLE_S))
     except KeyboardInterrupt:
         print("interrupted: what there is", file=sys.stderr)
     finally:

@@ -21,6 +21,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from outrider.kernels import huge_pages
+
 WeightFormat = Literal["fp32", "bf16", "int8", "int4"]
 
 PANEL = 32
@@ -253,10 +255,9 @@ def _group_bytes(group_size: int, has_zeros: bool) -> int:
 def _allocate(
     format: WeightFormat, num_outputs: int, num_inputs: int, group_size: int = 0, has_zeros: bool = False
 ) -> Tensor:
-    """Uninitialised panels; torch aligns memory of the CPU to 64 bytes, which `PackedWeight` checks."""
-    return torch.empty(
-        num_panels(num_outputs), panel_bytes(format, num_inputs, group_size, has_zeros), dtype=torch.uint8
-    )
+    """Uninitialised panels, 64-byte aligned, which `PackedWeight` checks."""
+    panels, num_bytes = num_panels(num_outputs), panel_bytes(format, num_inputs, group_size, has_zeros)
+    return huge_pages.allocate(panels * num_bytes).view(panels, num_bytes)
 
 
 def _pack_float(weight: Tensor, format: WeightFormat, dtype: torch.dtype) -> PackedWeight:

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from outrider.errors import ModelLoadError, UnsupportedModelError
 from outrider.kernels import ops
 from outrider.kernels.packed import PackedWeight, WeightFormat
-from outrider.quantization.linears import _ROUTERS
+from outrider.quantization.linears import ROUTERS
 from outrider.quantization.weights import WeightSource, lm_head_format, pack_linear
 
 HELD_METHOD = "outrider_held"
@@ -78,7 +78,7 @@ def swap_linears(module: PreTrainedModel, format: WeightFormat, plain: WeightFor
     for name in _linear_names(module):
         part: Any = module.get_submodule(name)
         if part not in done:
-            wanted = plain if name.rpartition(".")[2] in _ROUTERS else format
+            wanted = plain if name.rpartition(".")[2] in ROUTERS else format
             wanted = lm_head_format(wanted) if part is head else wanted
             weight = part.weight.T if isinstance(part, Conv1D) else part.weight
             packed = pack_linear(weight.detach(), wanted, group_size, f"{name}.weight")

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from outrider.quantization.weights import WeightSource
 
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # a few outputs that decide which experts run
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})  # a few outputs that decide which experts run
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def find_linears(config: PretrainedConfig, source: WeightSource) -> list[LinearL
     embedding_name = next((name for name, part in module.named_modules() if part is embedding), None)
     layers = []
     for name, part in module.named_modules():
-        if not isinstance(part, nn.Linear | Conv1D) or name.rpartition(".")[2] in _ROUTERS:
+        if not isinstance(part, nn.Linear | Conv1D) or name.rpartition(".")[2] in ROUTERS:
             continue
         stored = _stored_name(name, prefix, source)
         if stored is not None:
