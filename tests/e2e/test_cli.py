@@ -434,7 +434,10 @@ def test_demo_shows_code_and_speeds() -> None:
 def start(*arguments: str, **options) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen([*COMMAND, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment, **options)
+    # A shell's background jobs ignore interruptions, and so would what they start.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {COMMAND[-1]}"
+    command = [*COMMAND[:-1], code, *arguments]
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, **options)
 
 
 def test_version_and_help_need_no_torch() -> None:
