@@ -24,7 +24,7 @@ from outrider.models.batch import SequenceRows, build_forward_batch
 from outrider.models.llama import LEAN_MODEL_TYPES, LlamaModel, load_llama, why_not_lean
 from outrider.models.probe import CachedRun, probe_lean_path
 from outrider.models.row_invariance import check_row_invariance
-from outrider.quantization.weights import open_weights
+from outrider.quantization.weights import WeightSource, open_weights
 from outrider.token_tree import TokenTree
 from tests.tiny_models import build_tiny, make_tiny
 
@@ -152,6 +152,18 @@ def test_row_invariance(
             check_row_invariance(load(tmp_path, format, cache_dtype))
         finally:
             native.set_num_threads(None)
+
+
+def test_gate_and_up_of_different_formats_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, model_type="llama")
+    true = WeightSource.linear
+
+    def mixed(self: WeightSource, name: str, format: WeightFormat, group_size: int) -> Any:
+        return true(self, name, "int8" if name.endswith("up_proj") else format, group_size)
+
+    monkeypatch.setattr(WeightSource, "linear", mixed)
+    with pytest.raises(UnsupportedModelError, match="gate_proj in int4 and up_proj in int8"):
+        load(tmp_path, "int4")
 
 
 def test_an_int8_cache_is_near_the_exact_one(tmp_path: Path) -> None:

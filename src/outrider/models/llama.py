@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from outrider.cache.kv_cache import KVCache, LayerShape
-from outrider.errors import ModelLoadError
+from outrider.errors import ModelLoadError, UnsupportedModelError
 from outrider.kernels import native
 from outrider.kernels.packed import WeightFormat
 from outrider.models.model import Choices, ForwardBatch
@@ -251,13 +251,21 @@ class _Reader:
             full = f"{attention}.{name}.weight"
             return self.tensor(full) if full in self._shapes else None
 
+        gate, up = self.linear(f"{mlp}.gate_proj"), self.linear(f"{mlp}.up_proj")
+        if gate.weight.format != up.weight.format:  # they are computed side by side
+            raise UnsupportedModelError(
+                f"{mlp} of {self._weights.folder}",
+                got=f"gate_proj in {gate.weight.format} and up_proj in {up.weight.format}",
+                expected="one format for both",
+                remedy="quantise the original model with `outrider quantize`",
+            )
         return native.LlamaLayerWeights(
             query=self.linear(f"{attention}.q_proj"),
             key=self.linear(f"{attention}.k_proj"),
             value=self.linear(f"{attention}.v_proj"),
             output=self.linear(f"{attention}.o_proj"),
-            gate=self.linear(f"{mlp}.gate_proj"),
-            up=self.linear(f"{mlp}.up_proj"),
+            gate=gate,
+            up=up,
             down=self.linear(f"{mlp}.down_proj"),
             input_norm=self.tensor(f"{prefix}.input_layernorm.weight"),
             post_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight"),
