@@ -4,23 +4,14 @@
 #include "kernel_table.h"
 #include "simd_avx2.h"
 
+#include "ahead.h"
+
 namespace OUTRIDER_LEVEL {
 
 using outrider::kPanel;
 
 constexpr int kBlockRows[] = {3, 3, 2, 2};
 constexpr int kUnitInputs[] = {1, 1, 4, 4};  // bf16 rows are kept as float32 that bf16 can hold
-
-struct Ahead {
-    const char* at;
-    int64_t step;
-
-    inline void fetch() {
-        prefetch(at);
-        prefetch(at + 64);
-        at += step;
-    }
-};
 
 template <int R>
 inline void store_tile(const vf (&sum)[R][4], float* tile) {

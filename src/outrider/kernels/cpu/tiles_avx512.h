@@ -4,24 +4,14 @@
 #include "kernel_table.h"
 #include "simd_avx512.h"
 
+#include "ahead.h"
+
 namespace OUTRIDER_LEVEL {
 
 using outrider::kPanel;
 
 constexpr int kBlockRows[] = {12, 12, 12, 6};
 constexpr int kUnitInputs[] = {1, 2, 4, 4};
-
-// While a tile is computed, lines of later weights are fetched: `step` bytes for each 128 bytes of this panel.
-struct Ahead {
-    const char* at;
-    int64_t step;
-
-    inline void fetch() {
-        prefetch(at);
-        prefetch(at + 64);
-        at += step;
-    }
-};
 
 template <int R>
 inline void store_tile(const vf (&sum)[R][2], float* tile) {

@@ -4,17 +4,14 @@
 #include "kernel_table.h"
 #include "simd_portable.h"
 
+#include "ahead.h"
+
 namespace OUTRIDER_LEVEL {
 
 using outrider::kPanel;
 
 constexpr int kBlockRows[] = {4, 4, 4, 4};
 constexpr int kUnitInputs[] = {1, 1, 4, 4};  // bf16 rows are kept as float32 that bf16 can hold
-
-struct Ahead {  // hardware fetches ahead by itself here
-    const char* at;
-    int64_t step;
-};
 
 template <int R>
 void tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead) {
