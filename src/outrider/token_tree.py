@@ -47,6 +47,8 @@ class TokenTree:
         parents: ``[num_nodes]`` parent node, ``-1`` for the root; ``parents[i] < i``.
         draft: the distributions behind the draft tokens; None means a point mass on each draft token
             (n-grams and every other drafter without probabilities).
+        confidences: ``[num_nodes]`` the drafter's own guess, in [0, 1], that a node is the target's choice once its
+            parent is on the path; 1 for the root; None where it has none. Only planning reads them.
 
     Raises:
         TokenTreeError: not a tree rooted at node 0.
@@ -55,6 +57,7 @@ class TokenTree:
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     draft: DraftDistribution | None = None
+    confidences: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens or len(self.tokens) != len(self.parents):
@@ -105,6 +108,37 @@ class TokenTree:
         for node in range(1, len(self.tokens)):
             depths[node] = depths[self.parents[node]] + 1
         return tuple(depths)
+
+    @property
+    def path_confidences(self) -> tuple[float, ...] | None:
+        """``[num_nodes]`` product of the confidences on the way to each node; None where there are none."""
+        if self.confidences is None:
+            return None
+        products = [1.0] * len(self.tokens)
+        for node in range(1, len(self.tokens)):
+            products[node] = products[self.parents[node]] * self.confidences[node]
+        return tuple(products)
+
+    def restricted_to(self, nodes: Sequence[int]) -> TokenTree:
+        """The part of the tree that consists of `nodes`.
+
+        Args:
+            nodes: in ascending order, the root first; the parent of each among them.
+
+        Raises:
+            TokenTreeError: a parent is missing.
+        """
+        if len(nodes) == len(self.tokens):
+            return self
+        new_of = {-1: -1} | {node: new for new, node in enumerate(nodes)}
+        if any(self.parents[node] not in new_of for node in nodes):
+            raise TokenTreeError("part of a token tree", got=list(nodes), expected="every node's parent among them")
+        return TokenTree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(new_of[self.parents[node]] for node in nodes),
+            DraftDistribution(self.draft.log_probs[list(nodes)], self.draft.draws) if self.draft else None,
+            tuple(self.confidences[node] for node in nodes) if self.confidences else None,
+        )
 
     def children(self) -> list[list[int]]:
         """Children of each node, in node order (the order in which they were drawn)."""
@@ -159,7 +193,16 @@ class VerifiedPath:
 
 @dataclass(frozen=True)
 class VerifyResult:
+    """What a step's trees came to.
+
+    Attributes:
+        paths: one a tree.
+        choices: a tuple ``[tree.num_nodes]`` a tree: the target's choice of every node's successor; None for a tree
+            whose rule decided only along the path.
+    """
+
     paths: tuple[VerifiedPath, ...]
+    choices: tuple[tuple[int, ...] | None, ...]
 
 
 def ancestor_mask(parents: Sequence[int]) -> Tensor:

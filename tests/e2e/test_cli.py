@@ -368,7 +368,8 @@ def test_verify_fails_for_bugs_and_not_for_ties(monkeypatch: pytest.MonkeyPatch,
         paths = right(self, trees, target_log_probs, decisions).paths
         drafted = trees.num_nodes > len(trees.trees)
         return VerifyResult(
-            tuple(type(path)(path.accepted_nodes, (path.next_token + drafted) % 4096) for path in paths)
+            tuple(type(path)(path.accepted_nodes, (path.next_token + drafted) % 4096) for path in paths),
+            (None,) * len(paths),
         )
 
     if verdict == "tie":

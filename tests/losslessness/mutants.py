@@ -152,7 +152,7 @@ def _bonus_from_parent(verify: Verify, trees: TokenTreeBatch, rows: Tensor, deci
             token = decisions.sample(rows[row : row + 1], [row], Purpose.RESIDUAL)[0]
             path = VerifiedPath(accepted, token)  # noqa: PLW2901
         paths.append(path)
-    return VerifyResult(tuple(paths))
+    return VerifyResult(tuple(paths), (None,) * len(paths))
 
 
 def _other_draws(verify: Verify, trees: TokenTreeBatch, rows: Tensor, decisions: Decisions) -> VerifyResult:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider.drafting.tree_merge import WeightedPath, merge_paths
 from outrider.errors import TokenTreeError
-from outrider.token_tree import TokenTree, TokenTreeBatch, ancestor_mask
+from outrider.token_tree import DraftDistribution, TokenTree, TokenTreeBatch, ancestor_mask
 
 
 @st.composite
@@ -102,3 +105,43 @@ def test_batch_rows_are_the_trees_in_order(trees: list[TokenTree]) -> None:
     assert batch.num_nodes == len(flat)
     for index, tree in enumerate(trees):
         assert tuple(flat[batch.rows(index)]) == tree.tokens
+
+
+# Confidences, parts of trees, merging
+
+
+def test_a_part_of_a_tree_keeps_tokens_distributions_and_confidences() -> None:
+    rows = torch.arange(20.0).reshape(5, 4)
+    tree = TokenTree(
+        (9, 1, 2, 3, 1), (-1, 0, 0, 1, 2), DraftDistribution(rows, "without_replacement"), (1.0, 0.5, 0.3, 0.2, 0.1)
+    )
+    part = tree.restricted_to([0, 2, 4])
+    assert (part.tokens, part.parents, part.confidences) == ((9, 2, 1), (-1, 0, 1), (1.0, 0.3, 0.1))
+    assert part.draft is not None
+    assert torch.equal(part.draft.log_probs, rows[[0, 2, 4]])
+    assert tree.path_confidences == pytest.approx((1.0, 0.5, 0.3, 0.1, 0.03))
+    with pytest.raises(TokenTreeError, match="parent"):
+        tree.restricted_to([0, 3])
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 2), st.floats(0.05, 1.0)), min_size=1, max_size=4), min_size=1, max_size=5
+    ),
+    st.integers(0, 6),
+)
+def test_merging_keeps_the_best_tree_of_its_size(pairs: list[list[tuple[int, float]]], max_nodes: int) -> None:
+    weighted = [WeightedPath([t for t, _ in path], [c for _, c in path]) for path in pairs]
+    tree = merge_paths(7, weighted, max_nodes)
+    whole = merge_paths(7, weighted, 1000)
+    assert tree.num_nodes == min(max_nodes + 1, whole.num_nodes)
+    products = whole.path_confidences
+    assert products is not None
+    assert tree.path_confidences is not None
+    best = max(
+        sum(products[node] for node in chosen)
+        for chosen in combinations(range(1, whole.num_nodes), tree.num_nodes - 1)
+        if all(whole.parents[node] in (0, *chosen) for node in chosen)
+    )
+    assert sum(tree.path_confidences[1:]) == pytest.approx(best)
+    assert all(p >= 0.3 for p in merge_paths(7, weighted, 1000, min_path_prob=0.3).path_confidences or ())

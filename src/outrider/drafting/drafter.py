@@ -31,6 +31,8 @@ class DraftContext:
         max_nodes: the most draft tokens (root not counted); 0 asks for the root alone.
         max_depth: the longest path that could still be committed.
         seed: of the request's keyed noise.
+        min_path_prob: draft tokens whose path is less likely than this to be accepted are not worth their rows, nor
+            the time of drafting them; a drafter may ignore it.
     """
 
     request_id: str
@@ -41,6 +43,7 @@ class DraftContext:
     params: SamplingParams
     seed: int
     stop_token_ids: frozenset[int]
+    min_path_prob: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +51,11 @@ class DraftOutcome:
     """What verification made of one request's tree.
 
     Attributes:
+        tree: what was verified: all or a part of what a drafter proposed, or the tree of another one. A drafter that
+            keeps state about its own nodes finds them by walking along the accepted tokens.
+        choices: ``[tree.num_nodes]`` the target's choice of each node's successor, with the request's own noise,
+            whether its path was accepted or not; None under rejection rules at a temperature, which draw only along
+            the path.
         target_logits: ``[tree.num_nodes, vocab]`` the target's raw logits at each node; None only for a drafter that
             does not read them.
     """
@@ -56,14 +64,20 @@ class DraftOutcome:
     tree: TokenTree
     path: VerifiedPath
     target_logits: Tensor | None
+    choices: Sequence[int] | None = None
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The accepted tokens and the one after them."""
+        return [*(self.tree.tokens[node] for node in self.path.accepted_nodes), self.path.next_token]
 
 
 class Drafter(Protocol):
     """Attributes:
-    name: as users spell it.
+    name: as users spell it, and as statistics name it.
     max_nodes: the most draft tokens that it proposes for one request.
     returns_probs: True if its trees carry the distributions they were drawn from.
-    reads_logits: True if `observe` looks at the target's logits.
+    reads_logits: True if `observe` looks at the target's logits (asked in each step after `propose`).
     """
 
     name: str
@@ -72,7 +86,10 @@ class Drafter(Protocol):
     reads_logits: bool
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
-        """One tree per context, in order, rooted at its last token."""
+        """One tree per context, in order, rooted at its last token.
+
+        A drafter gives `TokenTree.confidences` where it can: the planner keeps the nodes that are worth their rows.
+        """
         ...
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:

@@ -166,8 +166,8 @@ class Engine:
             sound = [bool(sound_rows[trees.rows(i)].all()) for i in range(len(requests))]
         result = self.rule.verify(trees, processed, decisions)
         return [
-            _Verified(request, trees.trees[i], path, logits[trees.rows(i)], sound[i])
-            for i, (request, path) in enumerate(zip(requests, result.paths, strict=True))
+            _Verified(request, trees.trees[i], path, choices, logits[trees.rows(i)], sound[i])
+            for i, (request, path, choices) in enumerate(zip(requests, result.paths, result.choices, strict=True))
         ]
 
     def _commit(self, plan: Sequence[ScheduledSequence], verified: Sequence[_Verified]) -> None:
@@ -188,7 +188,9 @@ class Engine:
         self.cache.commit(commits)
 
     def _observe(self, verified: Sequence[_Verified]) -> None:
-        outcomes = [DraftOutcome(v.request.request_id, v.tree, v.path, v.logits) for v in verified if v.sound]
+        outcomes = [
+            DraftOutcome(v.request.request_id, v.tree, v.path, v.logits, v.choices) for v in verified if v.sound
+        ]
         if outcomes:
             self.drafter.observe(outcomes)
 
@@ -234,6 +236,7 @@ class _Verified:
     """What a step made of one request's tree.
 
     Attributes:
+        choices: ``[tree.num_nodes]`` the target's choices; None where the rule made them along the path alone.
         logits: ``[tree.num_nodes, vocab]`` raw logits; None where only their argmax was computed.
         sound: False if any of the tree's rows had NaN or infinite logits, or no token to choose.
     """
@@ -241,6 +244,7 @@ class _Verified:
     request: Request
     tree: TokenTree
     path: VerifiedPath
+    choices: Sequence[int] | None
     logits: Tensor | None
     sound: bool
 
@@ -256,5 +260,6 @@ def _follow(drafting: Sequence[ScheduledSequence], trees: TokenTreeBatch, choice
     for index, (scheduled, tree) in enumerate(zip(drafting, trees.trees, strict=True)):
         rows = trees.rows(index)
         sound = all(math.isfinite(logit) for logit in logits[rows])
-        verified.append(_Verified(scheduled.request, tree, follow_choices(tree, tokens[rows]), None, sound))
+        chosen = tokens[rows]
+        verified.append(_Verified(scheduled.request, tree, follow_choices(tree, chosen), chosen, None, sound))
     return verified

@@ -34,8 +34,9 @@ class CoupledRule:
     def verify(self, trees: TokenTreeBatch, target_log_probs: Tensor, decisions: Decisions) -> VerifyResult:
         """See `VerificationRule.verify`; the target's choice of every node is drawn at once."""
         choices = decisions.sample(target_log_probs, range(trees.num_nodes), Purpose.TARGET)
-        paths = [follow_choices(tree, choices[trees.rows(index)]) for index, tree in enumerate(trees.trees)]
-        return VerifyResult(tuple(paths))
+        of_tree = [tuple(choices[trees.rows(index)]) for index in range(len(trees.trees))]
+        paths = [follow_choices(tree, chosen) for tree, chosen in zip(trees.trees, of_tree, strict=True)]
+        return VerifyResult(tuple(paths), tuple(of_tree))
 
 
 def follow_choices(tree: TokenTree, choices: Sequence[int]) -> VerifiedPath:

@@ -55,12 +55,14 @@ def verify_by(walk: Walk, trees: TokenTreeBatch, target_log_probs: Tensor, decis
     A greedy target is a point mass on its argmax and leaves nothing to chance: such trees follow that choice.
     """
     paths: dict[int, VerifiedPath] = {}
+    of_tree: dict[int, tuple[int, ...]] = {}
     walked: list[tuple[int, tuple[int, ...]]] = []
     weights: list[Probs] = []
     for index, tree in enumerate(trees.trees):
         rows = trees.rows(index)
         if decisions.greedy(rows.start):
             choices = decisions.sample(target_log_probs[rows], range(rows.start, rows.stop), Purpose.TARGET)
+            of_tree[index] = tuple(choices)
             paths[index] = follow_choices(tree, choices)
         else:
             accepted, next_probs = walk(tree, target_log_probs[rows], rows.start, decisions)
@@ -73,7 +75,8 @@ def verify_by(walk: Walk, trees: TokenTreeBatch, target_log_probs: Tensor, decis
         next_tokens = decisions.sample(log_weights, nodes, Purpose.RESIDUAL)
         for (index, accepted), token in zip(walked, next_tokens, strict=True):
             paths[index] = VerifiedPath(accepted, token)
-    return VerifyResult(tuple(paths[index] for index in range(len(trees.trees))))
+    indices = range(len(trees.trees))
+    return VerifyResult(tuple(paths[index] for index in indices), tuple(map(of_tree.get, indices)))
 
 
 def probabilities(log_weights: Tensor) -> Probs:
