@@ -22,8 +22,8 @@ class NgramConfig:
     method: Literal["ngram"] = "ngram"
     max_ngram: int = 4
     min_ngram: int = 1
-    num_candidates: int = 3
-    depth: int = 8
+    num_candidates: int = 8
+    depth: int = 16
     max_nodes: int = 12
 
     def __post_init__(self) -> None:

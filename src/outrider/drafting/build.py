@@ -7,9 +7,10 @@ from collections.abc import Callable
 from outrider.config import DrafterConfig, DraftModelConfig, NgramConfig, NoDrafterConfig, RecyclingConfig
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
-from outrider.drafting.ngram import NgramDrafter
 from outrider.drafting.plain import PlainDrafter
 from outrider.drafting.recycling import RecyclingDrafter
+from outrider.drafting.source import SourceDrafter
+from outrider.drafting.sources.ngram import NgramSource
 
 
 def build_drafter(
@@ -30,7 +31,9 @@ def build_drafter(
         case NoDrafterConfig():
             return PlainDrafter()
         case NgramConfig():
-            return NgramDrafter(config, style)
+            return SourceDrafter(
+                config.method, [NgramSource(config)], max_nodes=config.max_nodes, max_depth=config.depth, style=style
+            )
         case RecyclingConfig():
             return RecyclingDrafter(config, style, vocab_size)
         case DraftModelConfig():
