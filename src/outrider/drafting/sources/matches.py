@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -49,6 +50,21 @@ class NgramIndex:
                 if end < self._num_indexed and end not in seen:
                     seen.add(end)
                     yield end, length
+
+    def nearest(self, sequence: Sequence[int], position: int) -> tuple[int, int] | None:
+        """Of the places where the longest suffix stands with a token behind it, the one next to a position.
+
+        Returns:
+            The position behind it and the number of tokens of the n-gram; None if not even the shortest stands there.
+        """
+        for length in self._lengths:
+            ends = self._ends.get(tuple(sequence[-length:])) if length <= len(sequence) else None
+            if ends:
+                after = bisect_left(ends, position)
+                near = [end for end in ends[max(after - 1, 0) : after + 1] if end < self._num_indexed]
+                if near:
+                    return min(near, key=lambda end: abs(end - position)), length
+        return None
 
 
 def match_length(text: Sequence[int], end: int, sequence: Sequence[int], known: int) -> int:
