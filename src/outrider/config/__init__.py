@@ -4,6 +4,7 @@ from outrider.config.checks import GROUP_SIZES, Weights, from_mapping
 from outrider.config.draft_models import DraftModelConfig
 from outrider.config.drafters import DRAFTER_CONFIGS, DrafterConfig, NoDrafterConfig, drafter_config
 from outrider.config.engine import CacheConfig, CacheDtype, EngineConfig, Exactness, SchedulerConfig
+from outrider.config.jacobi import InitialTokens, JacobiConfig, LookaheadConfig
 from outrider.config.lookup import NgramConfig, RecyclingConfig
 
 __all__ = [
@@ -15,6 +16,9 @@ __all__ = [
     "DrafterConfig",
     "EngineConfig",
     "Exactness",
+    "InitialTokens",
+    "JacobiConfig",
+    "LookaheadConfig",
     "NgramConfig",
     "NoDrafterConfig",
     "RecyclingConfig",

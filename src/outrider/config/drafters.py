@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from outrider.config.checks import from_mapping
 from outrider.config.draft_models import DraftModelConfig
+from outrider.config.jacobi import JacobiConfig, LookaheadConfig
 from outrider.config.lookup import NgramConfig, RecyclingConfig
 from outrider.errors import ConfigError
 
@@ -19,11 +20,13 @@ class NoDrafterConfig:
     method: Literal["none"] = "none"
 
 
-DrafterConfig = NoDrafterConfig | NgramConfig | RecyclingConfig | DraftModelConfig
+DrafterConfig = NoDrafterConfig | NgramConfig | RecyclingConfig | JacobiConfig | LookaheadConfig | DraftModelConfig
 DRAFTER_CONFIGS: dict[str, type] = {
     "none": NoDrafterConfig,
     "ngram": NgramConfig,
     "recycling": RecyclingConfig,
+    "jacobi": JacobiConfig,
+    "lookahead": LookaheadConfig,
     "draft_model": DraftModelConfig,
 }
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from outrider.config import DrafterConfig, DraftModelConfig, NgramConfig, NoDrafterConfig, RecyclingConfig
+from outrider.config import (
+    DrafterConfig,
+    DraftModelConfig,
+    JacobiConfig,
+    LookaheadConfig,
+    NgramConfig,
+    NoDrafterConfig,
+    RecyclingConfig,
+)
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
+from outrider.drafting.jacobi import JacobiDrafter
+from outrider.drafting.lookahead import LookaheadDrafter
 from outrider.drafting.ngram import NgramDrafter
 from outrider.drafting.plain import PlainDrafter
 from outrider.drafting.recycling import RecyclingDrafter
@@ -33,5 +43,9 @@ def build_drafter(
             return NgramDrafter(config, style)
         case RecyclingConfig():
             return RecyclingDrafter(config, style, vocab_size)
+        case JacobiConfig():
+            return JacobiDrafter(config, style, vocab_size)
+        case LookaheadConfig():
+            return LookaheadDrafter(config, style, vocab_size)
         case DraftModelConfig():
             return build_draft_model(config, style)
