@@ -27,13 +27,14 @@ class JacobiConfig:
     """
 
     method: Literal["jacobi"] = "jacobi"
-    mode: JacobiMode = "jacobi"
-    block_size: int = 8
+    mode: JacobiMode = "gs_jacobi"
+    block_size: int = 4
     initial: InitialTokens = "ngram"
     parallel_length: int = 256
 
     def __post_init__(self) -> None:
-        require(self.mode in get_args(JacobiMode), "jacobi.mode", self.mode, f"one of {get_args(JacobiMode)}")
+        modes = get_args(JacobiMode)
+        require(self.mode in modes, "jacobi.mode", self.mode, f"one of {', '.join(modes)}")
         check_int("jacobi.block_size", self.block_size, 1, 512)
         check_initial("jacobi", self.initial)
         check_int("jacobi.parallel_length", self.parallel_length, 0, 2**32)

@@ -9,8 +9,8 @@ column continues from its level 0 with its own later levels.
                               └─ b0 ── c0                   level 2: c0 c1 c2
 
 The target's choices d0, d1, d2 after the ends of the columns are the next level. Each column with its choice is an
-n-gram of the pool: (root, b0, c0, d0), (a1, b1, c1, d1), ... Then level 0 is forgotten and the window moves on by one
-position: level 0 becomes b1 b2, level 1 c0 c1 c2, level 2 d0 d1 d2. Pooled n-grams that begin with the root's token are
+n-gram of the pool: (root, b0, c0, d0), (a1, b1, c1, d1), ... Then level 0 is forgotten and the window moves on by as
+many positions as the text; by one, level 0 becomes b1 b2, level 1 c0 c1 c2, level 2 d0 d1 d2. Pooled n-grams that begin with the root's token are
 verified in the same tree (section 3.2). Equal prefixes share nodes: a node's choice depends on its path alone.
 """
 
@@ -112,6 +112,7 @@ class Window:
 
         Args:
             root: the token that the verified tree hung from.
+            num_new: committed tokens, by which the window moves on (the paper's code moves it by one at any rate).
 
         Returns:
             The n-grams of the columns; none as long as they are too short.
@@ -128,12 +129,9 @@ class Window:
         heads, *later = self.levels
         levels = [heads[: num_columns - 1], *(level[:num_columns] for level in later), new]
         if not self.is_full:
-            self.levels = [level[1:] for level in levels]
+            self.levels = [level[num_new:] for level in levels]
             return []
-        self.levels = [levels[1][1:], *levels[2:]]
-        import os
-        if os.environ.get("SHIFT"):
-            self.levels = [level[num_new - 1:] for level in self.levels]
+        self.levels = [level[num_new - 1 :] for level in (levels[1][1:], *levels[2:])]
         return [list(column) for column in zip([root, *levels[0]], *levels[1:], strict=True)]
 
 
