@@ -152,6 +152,17 @@ def test_the_window_is_the_papers() -> None:
     assert pool.get(text[2]) == [(old[1][0], old[2][0], seen[3][1][2][0])]
 
 
+def test_a_window_that_still_grows_moves_on_with_the_text() -> None:
+    config = LookaheadConfig(window=2, ngram=4, guesses=1, text_ngrams=False, initial="zero")
+    drafter = LookaheadDrafter(config, DraftStyle(), 100)
+    (tree,) = drafter.propose([context([1])])
+    assert tree.tokens == (1, 0, 0, 0)
+    drafter.observe([DraftOutcome("r", tree, VerifiedPath((1,), 5), None, (0, 5, 6, 7))])  # two tokens: 0 5
+    drafter.propose([context([1, 0, 5])])
+    # Behind 5 stood the third guess, 0, whose successor was computed as 7, and the second's, 6, is 5's own.
+    assert drafter._requests["r"].window.levels == [[0, 0], [6, 7, 0]]
+
+
 def test_guesses_come_first_and_columns_as_far_as_they_fit() -> None:
     config = LookaheadConfig(window=4, ngram=3, guesses=2, initial="zero")
     drafter = LookaheadDrafter(config, DraftStyle(), 100)

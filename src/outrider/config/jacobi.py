@@ -54,9 +54,9 @@ class LookaheadConfig:
     """
 
     method: Literal["lookahead"] = "lookahead"
-    window: int = 5
-    ngram: int = 4
-    guesses: int = 4
+    window: int = 3
+    ngram: int = 6
+    guesses: int = 3
     max_keys: int = 4096
     text_ngrams: bool = True
     initial: InitialTokens = "ngram"
