@@ -100,7 +100,12 @@ def replay(
 
 
 def _replay_one(
-    drafter: Drafter, recording: Recording, request_id: str, result: ReplayResult, max_nodes: int, min_path_prob: float
+    drafter: Drafter,
+    recording: Recording,
+    request_id: str,
+    result: ReplayResult,
+    max_nodes: int,
+    min_path_prob: float,
 ) -> None:
     known = [*recording.prompt_token_ids, *recording.output_token_ids]
     num_prompt_tokens = len(recording.prompt_token_ids)

@@ -14,6 +14,7 @@ from outrider.config.drafters import (
     source_config,
 )
 from outrider.config.engine import CacheConfig, CacheDtype, EngineConfig, Exactness, SchedulerConfig
+from outrider.config.jacobi import InitialTokens, JacobiConfig, LookaheadConfig
 from outrider.config.lookup import (
     AdedConfig,
     AnpdConfig,
@@ -40,6 +41,9 @@ __all__ = [
     "Exactness",
     "HierarchyConfig",
     "HistoryConfig",
+    "InitialTokens",
+    "JacobiConfig",
+    "LookaheadConfig",
     "MergeConfig",
     "NgramConfig",
     "NoDrafterConfig",

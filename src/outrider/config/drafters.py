@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from outrider.config.checks import check_int, check_tree_limits, from_mapping, require
 from outrider.config.draft_models import DraftModelConfig
+from outrider.config.jacobi import JacobiConfig, LookaheadConfig
 from outrider.config.lookup import (
     AdedConfig,
     AnpdConfig,
@@ -84,6 +85,8 @@ DrafterConfig = (
     | MergeConfig
     | HierarchyConfig
     | RecyclingConfig
+    | JacobiConfig
+    | LookaheadConfig
     | DraftModelConfig
 )
 DRAFTER_CONFIGS: dict[str, type] = {
@@ -97,6 +100,8 @@ DRAFTER_CONFIGS: dict[str, type] = {
     "merge": MergeConfig,
     "hierarchy": HierarchyConfig,
     "recycling": RecyclingConfig,
+    "jacobi": JacobiConfig,
+    "lookahead": LookaheadConfig,
     "draft_model": DraftModelConfig,
 }
 

@@ -9,7 +9,10 @@ from outrider.token_tree import TokenTree
 
 EDGES = (0.02, 0.05, 0.1, 0.18, 0.28, 0.4, 0.52, 0.64, 0.76, 0.86, 0.93, 0.97, 0.99)
 CENTRES = tuple((a + b) / 2 for a, b in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))
-SHARED_PRIOR, OWN_PRIOR = 4.0, 6.0  # trials that a drafter's word counts for, and that other requests' trials count for
+SHARED_PRIOR, OWN_PRIOR = (
+    4.0,
+    6.0,
+)  # trials that a drafter's word counts for, and that other requests' trials count for
 SHARED_MEMORY, OWN_MEMORY = 400.0, 40.0  # trials after which old ones begin to be forgotten
 
 

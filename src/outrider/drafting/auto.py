@@ -219,7 +219,11 @@ class AutoDrafter:
         return found
 
     def _ask(
-        self, arm: _Arm, contexts: Sequence[DraftContext], market: _Market, trials: set[str] | frozenset[str] = frozenset()
+        self,
+        arm: _Arm,
+        contexts: Sequence[DraftContext],
+        market: _Market,
+        trials: set[str] | frozenset[str] = frozenset(),
     ) -> None:
         """Add a drafter's proposals to the plans."""
         if not contexts:
@@ -228,7 +232,9 @@ class AutoDrafter:
         threshold = 0.25 * (market.row_price + market.tokens_per_s * arm.seconds_per_node)
         limited = [
             replace(
-                c, max_nodes=min(c.max_nodes, self._config.max_nodes), min_path_prob=min(0.5, max(c.min_path_prob, threshold))
+                c,
+                max_nodes=min(c.max_nodes, self._config.max_nodes),
+                min_path_prob=min(0.5, max(c.min_path_prob, threshold)),
             )
             for c in contexts
         ]
@@ -335,7 +341,9 @@ class AutoDrafter:
             arm.shared.add(accepted, rows)
             price = market.row_price * rows + market.tokens_per_s * (arm.seconds or 0.0)
             if proposal.on_trial:
-                spent = (arm.seconds or 0.0) + market.row_price * (plan.num_nodes if taken else 0) / market.tokens_per_s
+                spent = (arm.seconds or 0.0) + market.row_price * (
+                    plan.num_nodes if taken else 0
+                ) / market.tokens_per_s
                 won = accepted / market.tokens_per_s if taken else 0.0
                 self._trials_s = max(0.0, self._trials_s + spent - won)
             if own.accepted > price:

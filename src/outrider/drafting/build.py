@@ -13,6 +13,8 @@ from outrider.config import (
     EditConfig,
     HierarchyConfig,
     HistoryConfig,
+    JacobiConfig,
+    LookaheadConfig,
     MergeConfig,
     NgramConfig,
     NoDrafterConfig,
@@ -22,6 +24,8 @@ from outrider.config import (
 )
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
+from outrider.drafting.jacobi import JacobiDrafter
+from outrider.drafting.lookahead import LookaheadDrafter
 from outrider.drafting.plain import PlainDrafter
 from outrider.drafting.recycling import RecyclingDrafter
 from outrider.drafting.source import Source, SourceDrafter
@@ -56,6 +60,10 @@ def build_drafter(
             return PlainDrafter()
         case RecyclingConfig():
             return RecyclingDrafter(config, style, vocab_size)
+        case JacobiConfig():
+            return JacobiDrafter(config, style, vocab_size)
+        case LookaheadConfig():
+            return LookaheadDrafter(config, style, vocab_size)
         case DraftModelConfig():
             return build_draft_model(config, style)
         case HierarchyConfig():

@@ -33,7 +33,13 @@ class ForwardCost:
             for points in (rows, contexts)
         )
         fits = len(seconds) == len(contexts) and all(len(of) == len(rows) for of in seconds)
-        if not ascending or not fits or rows[0] != 1 or len(rows) < 2 or not all(0 < s < math.inf for of in seconds for s in of):
+        if (
+            not ascending
+            or not fits
+            or rows[0] != 1
+            or len(rows) < 2
+            or not all(0 < s < math.inf for of in seconds for s in of)
+        ):
             raise ConfigError(
                 "table of forward costs",
                 got=f"{len(rows)} rows, {len(contexts)} contexts, {[len(of) for of in seconds]} times",
@@ -55,7 +61,9 @@ class ForwardCost:
         try:
             return ForwardCost(values["rows"], values["contexts"], values["seconds"])
         except (KeyError, TypeError) as error:
-            raise ConfigError("table of forward costs", got=repr(values)[:60], expected="rows, contexts, seconds") from error
+            raise ConfigError(
+                "table of forward costs", got=repr(values)[:60], expected="rows, contexts, seconds"
+            ) from error
 
     def as_mapping(self) -> dict[str, Any]:
         return {"rows": list(self.rows), "contexts": list(self.contexts), "seconds": [list(of) for of in self.table]}
@@ -63,7 +71,11 @@ class ForwardCost:
     def seconds(self, num_rows: int, context: int) -> float:
         """Expected seconds of a forward; linear between and beyond the measured points."""
         r, at_row = _between(self.rows, num_rows)
-        factor = self._factors[r] + at_row * (self._factors[r + 1] - self._factors[r]) if at_row <= 1 else self._factors[-1]
+        factor = (
+            self._factors[r] + at_row * (self._factors[r + 1] - self._factors[r])
+            if at_row <= 1
+            else self._factors[-1]
+        )
         if len(self.contexts) == 1:
             return factor * _line(self.table[0], r, at_row)
         c, at_context = _between(self.contexts, context)
