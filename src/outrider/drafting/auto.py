@@ -23,6 +23,7 @@ NEARLY_FREE = 0.01  # of a token: what all drafters of the first round together 
 ROW_STEP = 4  # rows over which the price of one more is taken
 FIRST_PAUSE, LONGEST_PAUSE = 8, 512  # a request's steps between trials of a drafter that does not pay
 NEW_RECORD, RECENT = 0.25, 0.08  # weights of a new figure: in short records, and in long ones
+ENOUGH_TRIALS = 3  # of a request's own, to go by them instead of other requests'
 TRIAL_STEPS = 2.0  # plain steps that trials may cost before any time has passed
 
 
@@ -59,7 +60,8 @@ class _Arm:
     """A drafter and its price.
 
     Attributes:
-        seconds: of drafting, a request and step; None until measured.
+        seconds: of drafting, a request and step, the first of a request (which reads its whole prompt) not counted; None
+            until measured.
         seconds_per_node: likewise a drafted node.
     """
 
@@ -72,7 +74,7 @@ class _Arm:
         if self.seconds is None:
             self.seconds, self.seconds_per_node = seconds, seconds / max(1, num_nodes)
             return
-        seconds = min(seconds, 4 * self.seconds)  # a draft model's first step of a request reads the whole prompt
+        seconds = min(seconds, 4 * self.seconds)
         self.seconds += 0.1 * (seconds - self.seconds)
         if num_nodes:
             self.seconds_per_node += 0.1 * (seconds / num_nodes - self.seconds_per_node)
@@ -85,6 +87,7 @@ class _Proposal:
     Attributes:
         probs: ``[num_nodes]`` of reaching each node; None for a tree that must stay whole.
         worth: expected accepted tokens, less what its rows cost.
+        seconds: that drafting it took.
     """
 
     arm: _Arm
@@ -92,6 +95,7 @@ class _Proposal:
     probs: list[float] | None
     worth: float
     on_trial: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -135,7 +139,7 @@ class AutoDrafter:
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._config, self._cost, self._clock = config, cost, clock
+        self._config, self._cost, self.clock = config, cost, clock
         self._arms = [_Arm(drafter) for drafter in drafters]
         self.max_nodes = max((min(config.max_nodes, drafter.max_nodes) for drafter in drafters), default=0)
         self.returns_probs = any(drafter.returns_probs for drafter in drafters)
@@ -151,32 +155,34 @@ class AutoDrafter:
         self.num_chosen = {drafter.name: 0 for drafter in drafters}
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
-        start = self._clock()
+        start = self.clock()
         market = self._market = self._prices(contexts)
         planned = self._planned = {context.request_id: _Planned(None) for context in contexts}
         hopeful = [context for context in contexts if context.max_nodes > 0 and context.max_depth > 0]
         first_round = self._nearly_free(market)
         for arm in first_round:
             self._ask(arm, hopeful, market)
-        asked: dict[_Arm, list[DraftContext]] = {}
-        trials: set[str] = set()
+        promising: dict[_Arm, list[DraftContext]] = {}
+        on_trial: dict[_Arm, list[DraftContext]] = {}
         for context in hopeful:
-            arm, on_trial = self._choose_arm(context, planned[context.request_id], first_round, market)
-            if arm is not None:
-                asked.setdefault(arm, []).append(context)
-                if on_trial:
-                    trials.add(context.request_id)
-        for arm, some in asked.items():
-            self._ask(arm, some, market, trials)
+            best, due = self._choose_arms(context, planned[context.request_id], first_round, market)
+            if best is not None:
+                promising.setdefault(best, []).append(context)
+            if due is not None and self._may_try(market):
+                on_trial.setdefault(due, []).append(context)
+        for arm, some in promising.items():
+            self._ask(arm, some, market)
+        for arm, some in on_trial.items():
+            self._ask(arm, some, market, on_trial=True)
         trees = self._allot(contexts, market)
         self._num_step_rows = market.num_rows + sum(tree.num_nodes - 1 for tree in trees)
         self.reads_logits = any(p.arm.drafter.reads_logits for plan in planned.values() for p in plan.proposals)
-        self._forward_start = self._clock()
+        self._forward_start = self.clock()
         self._draft_s = self._forward_start - start
         return trees
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
-        seconds = self._clock() - self._forward_start
+        seconds = self.clock() - self._forward_start
         market = self._market
         if market is not None:
             self._market = None
@@ -218,35 +224,29 @@ class AutoDrafter:
             found.append(arm)
         return found
 
-    def _ask(
-        self,
-        arm: _Arm,
-        contexts: Sequence[DraftContext],
-        market: _Market,
-        trials: set[str] | frozenset[str] = frozenset(),
-    ) -> None:
+    def _ask(self, arm: _Arm, contexts: Sequence[DraftContext], market: _Market, *, on_trial: bool = False) -> None:
         """Add a drafter's proposals to the plans."""
         if not contexts:
             return
         # Confidences may be modest, so what is left out unseen is far below what would pay.
-        threshold = 0.25 * (market.row_price + market.tokens_per_s * arm.seconds_per_node)
+        threshold = min(0.5, 0.25 * (market.row_price + market.tokens_per_s * arm.seconds_per_node))
         limited = [
             replace(
-                c,
-                max_nodes=min(c.max_nodes, self._config.max_nodes),
-                min_path_prob=min(0.5, max(c.min_path_prob, threshold)),
+                context,
+                max_nodes=min(context.max_nodes, self._config.max_nodes),
+                min_path_prob=max(context.min_path_prob, threshold),
             )
-            for c in contexts
+            for context in contexts
         ]
-        start = self._clock()
+        start = self.clock()
         trees = arm.drafter.propose(limited)
-        seconds = (self._clock() - start) / len(contexts)
-        arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees))
+        seconds = (self.clock() - start) / len(contexts)
+        if all(arm in self._own(context.request_id) for context in contexts):
+            arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees))
         for context, tree in zip(contexts, trees, strict=True):
-            plan = self._planned[context.request_id]
             proposal = self._weigh(arm, context.request_id, tree, market)
-            proposal.on_trial = context.request_id in trials
-            plan.proposals.append(proposal)
+            proposal.on_trial, proposal.seconds = on_trial, seconds
+            self._planned[context.request_id].proposals.append(proposal)
 
     def _weigh(self, arm: _Arm, request_id: str, tree: TokenTree, market: _Market) -> _Proposal:
         num_nodes = tree.num_nodes - 1
@@ -260,19 +260,18 @@ class AutoDrafter:
         probs = self._acceptance.path_probs(arm.drafter.name, request_id, tree)
         return _Proposal(arm, tree, probs, sum(p - market.row_price for p in probs[1:] if p > market.row_price))
 
-    def _choose_arm(
+    def _choose_arms(
         self, context: DraftContext, plan: _Planned, first_round: Sequence[_Arm], market: _Market
-    ) -> tuple[_Arm | None, bool]:
-        """The drafter of the second round to ask for a request, and whether only on trial."""
+    ) -> tuple[_Arm | None, _Arm | None]:
+        """Of the drafters of the second round the one that promises most, and one that is due for a trial."""
         best, best_worth = None, max((p.worth for p in plan.proposals), default=0.0)
-        own = self._own(context.request_id)
-        step = self._steps.get(context.request_id, 0)
         due: _Arm | None = None
+        own, step = self._own(context.request_id), self._steps.get(context.request_id, 0)
         for arm in self._arms:
             if arm in first_round:
                 continue
             record = own.get(arm)
-            known = record if record is not None and record.num_trials > 2 else arm.shared
+            known = record if record is not None and record.num_trials >= ENOUGH_TRIALS else arm.shared
             if known.num_trials and arm.seconds is not None:
                 worth = known.accepted - market.row_price * known.rows - market.tokens_per_s * arm.seconds
                 if worth > best_worth:
@@ -280,9 +279,7 @@ class AutoDrafter:
                     continue
             if due is None and (record is None or step >= record.next_trial):
                 due = arm
-        if due is not None and due is not best and self._may_try(market):
-            return due, True
-        return best, False
+        return best, due if due is not best else None
 
     def _may_try(self, market: _Market) -> bool:
         allowance = self._config.exploration * self._total_s + TRIAL_STEPS * self._cost.seconds(1, 0)
@@ -346,7 +343,7 @@ class AutoDrafter:
                 ) / market.tokens_per_s
                 won = accepted / market.tokens_per_s if taken else 0.0
                 self._trials_s = max(0.0, self._trials_s + spent - won)
-            if own.accepted > price:
+            if arm.seconds is None or own.accepted > price:
                 own.pause, own.next_trial = FIRST_PAUSE, step
             elif proposal.on_trial:
                 own.pause = min(LONGEST_PAUSE, 2 * own.pause)

@@ -50,6 +50,14 @@ class ForwardCost:
         # More rows never cost less: what says otherwise is noise, and a planner would chase it.
         self.table = tuple(tuple(max(of[: i + 1]) for i in range(len(of))) for of in seconds)
         self._factors = [1.0] * len(rows)
+        self._is_guess = False
+
+    @staticmethod
+    def unknown() -> ForwardCost:
+        """Nothing measured: the first forward tells the scale, and rows are taken to cost something."""
+        cost = ForwardCost((1, 8, 16, 64), (0,), [(1.0, 1.3, 1.7, 4.0)])
+        cost._is_guess = True
+        return cost
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> ForwardCost:
@@ -85,6 +93,10 @@ class ForwardCost:
     def observe(self, num_rows: int, context: int, seconds: float) -> None:
         """Learn from a forward that took `seconds`."""
         expected = self.seconds(num_rows, context)
+        if self._is_guess:
+            self._is_guess = False
+            self._factors = [seconds / expected] * len(self.rows)
+            return
         if not expected / OUTLIER < seconds < expected * OUTLIER:
             # Once is a disturbance; a machine that has really changed moves the factors there step by step.
             seconds = expected * (OUTLIER if seconds > expected else 1 / OUTLIER)
