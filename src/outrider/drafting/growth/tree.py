@@ -26,6 +26,11 @@ from outrider.token_tree import DraftDistribution, DraftNoise, SiblingDraws, Tok
 
 Row = NDArray[np.float32]  # [vocab]
 
+# The target's choice is more certain than the softmax of the draft's own keys says. For the bundled pair on held-out
+# code the likelihood is greatest at 1.75 times the logits when greedy, 1.6 times at temperature 0.5, 1.35 times at 1.
+GREEDY_SHARPNESS = 1.75
+SAMPLED_SHARPNESS = 1.35
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -61,7 +66,7 @@ class _Below:
     Attributes:
         log_probs: ``[vocab]`` log q.
         keys: ``[vocab]`` log q, or log q plus noise; children come in falling order of it.
-        log_total: log of the sum of exp(keys).
+        log_total: log of the sum of exp(sharpness * keys).
         order: the first children, as far as they were asked for.
         rest, squares: sums of q and of its squares over the tokens that are not drawn yet.
         expected: q of the next draw on average, at most what it was for the draw before.
@@ -107,6 +112,7 @@ class GrowingTree:
         self.is_sampled = draws.noise == "independent" and draws.siblings is not None and not context.params.greedy
         self.is_perturbed = not context.params.greedy and (draws.noise == "shared" or draws.siblings is not None)
         self._shares_noise = draws.noise == "shared" and not context.params.greedy
+        self._sharpness = _sharpness(context.params.temperature)
         self._siblings: SiblingDraws | None = draws.siblings
         self._min_score = _log(self.limits.min_path_prob)
         self._floor = _log(context.min_path_prob)
@@ -147,12 +153,12 @@ class GrowingTree:
 
     def set_log_probs(self, node: int, log_probs: Row) -> None:
         """Say what the draft model gives after `node`: ``[vocab]`` normalised log q."""
-        keys, log_total = log_probs, 0.0
+        keys = log_probs
         if self._shares_noise:
             keys = log_probs + self._noise(node, Purpose.TARGET, len(log_probs))
-            log_total = _log_sum_exp(keys)
         elif self.is_sampled and self._siblings == "without_replacement":
             keys = log_probs + self._noise(node, Purpose.DRAFT, len(log_probs))
+        log_total = 0.0 if self.is_sampled else _log_sum_exp(keys * self._sharpness)
         below = self._below[node] = _Below(log_probs, keys, log_total)
         if self.is_sampled:
             probs = np.exp(log_probs)
@@ -173,8 +179,8 @@ class GrowingTree:
         """What `scores` of the candidates would be; not for sampled trees, which may not know before they draw."""
         assert not self.is_sampled, "a token of a sampled tree looked at before it is drawn"
         below = self._below[node]
-        keys = below.keys[self.candidates(node, count)] - (below.log_total - self.scores[node])
-        return keys.tolist()
+        keys = below.keys[self.candidates(node, count)]
+        return (keys * self._sharpness - (below.log_total - self.scores[node])).tolist()
 
     def next_score(self, node: int) -> float:
         """How likely the next child of a read node is reached, before its token is known if it is to be sampled.
@@ -237,7 +243,8 @@ class GrowingTree:
     def _distribution(self) -> DraftDistribution:
         siblings = self._siblings
         assert siblings is not None, "the distribution of tokens that were chosen"
-        rows = np.zeros((len(self.tokens), len(self._below[0].log_probs)), dtype=np.float32)  # leaves are never read
+        root = self._below[0].log_probs
+        rows = np.zeros((len(self.tokens), len(root)), dtype=root.dtype)  # those of leaves are never read
         for node, below in self._below.items():
             rows[node] = below.log_probs
         return DraftDistribution(torch.from_numpy(rows), siblings)
@@ -260,7 +267,9 @@ class GrowingTree:
         return tokens[number] if len(tokens) > number else None
 
     def _log_confidence(self, below: _Below, token: int) -> float:
-        return float((below.log_probs if self.is_sampled else below.keys)[token]) - below.log_total
+        if self.is_sampled:
+            return float(below.log_probs[token])
+        return float(below.keys[token]) * self._sharpness - below.log_total
 
     def _guess(self, below: _Below, node: int, score: float) -> float:
         if self.is_sampled:
@@ -292,6 +301,14 @@ def _largest(keys: Row, count: int) -> list[int]:
         return np.argsort(-keys, kind="stable").tolist()
     top = np.sort(np.argpartition(-keys, count)[:count])
     return top[np.argsort(-keys[top], kind="stable")].tolist()
+
+
+def _sharpness(temperature: float) -> float:
+    """Factor on the keys of a request; the draft errs in its logits, before the temperature divides them."""
+    if temperature == 0.0:
+        return GREEDY_SHARPNESS
+    sampled = min(1.0, temperature)
+    return temperature * (GREEDY_SHARPNESS * (1.0 - sampled) + SAMPLED_SHARPNESS * sampled)
 
 
 def _log_sum_exp(keys: Row) -> float:
