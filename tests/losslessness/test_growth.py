@@ -65,7 +65,7 @@ class EnumeratedTree(GrowingTree):
 
     def read(self, node: int) -> None:
         with np.errstate(divide="ignore"):
-            self.set_log_probs(node, np.log(self.tables.q(self.path_tokens(node))))
+            self.set_log_weights(node, np.log(self.tables.q(self.path_tokens(node))))
 
     def _next_token(self, node: int, number: int) -> int | None:
         if not self.is_sampled:

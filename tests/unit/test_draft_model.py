@@ -53,12 +53,12 @@ def grown(
     growth = build_growth(config, style)
     context = DraftContext("r", [0, 0], 1, 1024, 64, params, seed, frozenset())
     tree = GrowingTree(context, growth.draws, growth.limits)
-    tree.set_log_probs(0, log_q(()))
+    tree.set_log_weights(0, log_q(()))
     num_read = 0
     for nodes in growth.grow(tree):
         num_read += len(nodes)
         for node in nodes:
-            tree.set_log_probs(node, log_q(tuple(tree.path_tokens(node))))
+            tree.set_log_weights(node, log_q(tuple(tree.path_tokens(node))))
     assert num_read <= growth.num_rows
     return tree
 
@@ -118,7 +118,7 @@ def test_best_nodes_against_every_closed_set() -> None:
 def test_best_first_trees_hold_the_most_probable_paths(config: DraftModelConfig, params: SamplingParams) -> None:
     """Against all 780 paths of up to four tokens."""
     confidences = confidence_of(params)
-    probability = {(): 1.0}
+    probability: dict[tuple[int, ...], float] = {(): 1.0}
     for depth in range(1, 5):
         for path in product(range(VOCAB), repeat=depth):
             probability[path] = probability[path[:-1]] * float(confidences(path[:-1])[path[-1]])

@@ -64,8 +64,8 @@ class _Below:
     """What stands, or may come to stand, below a node that the draft has read.
 
     Attributes:
-        log_probs: ``[vocab]`` log q.
-        keys: ``[vocab]`` log q, or log q plus noise; children come in falling order of it.
+        log_probs: ``[vocab]`` log q; up to a constant in a tree that is not sampled.
+        keys: ``[vocab]`` the same, or plus noise; children come in falling order of it.
         log_total: log of the sum of exp(sharpness * keys).
         order: the first children, as far as they were asked for.
         rest, squares: sums of q and of its squares over the tokens that are not drawn yet.
@@ -91,9 +91,7 @@ class GrowingTree:
             independent noise it was made before its token was known, and never rises from one sibling to the next:
             dropping the least confident nodes, latest first, depends on no token that is dropped.
         scores: log of how likely the draft finds a node's path, its own token included.
-        path_log_probs: log q of each drawn node's path, whatever the noise.
         is_sampled: True if children are drawn with independent noise.
-        is_perturbed: True if children are ordered by log q plus noise.
     """
 
     def __init__(self, context: DraftContext, draws: Draws, limits: GrowthLimits) -> None:
@@ -108,9 +106,7 @@ class GrowingTree:
         self.depths = [0]
         self.confidences = [1.0]
         self.scores = [0.0]
-        self.path_log_probs = [0.0]
         self.is_sampled = draws.noise == "independent" and draws.siblings is not None and not context.params.greedy
-        self.is_perturbed = not context.params.greedy and (draws.noise == "shared" or draws.siblings is not None)
         self._shares_noise = draws.noise == "shared" and not context.params.greedy
         self._sharpness = _sharpness(context.params.temperature)
         self._siblings: SiblingDraws | None = draws.siblings
@@ -151,18 +147,20 @@ class GrowingTree:
             node = self.parents[node]
         return tokens[::-1]
 
-    def set_log_probs(self, node: int, log_probs: Row) -> None:
-        """Say what the draft model gives after `node`: ``[vocab]`` normalised log q."""
-        keys = log_probs
-        if self._shares_noise:
-            keys = log_probs + self._noise(node, Purpose.TARGET, len(log_probs))
-        elif self.is_sampled and self._siblings == "without_replacement":
-            keys = log_probs + self._noise(node, Purpose.DRAFT, len(log_probs))
-        log_total = 0.0 if self.is_sampled else _log_sum_exp(keys * self._sharpness)
-        below = self._below[node] = _Below(log_probs, keys, log_total)
+    def set_log_weights(self, node: int, log_weights: Row) -> None:
+        """Say what the draft model gives after `node`: ``[vocab]`` log q up to a constant."""
         if self.is_sampled:
+            log_probs = keys = log_weights - _log_sum_exp(log_weights)
+            if self._siblings == "without_replacement":
+                keys = log_probs + self._noise(node, Purpose.DRAFT, len(log_probs))
             probs = np.exp(log_probs)
-            below.squares = below.expected = min(1.0, float(probs @ probs))
+            squares = min(1.0, float(probs @ probs))
+            self._below[node] = _Below(log_probs, keys, 0.0, squares=squares, expected=squares)
+            return
+        keys = log_weights
+        if self._shares_noise:
+            keys = log_weights + self._noise(node, Purpose.TARGET, len(log_weights))
+        self._below[node] = _Below(log_weights, keys, _log_sum_exp(keys * self._sharpness))
 
     def candidates(self, node: int, count: int) -> list[int]:
         """The tokens that come next below a read node if they are asked for, at most `count` in all, in order."""
@@ -172,7 +170,7 @@ class GrowingTree:
         return below.order[:count]
 
     def candidate_keys(self, node: int, count: int) -> Row:
-        """``[<= count]`` what `candidates` are ordered by: log q, or log q plus noise; -inf for impossible ones."""
+        """``[<= count]`` what `candidates` are ordered by; in sampled trees log q plus noise, -inf where q is 0."""
         return self._below[node].keys[self.candidates(node, count)]
 
     def candidate_scores(self, node: int, count: int) -> list[float]:
@@ -210,7 +208,6 @@ class GrowingTree:
                 break
             below.num_drawn += 1
             nodes.append(self._append(node, token, score, self._guess(below, node, score)))
-            self.path_log_probs[-1] = self.path_log_probs[node] + float(below.log_probs[token])
             if self.is_sampled and self._siblings == "without_replacement":
                 self._take(below, token)
         return nodes
@@ -254,7 +251,6 @@ class GrowingTree:
         self.parents.append(parent)
         self.depths.append(self.depths[parent] + 1)
         self.scores.append(score)
-        self.path_log_probs.append(score)
         self.confidences.append(confidence)
         return len(self.tokens) - 1
 
@@ -313,6 +309,8 @@ def _sharpness(temperature: float) -> float:
 
 def _log_sum_exp(keys: Row) -> float:
     largest = float(keys.max())
+    if not math.isfinite(largest):  # no token, or logits that are NaN: nothing will be drawn
+        return math.nan
     return largest + math.log(float(np.exp(keys - largest).sum()))
 
 
