@@ -12,6 +12,7 @@ from outrider.config import (
     NoDrafterConfig,
     RecyclingConfig,
     SchedulerConfig,
+    SelfDraftConfig,
 )
 from outrider.drafting.build import build_drafter
 from outrider.drafting.draft_model import DraftModelDrafter
@@ -31,6 +32,7 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "draft_model": DraftModelConfig(),
     "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),
     "draft_model-tree": DraftModelConfig(depth=3, width=3, max_expanded=2, max_nodes=12, min_path_prob=0.0),
+    "self_draft": SelfDraftConfig(depth=4),
 }
 
 
@@ -63,7 +65,8 @@ def make_engine(
         )
 
     def build_draft_model(config: DraftModelConfig, style: DraftStyle) -> DraftModelDrafter:
-        draft = ToyModel(model.vocab_size, model.context_length, memory=0.3)
+        memory = 0.8 * model.memory if isinstance(config, SelfDraftConfig) else 0.3
+        draft = ToyModel(model.vocab_size, model.context_length, memory=memory)
         return DraftModelDrafter(
             config,
             style,

@@ -24,7 +24,7 @@ class DraftModelConfig:
         weights, group_size: of the draft's linear layers, as in `EngineConfig`.
     """
 
-    method: Literal["draft_model"] = "draft_model"
+    method: Literal["draft_model", "self_draft"] = "draft_model"
     model: str | None = None
     revision: str | None = None
     depth: int = 10
@@ -43,3 +43,24 @@ class DraftModelConfig:
         valid = isinstance(self.min_path_prob, int | float) and 0 <= self.min_path_prob < 1
         require(valid, "draft_model.min_path_prob", self.min_path_prob, "a number in [0, 1)")
         check_weights("draft_model.", self.weights, self.group_size)
+
+
+@dataclass(frozen=True)
+class SelfDraftConfig(DraftModelConfig):
+    """The target itself as its draft, with its linear layers rounded to fewer bits; its vocabulary is the same.
+
+    All settings of a draft model but `model` and `revision`, which are the target's.
+
+    Attributes:
+        weights: "int4" or "int8".
+    """
+
+    method: Literal["self_draft"] = "self_draft"
+    weights: Weights = "int4"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.weights in ("int4", "int8"), "self_draft.weights", self.weights, "int4 or int8")
+        own = "nothing: the draft is the target's own checkpoint"
+        require(self.model is None, "self_draft.model", self.model, own)
+        require(self.revision is None, "self_draft.revision", self.revision, own)
