@@ -1,0 +1,125 @@
+"""One text in two tokenizations, followed as it grows: what of it is new, and where the other tokens still agree.
+
+Only the end of the text is ever encoded again. A tokenizer may split a word in another way once more of it is there, so
+the last tokens are compared with what they were, and those that changed are replaced (the alignment of universal
+assisted generation, Hugging Face and Intel Labs 2024; string-level exact match, Timor et al., arXiv 2502.05202, 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+BROKEN = "\ufffd"  # how decoders show bytes that are no whole character
+CONTEXT = 8  # tokens before new ones that their text may depend on
+MAX_WINDOW = 48  # tokens encoded again with each step
+MIN_WINDOW_CHARACTERS = 48
+MAX_CHARACTER_TOKENS = 4  # a character has at most four bytes
+
+
+class TextCodec(Protocol):
+    """A tokenizer; neither direction adds special tokens."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class TextReader:
+    """The text of one growing sequence of tokens, by whole characters."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._num_read = 0
+
+    def read(self, token_ids: Sequence[int]) -> str:
+        """The text that is new since the last call; bytes of an unfinished character wait for the rest of it."""
+        before = token_ids[max(0, self._num_read - CONTEXT) : self._num_read]
+        new = token_ids[self._num_read :]
+        known = self._codec.decode(before) if before else ""
+        for num_held in range(min(MAX_CHARACTER_TOKENS, len(new)) + 1):
+            whole = new[: len(new) - num_held]
+            text = self._codec.decode([*before, *whole])
+            if not text.endswith(BROKEN):
+                self._num_read += len(whole)
+                return text[len(known) :]
+        if len(new) > 2 * MAX_CHARACTER_TOKENS:  # no character is that long: these bytes are broken for good
+            self._num_read += len(new)
+            return self._codec.decode([*before, *new])[len(known) :]
+        return ""
+
+
+class TokenFollower:
+    """The tokens of a growing text.
+
+    Attributes:
+        token_ids: of all the text so far.
+    """
+
+    def __init__(self, codec: TextCodec, prefix: Sequence[int]) -> None:
+        """Args:
+        prefix: special tokens that a text begins with.
+        """
+        self._codec = codec
+        self.token_ids = list(prefix)
+        self._window = ""  # the end of the text, and what its tokens would be on their own
+        self._window_ids: list[int] = []
+
+    def append(self, text: str) -> None:
+        if not text:
+            return
+        self._window += text
+        new_ids = self._codec.encode(self._window)
+        agreed = common_prefix(self._window_ids, new_ids)
+        num_dropped = len(self._window_ids) - agreed
+        del self.token_ids[len(self.token_ids) - num_dropped :]
+        self.token_ids += new_ids[agreed:]
+        self._window_ids = new_ids
+        if len(new_ids) > MAX_WINDOW:
+            self._shorten_window()
+
+    def _shorten_window(self) -> None:
+        """Begin the window at a later space from which on the tokens are the same; as it is if there is none."""
+        end = len(self._window) - MIN_WINDOW_CHARACTERS
+        for _ in range(CONTEXT):
+            start = self._window.rfind(" ", 0, end)
+            if start <= 0:
+                break
+            ids = self._codec.encode(self._window[start:])
+            # The first token may differ: what stands before it is gone.
+            if ids and ids[1:] == self.token_ids[len(self.token_ids) - len(ids) + 1 :]:
+                self._window, self._window_ids = self._window[start:], ids
+                return
+            end = start
+        if len(self._window_ids) > 4 * MAX_WINDOW:  # a text without a seam: go on from its end
+            self._window = self._window[-MIN_WINDOW_CHARACTERS:]
+            self._window_ids = self._codec.encode(self._window)
+
+
+def continuation(codec: TextCodec, token_ids: Sequence[int], text: str) -> list[int]:
+    """Tokens of `text` where it follows `token_ids`.
+
+    The end of `token_ids` is encoded together with the text, since spaces and the bytes of one character may belong to
+    tokens on both sides; the longest end that comes out as it went in counts.
+
+    Args:
+        token_ids: may end within a character, whose whole `text` then begins with.
+    """
+    if not text:
+        return []
+    length = min(CONTEXT, len(token_ids))
+    while length > 0:
+        tail = list(token_ids[-length:])
+        ids = codec.encode(codec.decode(tail).rstrip(BROKEN) + text)
+        if ids[:length] == tail:
+            return ids[length:]
+        length -= 1
+    return codec.encode(text)
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many first tokens two sequences share."""
+    length = min(len(left), len(right))
+    if left[:length] == right[:length]:
+        return length
+    return next(i for i in range(length) if left[i] != right[i])
