@@ -1,7 +1,13 @@
 """Every setting and its default: one frozen dataclass per component, unknown keys rejected."""
 
 from outrider.config.checks import GROUP_SIZES, Weights, from_mapping
-from outrider.config.draft_models import DraftModelConfig, SelfDraftConfig
+from outrider.config.draft_models import (
+    DraftModelConfig,
+    SelfDraftConfig,
+    SortedDraftConfig,
+    StagedConfig,
+    UniversalDraftConfig,
+)
 from outrider.config.drafters import DRAFTER_CONFIGS, DrafterConfig, NoDrafterConfig, drafter_config
 from outrider.config.engine import CacheConfig, CacheDtype, EngineConfig, Exactness, SchedulerConfig
 from outrider.config.lookup import NgramConfig, RecyclingConfig
@@ -20,6 +26,9 @@ __all__ = [
     "RecyclingConfig",
     "SchedulerConfig",
     "SelfDraftConfig",
+    "SortedDraftConfig",
+    "StagedConfig",
+    "UniversalDraftConfig",
     "Weights",
     "drafter_config",
     "from_mapping",

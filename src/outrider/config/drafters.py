@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from outrider.config.checks import from_mapping
-from outrider.config.draft_models import DraftModelConfig, SelfDraftConfig
+from outrider.config.draft_models import (
+    DraftModelConfig,
+    SelfDraftConfig,
+    SortedDraftConfig,
+    StagedConfig,
+    UniversalDraftConfig,
+)
 from outrider.config.lookup import NgramConfig, RecyclingConfig
 from outrider.errors import ConfigError
 
@@ -19,13 +25,25 @@ class NoDrafterConfig:
     method: Literal["none"] = "none"
 
 
-DrafterConfig = NoDrafterConfig | NgramConfig | RecyclingConfig | DraftModelConfig | SelfDraftConfig
+DrafterConfig = (
+    NoDrafterConfig
+    | NgramConfig
+    | RecyclingConfig
+    | DraftModelConfig
+    | SelfDraftConfig
+    | UniversalDraftConfig
+    | StagedConfig
+    | SortedDraftConfig
+)
 DRAFTER_CONFIGS: dict[str, type] = {
     "none": NoDrafterConfig,
     "ngram": NgramConfig,
     "recycling": RecyclingConfig,
     "draft_model": DraftModelConfig,
     "self_draft": SelfDraftConfig,
+    "universal_draft": UniversalDraftConfig,
+    "staged": StagedConfig,
+    "sorted_draft": SortedDraftConfig,
 }
 
 
@@ -43,4 +61,7 @@ def drafter_config(spec: str | Mapping[str, Any] | DrafterConfig) -> DrafterConf
     method = values.get("method")
     if not isinstance(method, str) or method not in DRAFTER_CONFIGS:
         raise ConfigError("unknown drafter", got=repr(method), expected=f"one of {', '.join(DRAFTER_CONFIGS)}")
-    return from_mapping(DRAFTER_CONFIGS[method], values, f"{method} drafter")
+    config = from_mapping(DRAFTER_CONFIGS[method], values, f"{method} drafter")
+    if isinstance(config, StagedConfig):
+        drafter_config(config.drafter)  # said now, before anything is loaded
+    return config

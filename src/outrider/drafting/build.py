@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from outrider.config import DrafterConfig, DraftModelConfig, NgramConfig, NoDrafterConfig, RecyclingConfig
-from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.ngram import NgramDrafter
 from outrider.drafting.plain import PlainDrafter
@@ -17,14 +16,14 @@ def build_drafter(
     style: DraftStyle,
     *,
     vocab_size: int,
-    build_draft_model: Callable[[DraftModelConfig, DraftStyle], DraftModelDrafter],
+    build_draft_model: Callable[[DraftModelConfig, DraftStyle], Drafter],
 ) -> Drafter:
     """A drafter from its configuration.
 
     Args:
         style: how the verification rule wants trees drawn.
         vocab_size: of the target.
-        build_draft_model: loads a second model with a cache of its own; called only where one is needed.
+        build_draft_model: loads a second model of any kind, with a cache of its own; called only where one is needed.
     """
     match config:
         case NoDrafterConfig():

@@ -8,10 +8,10 @@ becomes a chain of the target's tokens, point masses to rejection rules. What is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
-from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
+from outrider.drafting.draft_model import DraftModelDrafter
+from outrider.drafting.drafter import DraftContext, DraftOutcome
 from outrider.drafting.realignment import (
     BROKEN,
     CONTEXT,
@@ -44,12 +44,6 @@ class TextSide:
     prefix: tuple[int, ...] = ()
 
 
-class DraftFactory(Protocol):
-    """Makes the drafter that runs the draft model."""
-
-    def __call__(self) -> Drafter: ...
-
-
 @dataclass(eq=False)
 class _Text:
     """One request's text in the draft's tokens.
@@ -60,20 +54,29 @@ class _Text:
 
     reader: TextReader
     tokens: TokenFollower
-    drafted: tuple[list[int], TokenTree] | None = field(default=None)
+    drafted: tuple[list[int], TokenTree] | None = None
 
 
 class TextDrafter:
+    """Args:
+    draft: over its own tokens, a chain at a time.
+    depth: of the draft's chain, in its own tokens.
+    max_nodes: the most of the target's tokens.
+    """
+
     name = "universal_draft"
     returns_probs = False
     reads_logits = False
 
-    def __init__(self, draft: Drafter, target_side: TextSide, draft_side: TextSide, *, depth: int, max_nodes: int):
-        """Args:
-        draft: runs the draft model over its own tokens, a chain at a time.
-        depth: of the draft's chain, in its own tokens.
-        max_nodes: the most of the target's tokens.
-        """
+    def __init__(
+        self,
+        draft: DraftModelDrafter,
+        target_side: TextSide,
+        draft_side: TextSide,
+        *,
+        depth: int,
+        max_nodes: int,
+    ) -> None:
         self._draft = draft
         self._target_side, self._draft_side = target_side, draft_side
         self._depth = depth
@@ -97,6 +100,9 @@ class TextDrafter:
     def release(self, request_id: str) -> None:
         self._texts.pop(request_id, None)
         self._draft.release(request_id)
+
+    def check_integrity(self) -> None:
+        self._draft.check_integrity()
 
     def _follow(self, context: DraftContext) -> DraftContext | None:
         """The request as the draft model sees it; None where there is no text yet."""

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from weakref import WeakValueDictionary
 
 from outrider.cache.kv_cache import KVCache
-from outrider.config import DraftModelConfig, EngineConfig, SelfDraftConfig
-from outrider.drafting.draft_model import DraftModelDrafter
-from outrider.drafting.drafter import DraftStyle
+from outrider.config import (
+    DraftModelConfig,
+    EngineConfig,
+    SelfDraftConfig,
+    SortedDraftConfig,
+    StagedConfig,
+    UniversalDraftConfig,
+    drafter_config,
+)
+from outrider.drafting.build import build_drafter
+from outrider.drafting.draft_kinds import DraftParts, plain_draft, sorted_draft, staged_draft, translated_draft
+from outrider.drafting.drafter import Drafter, DraftStyle
+from outrider.drafting.text_draft import TextDrafter
+from outrider.drafting.translated_runner import Translation
 from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
+from outrider.engine.tokenizer_pair import TokenizerPair
 from outrider.errors import ConfigError, VocabularyMismatchError
 from outrider.inputs.tokenizer import Tokenizer
 from outrider.models.loader import load_model, load_tokenizer
 from outrider.models.model import Model
+from outrider.models.sub_models import sub_model
 from outrider.models.transformers_model import TransformersModel
+
+_NESTED_DRAFTS: WeakValueDictionary[tuple[object, ...], Model] = WeakValueDictionary()
+"""Loaded nested drafts by path and form: as long as an LLM uses one, others that name it use it too."""
 
 
 class DraftModels:
@@ -33,7 +51,7 @@ class DraftModels:
         self._tokenizer = tokenizer
         self._new_cache = new_cache
 
-    def build(self, drafter: DraftModelConfig, style: DraftStyle) -> DraftModelDrafter:
+    def build(self, drafter: DraftModelConfig, style: DraftStyle) -> Drafter:
         """Load what `drafter` names, with a cache of its own.
 
         Raises:
@@ -41,15 +59,53 @@ class DraftModels:
             ModelLoadError: the draft model cannot be loaded.
             VocabularyMismatchError: the draft's token ids are not the target's.
         """
-        model = self._load_self(drafter) if isinstance(drafter, SelfDraftConfig) else self._load(drafter)
-        return DraftModelDrafter(
-            drafter,
-            style,
-            model=model,
-            cache=self._new_cache(model),
-            vocab_size=self._target.vocab_size,
-            max_batch_tokens=self._config.scheduler.max_batch_tokens,
+        match drafter:
+            case SelfDraftConfig():
+                return plain_draft(drafter, style, self._parts(self._load_self(drafter)))
+            case StagedConfig():
+                inner_config = drafter_config(drafter.drafter)
+                inner = build_drafter(
+                    inner_config, style, vocab_size=self._target.vocab_size, build_draft_model=self.build
+                )
+                return staged_draft(drafter, style, self._parts(self._load(drafter)), inner, inner_config)
+            case SortedDraftConfig():
+                whole = self._load_shared(drafter)
+                num_layers = len(whole.layer_shapes)
+                depths = drafter.layers or sorted({max(1, num_layers // 2), num_layers})
+                return sorted_draft(drafter, style, [self._parts(sub_model(whole, depth)) for depth in depths])
+            case UniversalDraftConfig():
+                return self._build_universal(drafter, style)
+            case _:
+                return plain_draft(drafter, style, self._parts(self._load(drafter)))
+
+    def _parts(self, model: Model) -> DraftParts:
+        return DraftParts(
+            model, self._new_cache(model), self._target.vocab_size, self._config.scheduler.max_batch_tokens
         )
+
+    def _build_universal(self, drafter: UniversalDraftConfig, style: DraftStyle) -> Drafter:
+        path = self._path_of(drafter)
+        tokenizer = Tokenizer(load_tokenizer(path, revision=drafter.revision))
+        model = self._load_model(path, drafter.revision, drafter.dtype, drafter)
+        pair = TokenizerPair(self._tokenizer, tokenizer, self._target.vocab_size, model.vocab_size)
+        alignment = drafter.alignment
+        if alignment == "auto":
+            alignment = "vocabulary" if pair.overlap >= drafter.min_overlap else "text"
+        if alignment == "text":
+            own = replace(self._parts(model), vocab_size=model.vocab_size)
+            draft = plain_draft(drafter, DraftStyle(chains_only=True), own)
+            return TextDrafter(
+                draft, pair.target_side, pair.draft_side, depth=drafter.depth, max_nodes=drafter.max_nodes
+            )
+        if len(pair.shared_ids) == 0:
+            raise VocabularyMismatchError(
+                f"vocabulary of {path}",
+                got="no token that the target has too",
+                expected="some",
+                remedy="set alignment to 'text'",
+            )
+        translation = Translation(pair.shared_ids, pair.encode_for_draft, pair.spell_for_draft)
+        return translated_draft(drafter, style, self._parts(model), translation)
 
     def _load(self, drafter: DraftModelConfig) -> Model:
         path = self._path_of(drafter)
@@ -68,6 +124,18 @@ class DraftModels:
         if isinstance(draft, TransformersModel) and isinstance(self._target, TransformersModel):
             draft.share_embeddings(self._target)
         return draft
+
+    def _load_shared(self, drafter: SortedDraftConfig) -> Model:
+        """The whole nested draft, of which LLMs that name it in the same form have one copy."""
+        config = self._config
+        path = self._path_of(drafter)
+        form = (drafter.revision, drafter.dtype, drafter.weights, drafter.group_size, config.cache.dtype, config.device)
+        model = _NESTED_DRAFTS.get((path, *form))
+        if model is None:
+            model = self._load_model(path, drafter.revision, drafter.dtype, drafter)
+            _NESTED_DRAFTS[path, *form] = model
+        check_same_vocabulary(self._tokenizer, Tokenizer(load_tokenizer(path, revision=drafter.revision)))
+        return model
 
     def _path_of(self, drafter: DraftModelConfig) -> str:
         if drafter.model is None and self._config.model is not None:
@@ -104,5 +172,5 @@ def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
         f"draft vocabulary of {len(draft.vocab)} tokens differs from the target's {len(target.vocab)}",
         got=f"tokens such as {differing}",
         expected="the same token ids in both",
-        remedy="use a draft with the target's tokenizer, or drafter='ngram' or 'recycling'",
+        remedy="use drafter='universal_draft' with this model, a draft with the target's tokenizer, or drafter='ngram'",
     )
