@@ -12,8 +12,8 @@ from tests.toy_model import ToyModel
 
 
 def num_shared(vocab_size: int) -> int:
-    """The last of the target's tokens are unknown to the draft, if there are many."""
-    return vocab_size - vocab_size // 8
+    """The last of the target's tokens are unknown to the draft."""
+    return vocab_size - max(1, vocab_size // 8)
 
 
 def draft_ids(vocab_size: int) -> np.ndarray:

@@ -41,7 +41,7 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "self_draft": SelfDraftConfig(depth=4),
     "universal_draft": UniversalDraftConfig(alignment="vocabulary", depth=3, width=2, max_expanded=2),
     "universal_draft-text": UniversalDraftConfig(alignment="text", depth=5),
-    "staged": StagedConfig(depth=4, width=2, min_path_prob=0.0, drafter="ngram"),
+    "staged": StagedConfig(depth=3, width=2, min_path_prob=0.0, drafter="ngram"),
     "staged-models": StagedConfig(depth=5, min_path_prob=0.01, drafter={"method": "draft_model", "depth": 3}),
     "sorted_draft": SortedDraftConfig(depth=4, layers=[1, 2], min_confidence=0.5),
 }
