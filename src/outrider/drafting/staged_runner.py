@@ -22,7 +22,7 @@ from outrider.drafting.guesser import Guess, Guesser
 from outrider.models.batch import SequenceRows, rows_of
 from outrider.models.model import Model
 
-MAX_CHUNK = 8  # committed tokens that are read together with guesses; more are read, and kept, before
+MIN_CHUNK = 8  # committed tokens that are always read together with guesses, however many requests there are
 
 
 @dataclass(eq=False)
@@ -103,13 +103,16 @@ class StagedRunner(DraftRunner):
 
     def catch_up(self, contexts: Sequence[DraftContext]) -> list[Row]:
         steps = [self._steps[context.request_id] for context in contexts]
-        long = {c.request_id: c.token_ids[:-1] for c in contexts if self._num_missing(c) > MAX_CHUNK}
+        if not contexts:
+            return []
+        most = max(MIN_CHUNK, self._max_batch_tokens // len(contexts))
+        long = {c.request_id: c.token_ids[:-1] for c in contexts if self._num_missing(c) > most}
         if long:
             self._read_committed(long)
         wanted = [(step.context, (), step.num_guesses(0), step.guess_depth(())) for step in steps]
         readings = [
             self._root_reading(step, guess)
-            for step, guess in zip(steps, self._guesser.guess(wanted) if wanted else (), strict=True)
+            for step, guess in zip(steps, self._guesser.guess(wanted), strict=True)
         ]
         return [row for row, _ in self._read_ahead(readings)]
 
@@ -205,8 +208,6 @@ class StagedRunner(DraftRunner):
 
     def _read_ahead(self, readings: Sequence[_Reading]) -> list[tuple[Row, int]]:
         """Read all rows; log q and row of each reading's own token. What follows the guesses is kept for later."""
-        if not readings:
-            return []
         logits = self._forward([reading.rows for reading in readings])
         wanted = [(reading.step.context, path) for reading in readings for path in reading.paths]
         log_probs = iter(log_probs_of(logits, wanted))
