@@ -34,7 +34,7 @@ class TextReader:
 
     def read(self, token_ids: Sequence[int]) -> str:
         """The text that is new since the last call; bytes of an unfinished character wait for the rest of it."""
-        before = token_ids[max(0, self._num_read - CONTEXT) : self._num_read]
+        before = whole_tail(self._codec, token_ids[max(0, self._num_read - 3 * CONTEXT) : self._num_read])
         new = token_ids[self._num_read :]
         known = self._codec.decode(before) if before else ""
         for num_held in range(min(MAX_CHARACTER_TOKENS, len(new)) + 1):
@@ -111,10 +111,20 @@ def continuation(codec: TextCodec, token_ids: Sequence[int], text: str) -> list[
     while length > 0:
         tail = list(token_ids[-length:])
         ids = codec.encode(codec.decode(tail).rstrip(BROKEN) + text)
-        if ids[:length] == tail:
-            return ids[length:]
+        for start in (0, 1):  # some tokenizers put a space before a text
+            if ids[start : start + length] == tail:
+                return ids[start + length :]
         length -= 1
     return codec.encode(text)
+
+
+def whole_tail(codec: TextCodec, token_ids: Sequence[int]) -> list[int]:
+    """The last tokens, enough of them for the text of what follows, from the beginning of a character on."""
+    for length in range(CONTEXT, 3 * CONTEXT):
+        tail = list(token_ids[-length:])
+        if length >= len(token_ids) or BROKEN not in codec.decode(tail):
+            return tail
+    return list(token_ids[-CONTEXT:])
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -20,6 +20,7 @@ from outrider.drafting.realignment import (
     TokenFollower,
     common_prefix,
     continuation,
+    whole_tail,
 )
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree, VerifiedPath
@@ -151,7 +152,8 @@ class TextDrafter:
         drafted = list(chain.tokens[1:])
         end = next((i for i, token in enumerate(drafted) if token in self._draft_side.special_ids), len(drafted))
         ends_text = end < len(drafted) and drafted[end] == self._draft_side.eos_id
-        tail, decode = before[-CONTEXT:], self._draft_side.codec.decode
+        decode = self._draft_side.codec.decode
+        tail = whole_tail(self._draft_side.codec, before)
         new_text = decode([*tail, *drafted[:end]])[len(decode(tail)) :].rstrip(BROKEN)
         tokens = continuation(self._target_side.codec, self._last_text_tokens(context), new_text)
         if ends_text and self._target_side.eos_id is not None:

@@ -67,18 +67,16 @@ class TokenizerPair:
         return TextSide(codec, self._draft.special_ids, self._draft.eos_id, _prefix(self._draft))
 
     def _spell(self, piece: bytes) -> tuple[int, ...]:
-        """Encoded behind another character, so that a leading space is one; byte by byte within a character."""
-        try:
-            text = piece.decode()
-        except UnicodeDecodeError:
-            found = [self._draft_bytes.get(byte) for byte in piece]
-            return () if None in found else tuple(token for token in found if token is not None)
-        before, encode = "\n", self._draft.encode
-        known = encode(before, add_special_tokens=False)
-        whole = encode(before + text, add_special_tokens=False)
-        if whole[: len(known)] == known:
-            return tuple(whole[len(known) :])
-        return tuple(encode(text, add_special_tokens=False))
+        """Encoded behind another character, so that a leading space is one; else byte by byte."""
+        text, encode = piece.decode(errors="replace"), self._draft.encode
+        if text.encode() == piece:
+            for before in ("\n", "a", "."):
+                known = encode(before, add_special_tokens=False)
+                whole = encode(before + text, add_special_tokens=False)
+                if whole[: len(known)] == known:
+                    return tuple(whole[len(known) :])
+        found = [self._draft_bytes.get(byte) for byte in piece]
+        return tuple(token for token in found if token is not None) if None not in found else ()
 
     @cached_property
     def _draft_bytes(self) -> dict[int, int]:
