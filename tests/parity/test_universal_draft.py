@@ -92,9 +92,7 @@ def test_the_alignment_is_chosen_by_what_is_shared(folders: dict[str, str]) -> N
     plain = LLM(folders["bytes-600"], drafter="none")
 
     def built(**settings: object) -> object:
-        return plain.with_drafter(
-            {"method": "universal_draft", "model": folders["gpt2"], **settings}
-        ).engine.drafter
+        return plain.with_drafter({"method": "universal_draft", "model": folders["gpt2"], **settings}).engine.drafter
 
     assert isinstance(built(min_overlap=0.3), DraftModelDrafter)
     assert isinstance(built(min_overlap=0.9), TextDrafter)

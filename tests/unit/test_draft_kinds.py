@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -60,9 +61,7 @@ def generate(drafter: Drafter, target: ToyModel, params: SamplingParams, num_ste
 # Staged
 
 
-def staged(
-    config: StagedConfig, style: DraftStyle, middle: DraftParts, innermost: ToyModel | None = None
-) -> Drafter:
+def staged(config: StagedConfig, style: DraftStyle, middle: DraftParts, innermost: ToyModel | None = None) -> Drafter:
     inner_config = drafter_config(config.drafter)
 
     def build(inner: DraftModelConfig, inner_style: DraftStyle) -> Drafter:
@@ -172,7 +171,7 @@ def test_inner_drafters_never_take_rejected_tokens_for_the_text() -> None:
     assert len(trees) == 10
     own = [tokens for request_id, tokens in seen if request_id == "r"]
     assert len(own) == 10
-    for before, after in zip(own, own[1:], strict=False):
+    for before, after in pairwise(own):
         assert after[: len(before)] == before
     assert any(request_id != "r" for request_id, _ in seen)
 
@@ -288,7 +287,7 @@ def test_translated_chain_is_the_drafts_own_continuation() -> None:
 
 def test_a_translated_draft_equal_to_the_target_is_always_accepted() -> None:
     """Shared noise in the target's ids, at the target's positions: greedy and sampled."""
-    bias = {token: -100.0 for token in range(num_shared(24), 24)}  # what the draft cannot say
+    bias = dict.fromkeys(range(num_shared(24), 24), -100.0)  # what the draft cannot say
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature=temperature, seed=4, max_tokens=60, ignore_eos=True, logit_bias=bias)
         engine = make_engine("universal_draft", model=ToyModel(memory=0.3))

@@ -213,7 +213,7 @@ def test_a_draft_that_knows_the_text_is_accepted(text: str, target: str, draft: 
     # The last word of a draft may be cut short, and then has other tokens: all else is right.
     assert num_steps < 0.5 * len(ids)
     assert num_accepted > num_steps
-    assert oracle.num_committed > 0, "the draft keeps what it has read"
+    assert oracle.num_committed > 0 or num_steps == 1, "the draft keeps what it has read"
     assert oracle.num_restarts < num_steps
 
 

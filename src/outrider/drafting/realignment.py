@@ -1,7 +1,7 @@
 """One text in two tokenizations, followed as it grows: what of it is new, and where the other tokens still agree.
 
-Only the end of the text is ever encoded again. A tokenizer may split a word in another way once more of it is there, so
-the last tokens are compared with what they were, and those that changed are replaced (the alignment of universal
+Only the end of the text is ever encoded again. A tokenizer may split a word in another way once more of it is there,
+so the last tokens are compared with what they were, and those that changed are replaced (the alignment of universal
 assisted generation, Hugging Face and Intel Labs 2024; string-level exact match, Timor et al., arXiv 2502.05202, 4).
 """
 
@@ -12,6 +12,7 @@ from typing import Protocol
 
 BROKEN = "\ufffd"  # how decoders show bytes that are no whole character
 CONTEXT = 8  # tokens before new ones that their text may depend on
+MAX_CONTEXT = 3 * CONTEXT  # where these begin within a character
 MAX_WINDOW = 48  # tokens encoded again with each step
 MIN_WINDOW_CHARACTERS = 48
 MAX_CHARACTER_TOKENS = 4  # a character has at most four bytes
@@ -34,7 +35,7 @@ class TextReader:
 
     def read(self, token_ids: Sequence[int]) -> str:
         """The text that is new since the last call; bytes of an unfinished character wait for the rest of it."""
-        before = whole_tail(self._codec, token_ids[max(0, self._num_read - 3 * CONTEXT) : self._num_read])
+        before = whole_tail(self._codec, token_ids[max(0, self._num_read - MAX_CONTEXT) : self._num_read])
         new = token_ids[self._num_read :]
         known = self._codec.decode(before) if before else ""
         for num_held in range(min(MAX_CHARACTER_TOKENS, len(new)) + 1):
@@ -99,28 +100,29 @@ class TokenFollower:
 def continuation(codec: TextCodec, token_ids: Sequence[int], text: str) -> list[int]:
     """Tokens of `text` where it follows `token_ids`.
 
-    The end of `token_ids` is encoded together with the text, since spaces and the bytes of one character may belong to
-    tokens on both sides; the longest end that comes out as it went in counts.
+    The end of `token_ids` is encoded together with the text, since spaces and the bytes of one character may belong
+    to tokens on both sides; an end that comes out as it went in counts.
 
     Args:
         token_ids: may end within a character, whose whole `text` then begins with.
     """
     if not text:
         return []
-    length = min(CONTEXT, len(token_ids))
-    while length > 0:
+    for length in (*range(CONTEXT, 0, -1), *range(CONTEXT + 1, MAX_CONTEXT)):
+        if length > len(token_ids):
+            continue
         tail = list(token_ids[-length:])
         ids = codec.encode(codec.decode(tail).rstrip(BROKEN) + text)
-        for start in (0, 1):  # some tokenizers put a space before a text
-            if ids[start : start + length] == tail:
-                return ids[start + length :]
-        length -= 1
+        if ids[:length] == tail:
+            return ids[length:]
+        if ids[1 : length + 1] == tail and not codec.decode(ids[:1]).strip():  # a space that some put before a text
+            return ids[length + 1 :]
     return codec.encode(text)
 
 
 def whole_tail(codec: TextCodec, token_ids: Sequence[int]) -> list[int]:
     """The last tokens, enough of them for the text of what follows, from the beginning of a character on."""
-    for length in range(CONTEXT, 3 * CONTEXT):
+    for length in range(CONTEXT, MAX_CONTEXT):
         tail = list(token_ids[-length:])
         if length >= len(token_ids) or BROKEN not in codec.decode(tail):
             return tail

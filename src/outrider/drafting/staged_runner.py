@@ -1,7 +1,7 @@
 """A draft model that is itself decoded speculatively (staged speculative decoding; Spector and Re, arXiv 2308.04623).
 
-Whenever a token is to be read, a cheaper drafter guesses what the draft model will say next, and one forward reads the
-token and the guesses. Guesses that turn out to be the tree's own tokens are read already. The tree and its
+Whenever a token is to be read, a cheaper drafter guesses what the draft model will say next, and one forward reads
+the token and the guesses. Guesses that turn out to be the tree's own tokens are read already. The tree and its
 distributions are what the draft model alone would give: only the number of its forwards falls.
 """
 
@@ -111,8 +111,7 @@ class StagedRunner(DraftRunner):
             self._read_committed(long)
         wanted = [(step.context, (), step.num_guesses(0), step.guess_depth(())) for step in steps]
         readings = [
-            self._root_reading(step, guess)
-            for step, guess in zip(steps, self._guesser.guess(wanted), strict=True)
+            self._root_reading(step, guess) for step, guess in zip(steps, self._guesser.guess(wanted), strict=True)
         ]
         return [row for row, _ in self._read_ahead(readings)]
 

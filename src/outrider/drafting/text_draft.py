@@ -2,7 +2,7 @@
 
 Universal assisted generation (Hugging Face and Intel Labs 2024); string-level exact match (Timor et al.,
 arXiv 2502.05202, section 4). The draft has its own tokens for the committed text and drafts a greedy chain; its text
-becomes a chain of the target's tokens, point masses to rejection rules. What is wrong with a chain costs its rows only.
+becomes a chain of the target's tokens, point masses to rejection rules. What is wrong with it costs its rows only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftContext, DraftOutcome
 from outrider.drafting.realignment import (
     BROKEN,
-    CONTEXT,
+    MAX_CONTEXT,
     TextCodec,
     TextReader,
     TokenFollower,
@@ -87,7 +87,9 @@ class TextDrafter:
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         active = [c for c in contexts if min(c.max_nodes, c.max_depth) > 0]
         inner = [context for context in map(self._follow, active) if context is not None]
-        chains = {c.request_id: tree for c, tree in zip(inner, self._draft.propose(inner), strict=True)} if inner else {}
+        chains = (
+            {c.request_id: tree for c, tree in zip(inner, self._draft.propose(inner), strict=True)} if inner else {}
+        )
         return [
             self._in_target_tokens(context, chains[context.request_id])
             if context.request_id in chains
@@ -167,6 +169,6 @@ class TextDrafter:
         return TokenTree(tree.tokens, tree.parents, confidences=(1.0, *[each] * len(tokens)))
 
     def _last_text_tokens(self, context: DraftContext) -> list[int]:
-        last = list(context.token_ids[-CONTEXT:])
+        last = list(context.token_ids[-MAX_CONTEXT:])
         specials = [i for i, token in enumerate(last) if token in self._target_side.special_ids]
         return last[specials[-1] + 1 :] if specials else last

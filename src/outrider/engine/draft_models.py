@@ -129,7 +129,14 @@ class DraftModels:
         """The whole nested draft, of which LLMs that name it in the same form have one copy."""
         config = self._config
         path = self._path_of(drafter)
-        form = (drafter.revision, drafter.dtype, drafter.weights, drafter.group_size, config.cache.dtype, config.device)
+        form = (
+            drafter.revision,
+            drafter.dtype,
+            drafter.weights,
+            drafter.group_size,
+            config.cache.dtype,
+            config.device,
+        )
         model = _NESTED_DRAFTS.get((path, *form))
         if model is None:
             model = self._load_model(path, drafter.revision, drafter.dtype, drafter)
@@ -172,5 +179,5 @@ def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
         f"draft vocabulary of {len(draft.vocab)} tokens differs from the target's {len(target.vocab)}",
         got=f"tokens such as {differing}",
         expected="the same token ids in both",
-        remedy="use drafter='universal_draft' with this model, a draft with the target's tokenizer, or drafter='ngram'",
+        remedy="use drafter='universal_draft' for this draft, a draft with the target's tokenizer, or drafter='ngram'",
     )

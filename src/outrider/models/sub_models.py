@@ -1,7 +1,7 @@
 """Sub-models: the first layers of a model behind the same embedding, final norm and output layer.
 
-A model that was trained for it (sorted fine-tuning, Kavehzadeh et al., arXiv 2309.08968) answers well at several depths.
-Sub-models share all weights with the model that they are part of.
+A model that was trained for it (sorted fine-tuning, Kavehzadeh et al., arXiv 2309.08968) answers well at several
+depths. Sub-models share all weights with the model that they are part of.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def sub_model(model: Model, num_layers: int) -> Model:
 def _first_layers(module: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     """A copy of a module's frame around the same parts, with the first of its layers."""
     total = module.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [
-        name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == total
-    ]
+    lists = [name for name, part in module.named_modules() if isinstance(part, nn.ModuleList) and len(part) == total]
     if len(lists) != 1:
         raise UnsupportedModelError(
             f"sub-model of {type(module).__name__}",
