@@ -31,23 +31,28 @@ class TextReader:
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._num_read = 0
+        self._num_read = 0  # tokens that end with a whole character
+        self._num_ahead = 0  # characters of the text after them that were given already
 
     def read(self, token_ids: Sequence[int]) -> str:
         """The text that is new since the last call; bytes of an unfinished character wait for the rest of it."""
         before = whole_tail(self._codec, token_ids[max(0, self._num_read - MAX_CONTEXT) : self._num_read])
         new = token_ids[self._num_read :]
-        known = self._codec.decode(before) if before else ""
-        for num_held in range(min(MAX_CHARACTER_TOKENS, len(new)) + 1):
-            whole = new[: len(new) - num_held]
-            text = self._codec.decode([*before, *whole])
-            if not text.endswith(BROKEN):
-                self._num_read += len(whole)
-                return text[len(known) :]
-        if len(new) > 2 * MAX_CHARACTER_TOKENS:  # no character is that long: these bytes are broken for good
-            self._num_read += len(new)
-            return self._codec.decode([*before, *new])[len(known) :]
-        return ""
+        known = len(self._codec.decode(before)) if before else 0
+        text = self._codec.decode([*before, *new])
+        ends_within = text.endswith(BROKEN) and self._may_be_completed(before, new)
+        text = text[known:].rstrip(BROKEN) if ends_within else text[known:]
+        given, self._num_ahead = self._num_ahead, max(self._num_ahead, len(text))
+        if not ends_within:
+            self._num_read, self._num_ahead = len(token_ids), 0
+        return text[given:]
+
+    def _may_be_completed(self, before: list[int], new: Sequence[int]) -> bool:
+        """Whether tokens end within a character, and not with bytes that never will be one."""
+        if len(new) <= 2 * MAX_CHARACTER_TOKENS:
+            return True
+        ends = (self._codec.decode([*before, *new[:-held]]) for held in range(1, MAX_CHARACTER_TOKENS))
+        return not all(text.endswith(BROKEN) for text in ends)
 
 
 class TokenFollower:

@@ -1,11 +1,13 @@
 """A tree while it grows: what the draft model said at each node, and the children drawn from it.
 
-Under the coupled rule, and for greedy requests, the target will choose the token that is largest in *its* log p plus
-the noise of the position; the draft knows the noise, so its own log q plus that noise ranks the children, and the
-softmax of the sum says how likely each is the target's choice. Under rejection rules children are drawn from q with
-noise that nothing else uses: the next child below a node is a sample of what q has left there, whatever has been
-drawn before anywhere in the tree. Hence a growth may decide by all that was drawn so far *where* to draw next, but drops
-nothing that it drew, and decides nothing by a token that is not drawn yet.
+Under the coupled rule the target will choose the token that is largest in *its* log p plus the noise of the position.
+The draft knows the noise: its own log q plus the noise ranks the children, and the softmax of the sum says how likely
+each is the target's choice. For greedy requests there is no noise, and the same holds of log q alone.
+
+Under rejection rules children are drawn from q with noise that nothing else uses: the next child below a node is a
+sample of what q has left there, whatever has been drawn before anywhere in the tree. Hence a growth may decide by all
+that was drawn so far *where* to draw next; but it drops nothing that it drew, and decides nothing by a token that is
+not drawn yet (`tests/losslessness/test_growth.py` proves it by enumeration).
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ class GrowingTree:
             independent noise it was made before its token was known, and never rises from one sibling to the next:
             dropping the least confident nodes, latest first, depends on no token that is dropped.
         scores: log of how likely the draft finds a node's path, its own token included.
+        path_log_probs: log q of each drawn node's path, whatever the noise.
         is_sampled: True if children are drawn with independent noise.
+        is_perturbed: True if children are ordered by log q plus noise.
     """
 
     def __init__(self, context: DraftContext, draws: Draws, limits: GrowthLimits) -> None:
@@ -99,7 +103,9 @@ class GrowingTree:
         self.depths = [0]
         self.confidences = [1.0]
         self.scores = [0.0]
+        self.path_log_probs = [0.0]
         self.is_sampled = draws.noise == "independent" and draws.siblings is not None and not context.params.greedy
+        self.is_perturbed = not context.params.greedy and (draws.noise == "shared" or draws.siblings is not None)
         self._shares_noise = draws.noise == "shared" and not context.params.greedy
         self._siblings: SiblingDraws | None = draws.siblings
         self._min_score = _log(self.limits.min_path_prob)
@@ -120,10 +126,16 @@ class GrowingTree:
         return node in self._below
 
     def may_extend(self, node: int) -> bool:
-        """Whether anything may be drawn below a node; the root's children are free."""
-        if self.room < 1 or self.depths[node] >= self.limits.depth:
-            return False
-        return node == 0 or self.scores[node] >= self._min_score
+        """Whether a node is likely enough to be drafted further, and there is room; the root's children are free."""
+        return self.room > 0 and self.is_promising(node)
+
+    def is_promising(self, node: int) -> bool:
+        """As `may_extend`, for a growth that makes room by keeping the best nodes."""
+        return self.depths[node] < self.limits.depth and (node == 0 or self.scores[node] >= self._min_score)
+
+    def is_worth(self, score: float) -> bool:
+        """Whether the request wants a node of this score."""
+        return -math.inf < score and score >= self._floor
 
     def path_tokens(self, node: int) -> list[int]:
         """Tokens from below the root down to `node`."""
@@ -188,10 +200,11 @@ class GrowingTree:
             if token is None or not below.log_probs[token] > -math.inf:
                 break
             score = self.scores[node] + self._log_confidence(below, token)
-            if score < self._floor and not self.is_sampled:
+            if not self.is_sampled and not self.is_worth(score):
                 break
             below.num_drawn += 1
             nodes.append(self._append(node, token, score, self._guess(below, node, score)))
+            self.path_log_probs[-1] = self.path_log_probs[node] + float(below.log_probs[token])
             if self.is_sampled and self._siblings == "without_replacement":
                 self._take(below, token)
         return nodes
@@ -234,6 +247,7 @@ class GrowingTree:
         self.parents.append(parent)
         self.depths.append(self.depths[parent] + 1)
         self.scores.append(score)
+        self.path_log_probs.append(score)
         self.confidences.append(confidence)
         return len(self.tokens) - 1
 
