@@ -50,8 +50,10 @@ def staged_draft(
     return DraftModelDrafter(config, style, **vars(parts), make_runner=runner)
 
 
-def sorted_draft(config: SortedDraftConfig, style: DraftStyle, levels: Sequence[DraftParts]) -> DraftModelDrafter:
-    """Sub-models read, the smallest first."""
+def sorted_draft(
+    config: SortedDraftConfig, style: DraftStyle, levels: Sequence[DraftParts], whole: Model | None = None
+) -> DraftModelDrafter:
+    """Sub-models read, the smallest first; `whole` is the model that they share."""
 
     def runner(*_: object, **__: object) -> SortedRunner:
         readers = [
@@ -60,7 +62,7 @@ def sorted_draft(config: SortedDraftConfig, style: DraftStyle, levels: Sequence[
             )
             for level in levels
         ]
-        return SortedRunner(readers, config.min_confidence)
+        return SortedRunner(readers, config.min_confidence, whole)
 
     return DraftModelDrafter(config, style, **vars(levels[-1]), make_runner=runner)
 

@@ -17,6 +17,7 @@ from outrider.drafting.draft_runner import DraftRunner, TreeRows, accepted_rows,
 from outrider.drafting.drafter import DraftContext
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.models.batch import SequenceRows
+from outrider.models.model import Model
 
 
 class SubModelRunner(DraftRunner):
@@ -48,13 +49,15 @@ class SortedRunner:
         levels: of the sub-models, the smallest first.
         min_confidence: probability of the likeliest token from which on a sub-model's word counts; the largest one's
             always does.
+        whole: the model that they are parts of, held for other drafters that name it.
 
     Attributes:
         num_exits: how many tokens each level had the last word on.
     """
 
-    def __init__(self, levels: Sequence[SubModelRunner], min_confidence: float) -> None:
+    def __init__(self, levels: Sequence[SubModelRunner], min_confidence: float, whole: Model | None) -> None:
         self._levels = levels
+        self._whole = whole
         self._min_log = float(np.log(min_confidence)) if min_confidence > 0 else -np.inf
         self._num_rows: dict[str, int] = {}
         self._rows: dict[str, list[TreeRows | None]] = {}

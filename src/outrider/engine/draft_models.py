@@ -72,7 +72,8 @@ class DraftModels:
                 whole = self._load_shared(drafter)
                 num_layers = len(whole.layer_shapes)
                 depths = drafter.layers or sorted({max(1, num_layers // 2), num_layers})
-                return sorted_draft(drafter, style, [self._parts(sub_model(whole, depth)) for depth in depths])
+                levels = [self._parts(sub_model(whole, depth)) for depth in depths]
+                return sorted_draft(drafter, style, levels, whole)
             case UniversalDraftConfig():
                 return self._build_universal(drafter, style)
             case _:

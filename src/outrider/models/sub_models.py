@@ -31,10 +31,10 @@ def sub_model(model: Model, num_layers: int) -> Model:
             got=f"{num_layers} layers",
             expected=f"1 to the model's {len(model.layer_shapes)}",
         )
+    if isinstance(model, LlamaModel):
+        return model.with_layers(num_layers)  # of all layers too: with working memory of its own
     if num_layers == len(model.layer_shapes):
         return model
-    if isinstance(model, LlamaModel):
-        return model.with_layers(num_layers)
     if not isinstance(model, TransformersModel):
         raise UnsupportedModelError(f"sub-model of {model.name}", got=type(model).__name__, expected="a loaded model")
     twin = TransformersModel(_first_layers(model.module, num_layers), name=model.name)
