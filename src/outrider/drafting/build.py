@@ -25,7 +25,6 @@ from outrider.config import (
     source_config,
 )
 from outrider.drafting.auto import AutoDrafter
-from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.jacobi import JacobiDrafter
@@ -47,7 +46,7 @@ def build_drafter(
     style: DraftStyle,
     *,
     vocab_size: int,
-    build_draft_model: Callable[[DraftModelConfig, DraftStyle], DraftModelDrafter],
+    build_draft_model: Callable[[DraftModelConfig, DraftStyle], Drafter],
     forward_cost: Callable[[], ForwardCost],
 ) -> Drafter:
     """A drafter from its configuration.
@@ -55,7 +54,7 @@ def build_drafter(
     Args:
         style: how the verification rule wants trees drawn.
         vocab_size: of the target.
-        build_draft_model: loads a second model with a cache of its own; called only where one is needed.
+        build_draft_model: loads a second model of any kind, with a cache of its own; called only where one is needed.
         forward_cost: what the target's forwards cost; called only by a planner.
 
     Raises:
