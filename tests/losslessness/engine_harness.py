@@ -6,8 +6,15 @@ from collections.abc import Callable, Sequence
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import (
+    AdedConfig,
+    AnpdConfig,
+    CopyConfig,
     DrafterConfig,
     DraftModelConfig,
+    EditConfig,
+    HierarchyConfig,
+    HistoryConfig,
+    MergeConfig,
     NgramConfig,
     NoDrafterConfig,
     RecyclingConfig,
@@ -27,6 +34,14 @@ from tests.toy_model import ToyModel
 DRAFTERS: dict[str, DrafterConfig] = {
     "none": NoDrafterConfig(),
     "ngram": NgramConfig(),
+    "anpd": AnpdConfig(),
+    "aded": AdedConfig(exploration=0.5, capacity=40),
+    "copy": CopyConfig(gammas=(2, 1), references=((3, 1, 0, 1, 2, 2, 3), (1, 2, 3, 1, 1))),
+    "edit": EditConfig(),
+    "edit-reference": EditConfig(references=((1, 2, 3, 0, 2, 1, 1, 3, 3, 2, 3),)),
+    "history": HistoryConfig(lengths=(2, 1), capacity=256, segment=8, depth=4),
+    "hierarchy": HierarchyConfig(levels=("ngram", {"method": "history", "lengths": (2, 1)}, "aded")),
+    "merge": MergeConfig(sources=("ngram", "anpd", "aded", "edit")),
     "recycling": RecyclingConfig(),
     "draft_model": DraftModelConfig(),
     "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),

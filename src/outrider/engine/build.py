@@ -13,6 +13,7 @@ from outrider.drafting.build import build_drafter
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftStyle
 from outrider.engine.engine import Engine
+from outrider.engine.references import with_token_references
 from outrider.engine.scheduler import Scheduler
 from outrider.errors import ConfigError, ExactnessError, VocabularyMismatchError
 from outrider.inputs.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> En
     """Put drafter, rule, caches and scheduler around a loaded target.
 
     Raises:
-        ConfigError: settings that do not go together.
+        ConfigError: settings that do not go together, or references that cannot be read.
         ModelLoadError: the draft model cannot be loaded.
         VocabularyMismatchError: the draft's token ids are not the target's.
     """
@@ -106,7 +107,7 @@ def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> En
         )
 
     drafter = build_drafter(
-        config.drafter,
+        with_token_references(config.drafter, tokenizer, model.vocab_size),
         DraftStyle(rule.draft_noise, rule.sibling_draws, rule.chains_only),
         vocab_size=model.vocab_size,
         build_draft_model=build_draft_model,

@@ -56,7 +56,9 @@ class HierarchyDrafter:
         self._chains_only = style.chains_only
         self._max_depth = max_depth
         self.max_nodes = min(max_nodes, max_depth) if style.chains_only else max_nodes
-        self._level_of: dict[str, dict[tuple[int, ...], int]] = {}  # the first to propose each path of a request's tree
+        self._level_of: dict[
+            str, dict[tuple[int, ...], int]
+        ] = {}  # the first to propose each path of a request's tree
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         return [self._propose(context) for context in contexts]

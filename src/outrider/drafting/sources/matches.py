@@ -37,7 +37,7 @@ class NgramIndex:
         self._num_indexed = len(text)
 
     def matches(self, sequence: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Where suffixes of the sequence stand in the text with a token behind them: the longest, then the latest first.
+        """Where suffixes of the sequence stand with a token behind them: the longest, then the latest first.
 
         Yields:
             The position behind an occurrence, and how many tokens of the n-gram matched.
