@@ -3,8 +3,8 @@
     python scripts/replay_drafters.py ngram edit '{"method": "merge", "sources": ["ngram", "edit"]}' --max-nodes 8 16
 
 Workloads: what the bundled model writes for held-out code, edits of held-out functions (one name changed), and, with
---questions, prompts and reference answers from Spec-Bench's question.jsonl. `ms at 4096` is the median time of drafting
-in the steps of an output that follows 4,096 tokens of held-out code.
+--questions, prompts and reference answers from Spec-Bench's question.jsonl. `ms at 4096` is the median time that a
+step's drafting takes where the output follows 4,096 tokens of held-out code.
 """
 
 from __future__ import annotations

@@ -15,11 +15,13 @@ from outrider.drafting.build import build_drafter
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
 from outrider.drafting.sources.aded import DraftMaker, TrigramMatrix
 from outrider.drafting.sources.anpd import NgramModel
+from outrider.drafting.sources.calibration import CalibratedSource
 from outrider.drafting.sources.hash_index import HashIndex
 from outrider.drafting.sources.hierarchy import HierarchyDrafter
 from outrider.drafting.sources.history import HistoryStore
 from outrider.drafting.sources.matches import DISCOUNTS, MAX_LENGTH, NgramIndex, match_length, weighted_paths
 from outrider.drafting.sources.ngram import NgramSource
+from outrider.drafting.tree_merge import WeightedPath
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree, VerifiedPath
@@ -477,3 +479,38 @@ def test_wrong_settings_are_refused(spec: Mapping[str, object]) -> None:
 def test_untokenised_references_are_refused() -> None:
     with pytest.raises(ConfigError, match="token ids"):
         drafter_of({"method": "copy", "references": ["text"]})
+
+
+class Claims:
+    """A source that says the same all the time, as sure as it is told to be."""
+
+    name, reads_logits = "claims", False
+
+    def __init__(self, confidence: float) -> None:
+        self.confidence = confidence
+
+    def continuations(self, context: DraftContext) -> list[WeightedPath]:
+        return [WeightedPath([5, 6], [self.confidence] * 2), WeightedPath([8], [0.25])]
+
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        pass
+
+    def release(self, request_id: str) -> None:
+        pass
+
+
+def test_confidences_are_corrected_by_what_came_true() -> None:
+    """A source that is right in one of four cases about its first token, and then about the second, says 0.9."""
+    source = CalibratedSource(Claims(0.9))
+    first = source.continuations(context([1]))
+    assert first[0].confidences == pytest.approx([0.9, 0.9]), "its own word counts until something was seen"
+    for step in range(400):
+        source.continuations(context([1]))
+        tree = TokenTree.chain(1, (5,) if step % 4 == 0 else (9,))
+        source.observe([DraftOutcome("r", tree, VerifiedPath((1,), 6), None)])
+    right, other = source.continuations(context([1]))
+    # Of the claims of 0.9 a fifth come from the second token, where they are always right.
+    assert right.confidences == pytest.approx([2 / 5, 2 / 5], abs=0.05)
+    assert other.confidences == pytest.approx([0.0], abs=0.01), "another bin, never right"
+    source.release("r")
+    assert not source._proposed

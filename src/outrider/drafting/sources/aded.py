@@ -2,8 +2,8 @@
 
 A matrix from token pairs to what follows them stands for the model's output distribution; all requests share it, and
 it is updated with every token, and with the target's choices at rejected nodes too. The draft maker searches it by
-PUCT: what is likely, plus a bonus for what was visited little. Where the paper averages the values of its random walks,
-the best one that is left counts here, so the search is deterministic, and without the bonus it is best-first search.
+PUCT: what is likely, plus a bonus for what was visited little. Where the paper averages the values of its walks, the
+best one that is left counts here, so the search is deterministic, and without the bonus it is best-first search.
 """
 
 from __future__ import annotations
