@@ -50,7 +50,7 @@ class MergeConfig:
     """
 
     method: Literal["merge"] = "merge"
-    sources: Sequence[SourceSpec] = ("ngram", "anpd", "aded")
+    sources: Sequence[SourceSpec] = ("ngram", "aded")
     depth: int = 16
     max_nodes: int = 12
 

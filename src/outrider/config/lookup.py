@@ -61,22 +61,20 @@ class AnpdConfig:
     """Adaptive n-grams: every draft token predicted by the longest n-gram that the request has shown so far.
 
     Attributes:
-        max_ngram, min_ngram: tokens that a prediction is made from, the longest level first.
+        levels: how many tokens predictions are made from, the longest first.
         num_candidates: the most children of a node.
         depth: the longest path.
         max_nodes: the most draft tokens in a tree.
     """
 
     method: Literal["anpd"] = "anpd"
-    max_ngram: int = 5
-    min_ngram: int = 1
-    num_candidates: int = 3
+    levels: Sequence[int] = (16, 8, 4, 3, 2, 1)
+    num_candidates: int = 4
     depth: int = 16
     max_nodes: int = 12
 
     def __post_init__(self) -> None:
-        check_int("anpd.max_ngram", self.max_ngram, 1, 16)
-        check_int("anpd.min_ngram", self.min_ngram, 1, self.max_ngram)
+        check_lengths("anpd.levels", self.levels)
         check_tree_limits("anpd", self.depth, self.max_nodes)
         check_int("anpd.num_candidates", self.num_candidates, 1, 64)
 
@@ -182,6 +180,7 @@ class HistoryConfig:
     Attributes:
         lengths: how many last tokens are looked for, the longest first.
         capacity: the most tokens kept; the older half is forgotten when they are reached.
+        segment: output tokens of a running request that are stored together; the rest when it ends.
         num_candidates: the most places copied from.
         depth: tokens copied from each place.
         max_nodes: the most draft tokens in a tree.
@@ -190,13 +189,15 @@ class HistoryConfig:
     method: Literal["history"] = "history"
     lengths: Sequence[int] = (6, 3, 2, 1)
     capacity: int = 1 << 17
+    segment: int = 64
     num_candidates: int = 8
     depth: int = 16
     max_nodes: int = 12
 
     def __post_init__(self) -> None:
         check_lengths("history.lengths", self.lengths)
-        check_int("history.capacity", self.capacity, 256, 1 << 24)
+        check_int("history.capacity", self.capacity, 64, 1 << 24)
+        check_int("history.segment", self.segment, 1, 4096)
         check_tree_limits("history", self.depth, self.max_nodes)
         check_int("history.num_candidates", self.num_candidates, 1, 64)
 

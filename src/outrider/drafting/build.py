@@ -34,6 +34,7 @@ from outrider.drafting.recycling import RecyclingDrafter
 from outrider.drafting.source import Source, SourceDrafter
 from outrider.drafting.sources.aded import AdedSource
 from outrider.drafting.sources.anpd import AnpdSource
+from outrider.drafting.sources.calibration import CalibratedSource
 from outrider.drafting.sources.copy import CopySource
 from outrider.drafting.sources.edit import EditSource
 from outrider.drafting.sources.hierarchy import HierarchyDrafter
@@ -84,12 +85,13 @@ def build_drafter(
         case DraftModelConfig():
             return build_draft_model(config, style)
         case HierarchyConfig():
-            levels = [build_source(source_config(spec)) for spec in config.levels]
+            levels = [CalibratedSource(build_source(source_config(spec))) for spec in config.levels]
             return HierarchyDrafter(levels, max_nodes=config.max_nodes, max_depth=config.depth, style=style)
         case MergeConfig():
-            sources = [build_source(source_config(spec)) for spec in config.sources]
+            sources = [CalibratedSource(build_source(source_config(spec))) for spec in config.sources]
         case EditConfig(lookup=True):
-            sources = [build_source(config), NgramSource(NgramConfig(depth=config.depth))]
+            lookup = NgramSource(NgramConfig(depth=config.depth))
+            sources = [CalibratedSource(build_source(config)), CalibratedSource(lookup)]
         case _:
             sources = [build_source(config)]
     return SourceDrafter(config.method, sources, max_nodes=config.max_nodes, max_depth=config.depth, style=style)

@@ -26,6 +26,7 @@ from outrider.engine.bundled import BUNDLED_TARGET
 from outrider.engine.calibration import Progress, forward_cost_of
 from outrider.engine.draft_models import DraftModels
 from outrider.engine.engine import Engine
+from outrider.engine.references import with_token_references
 from outrider.engine.scheduler import Scheduler
 from outrider.errors import ConfigError, ExactnessError
 from outrider.inputs.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ def build_engine(
         on_calibration: told how far measuring the target has come, where a planner needs it and it is not known yet.
 
     Raises:
-        ConfigError: settings that do not go together.
+        ConfigError: settings that do not go together, or references that cannot be read.
         ModelLoadError: the draft model cannot be loaded.
         VocabularyMismatchError: the draft's token ids are not the target's.
     """
@@ -98,7 +99,7 @@ def build_engine(
         config, model, tokenizer, lambda draft: build_cache(config.cache, config.scheduler, draft)
     )
     drafter = build_drafter(
-        drafter_config,
+        with_token_references(drafter_config, tokenizer, model.vocab_size),
         DraftStyle(rule.draft_noise, rule.sibling_draws, rule.chains_only),
         vocab_size=model.vocab_size,
         build_draft_model=draft_models.build,
