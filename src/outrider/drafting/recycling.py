@@ -36,25 +36,17 @@ class RecyclingDrafter:
         return [self._propose(context) for context in contexts]
 
     def _propose(self, context: DraftContext) -> TokenTree:
-        tokens, parents = [context.token_ids[-1]], [-1]
-        node_of = {0: 0}  # shape node -> tree node; nodes below an unseen candidate have none
         rows: dict[int, list[int]] = {}
-        shape = self._shape
-        for node, (parent, rank, depth) in enumerate(zip(shape.parents, shape.ranks, shape.depths, strict=True), 1):
-            if len(tokens) > context.max_nodes or depth > context.max_depth:
-                break
-            above = node_of.get(parent)
-            if above is None:
-                continue
-            token = tokens[above]
+
+        def candidates(token: int, depth: int) -> list[int]:
             row = rows.get(token)
             if row is None:
                 row = rows[token] = self._candidates[token].tolist()
-            if row[rank] != UNSEEN:
-                node_of[node] = len(tokens)
-                tokens.append(row[rank])
-                parents.append(above)
-        return TokenTree(tuple(tokens), tuple(parents))
+            return row
+
+        return self._shape.fill(
+            context.token_ids[-1], candidates, max_nodes=context.max_nodes, max_depth=context.max_depth
+        )
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:
