@@ -12,12 +12,21 @@ import numpy as np
 
 from outrider.config import RecyclingConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
-from outrider.drafting.tree_shape import best_first_shape
+from outrider.drafting.sequoia import sequoia_shape
+from outrider.drafting.tree_shape import TreeShape, best_first_shape
 from outrider.token_tree import TokenTree
 
 UNSEEN = -1
 # Acceptance by rank, measured on held-out code with the bundled model; only the shape depends on it.
 RANK_PROBS = (0.45, 0.13, 0.07, 0.05, 0.035, 0.025, 0.02, 0.015)
+
+# The same by depth; what is deeper is accepted as the last row is.
+DEPTH_RANK_PROBS = (
+    (0.51, 0.08, 0.04, 0.03, 0.02, 0.017, 0.015, 0.007),
+    (0.56, 0.09, 0.045, 0.02, 0.013, 0.013, 0.009, 0.007),
+    (0.65, 0.085, 0.033, 0.017, 0.015, 0.007, 0.004, 0.004),
+    (0.71, 0.055, 0.03, 0.02, 0.01, 0.008, 0.002, 0.002),
+)
 
 
 class RecyclingDrafter:
@@ -26,9 +35,8 @@ class RecyclingDrafter:
     reads_logits = True
 
     def __init__(self, config: RecyclingConfig, style: DraftStyle, vocab_size: int) -> None:
-        rank_probs = RANK_PROBS[:1] if style.chains_only else RANK_PROBS[: config.num_candidates]
-        self._shape = best_first_shape(config.max_nodes, config.depth, rank_probs)
-        self._num_candidates = len(rank_probs)
+        self._num_candidates = 1 if style.chains_only else config.num_candidates
+        self._shape = _shape(config, self._num_candidates)
         self.max_nodes = len(self._shape.parents)
         self._candidates = np.full((vocab_size, self._num_candidates), UNSEEN, dtype=np.int64)
 
@@ -57,3 +65,13 @@ class RecyclingDrafter:
 
     def release(self, request_id: str) -> None:
         pass  # the matrix outlives requests: that is the point
+
+
+def _shape(config: RecyclingConfig, num_candidates: int) -> TreeShape:
+    match config.shape:
+        case "best_first":
+            return best_first_shape(config.max_nodes, config.depth, RANK_PROBS[:num_candidates])
+        case "sequoia":
+            last = len(DEPTH_RANK_PROBS) - 1
+            probs = [DEPTH_RANK_PROBS[min(depth, last)][:num_candidates] for depth in range(config.depth)]
+            return sequoia_shape(config.max_nodes, config.depth, probs)
