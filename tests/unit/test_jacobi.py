@@ -95,9 +95,7 @@ def test_one_block_is_the_jacobi_iteration_of_the_whole_system(
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("mode", ["jacobi", "gs_jacobi", "hybrid"])
-def test_blocks_follow_their_definitions(
-    mode: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_follow_their_definitions(mode: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch) -> None:
     choose, size, parallel_length = target(params), 4, 22
     expected = solution(choose)
     guesses: dict[int, int] = {}  # output position -> guess

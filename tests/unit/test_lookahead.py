@@ -219,9 +219,7 @@ def test_a_release_forgets() -> None:
     assert not drafter._requests
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=60), st.integers(1, 4), st.integers(1, 3)
-)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=60), st.integers(1, 4), st.integers(1, 3))
 def test_the_pool_forgets_what_was_not_seen_for_longest(
     ngrams: list[tuple[int, int]], max_keys: int, max_per_key: int
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.drafting.acceptance import AcceptanceCounter
+from outrider.drafting.positional_acceptance import AcceptanceCounter
 from outrider.drafting.drafter import DraftOutcome
 from outrider.drafting.dynamic_tree import DynamicTreePlanner, PromptedTree, mean_tokens
 from outrider.drafting.sequoia import LatencyTable, OptimalTrees, hardware_aware_shape, sequoia_shape

@@ -1,49 +1,99 @@
-"""Measuring acceptance by rank and depth, which optimal shapes are made from."""
+"""What a drafter's confidences are worth: acceptance as counted, by drafter and request."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
-from outrider.drafting.drafter import DraftOutcome
+from outrider.token_tree import TokenTree
+
+EDGES = (0.02, 0.05, 0.1, 0.18, 0.28, 0.4, 0.52, 0.64, 0.76, 0.86, 0.93, 0.97, 0.99)
+CENTRES = tuple((a + b) / 2 for a, b in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))
+SHARED_PRIOR, OWN_PRIOR = (
+    4.0,
+    6.0,
+)  # trials that a drafter's word counts for, and that other requests' trials count for
+SHARED_MEMORY, OWN_MEMORY = 400.0, 40.0  # trials after which old ones begin to be forgotten
 
 
-class AcceptanceCounter:
-    """How often the child of each rank was the target's choice, given that its parent was on the path.
+class _Counts:
+    """Hits and trials of each bin of confidence, the older ones worth less."""
 
-    The positional acceptance of Sequoia (arXiv 2402.12374, section 3.1), by depth too. Siblings must stand in the
-    order of their ranks, as `TreeShape.fill` and draft models put them.
+    __slots__ = ("hits", "memory", "trials")
 
-    Args:
-        max_depth: deeper nodes are not counted.
-        num_ranks: nor siblings behind so many.
+    def __init__(self, memory: float) -> None:
+        self.hits = [0.0] * len(CENTRES)
+        self.trials = [0.0] * len(CENTRES)
+        self.memory = memory
+
+    def count(self, index: int, hit: bool) -> None:
+        if self.trials[index] >= self.memory:
+            self.trials[index] *= 0.5
+            self.hits[index] *= 0.5
+        self.trials[index] += 1.0
+        self.hits[index] += hit
+
+
+class AcceptanceEstimator:
+    """Turns a drafter's confidences into probabilities, learning from every node whose outcome is known.
+
+    A node's outcome is known once its parent is on the path, whether the node itself was verified or left out. Each bin
+    of confidence is a beta estimate: a request's own trials on top of all requests' trials on top of the drafter's word.
     """
 
-    def __init__(self, max_depth: int, num_ranks: int) -> None:
-        self._seen = [[0] * num_ranks for _ in range(max_depth)]
-        self._accepted = [[0] * num_ranks for _ in range(max_depth)]
+    def __init__(self) -> None:
+        self._shared: dict[str, _Counts] = {}
+        self._own: dict[str, dict[str, _Counts]] = {}  # by request, then drafter
+        self._tables: dict[str, dict[str, list[float]]] = {}
 
-    def count(self, outcomes: Sequence[DraftOutcome]) -> None:
-        for outcome in outcomes:
-            children = outcome.tree.children()
-            path = outcome.path.accepted_nodes
-            # Whoever lies on the path had its children put to the test: one was accepted, or none.
-            for depth, (node, accepted) in enumerate(zip((0, *path), (*path, None), strict=True)):
-                if depth == len(self._seen):
-                    break
-                for rank, child in enumerate(children[node][: len(self._seen[depth])]):
-                    self._seen[depth][rank] += 1
-                    self._accepted[depth][rank] += child == accepted
+    def path_probs(self, name: str, request_id: str, tree: TokenTree) -> list[float]:
+        """``[num_nodes]`` probability that each node is reached and accepted; the root's is 1."""
+        assert tree.confidences is not None, "a tree without confidences cannot be weighed"
+        table = self._table(name, request_id)
+        probs = [1.0] * tree.num_nodes
+        for node in range(1, tree.num_nodes):
+            probs[node] = probs[tree.parents[node]] * table[bisect_right(EDGES, tree.confidences[node])]
+        return probs
 
-    def by_depth_and_rank(self) -> list[list[float]]:
-        """``[depth][rank]``; 0 where nothing was seen."""
-        return [
-            [accepted / max(1, seen) for accepted, seen in zip(of_accepted, of_seen, strict=True)]
-            for of_accepted, of_seen in zip(self._accepted, self._seen, strict=True)
-        ]
+    def observe(self, name: str, request_id: str, tree: TokenTree, new_tokens: Sequence[int]) -> None:
+        """Walk a proposed tree along the tokens that came, counting the children of every node on the way."""
+        if tree.confidences is None or tree.num_nodes == 1:
+            return
+        shared = self._shared.setdefault(name, _Counts(SHARED_MEMORY))
+        own = self._own.setdefault(request_id, {}).setdefault(name, _Counts(OWN_MEMORY))
+        children, node = tree.children(), 0
+        for token in new_tokens:
+            reached = None
+            for child in children[node]:
+                hit = tree.tokens[child] == token
+                index = bisect_right(EDGES, tree.confidences[child])
+                shared.count(index, hit)
+                own.count(index, hit)
+                if hit and reached is None:
+                    reached = child
+            if reached is None:
+                break
+            node = reached
+        self._tables.pop(request_id, None)
 
-    def by_rank(self) -> list[float]:
-        """``[rank]`` over all depths together; 0 where nothing was seen."""
-        return [
-            sum(accepted) / max(1, sum(seen))
-            for accepted, seen in zip(zip(*self._accepted, strict=True), zip(*self._seen, strict=True), strict=True)
-        ]
+    def release(self, request_id: str) -> None:
+        self._own.pop(request_id, None)
+        self._tables.pop(request_id, None)
+
+    def _table(self, name: str, request_id: str) -> list[float]:
+        """``[bins]`` probability of each bin for a request, kept until something is learnt."""
+        tables = self._tables.setdefault(request_id, {})
+        table = tables.get(name)
+        if table is None:
+            shared = self._shared.get(name)
+            own = self._own.get(request_id, {}).get(name)
+            table = []
+            for index, centre in enumerate(CENTRES):
+                estimate = centre
+                if shared is not None:
+                    estimate = (shared.hits[index] + SHARED_PRIOR * centre) / (shared.trials[index] + SHARED_PRIOR)
+                if own is not None:
+                    estimate = (own.hits[index] + OWN_PRIOR * estimate) / (own.trials[index] + OWN_PRIOR)
+                table.append(estimate)
+            tables[name] = table
+        return table
