@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outrider.drafting.positional_acceptance import AcceptanceCounter
 from outrider.drafting.drafter import DraftOutcome
 from outrider.drafting.dynamic_tree import DynamicTreePlanner, PromptedTree, mean_tokens
+from outrider.drafting.positional_acceptance import AcceptanceCounter
 from outrider.drafting.sequoia import LatencyTable, OptimalTrees, hardware_aware_shape, sequoia_shape
-from outrider.drafting.tree_shape import TreeShape, best_first_shape, expected_length, node_probs
+from outrider.drafting.tree_shape import TreeShape, best_first_shape, expected_length, node_confidences, node_probs
 from outrider.errors import ConfigError
 from outrider.token_tree import TokenTree, VerifiedPath
 
@@ -67,9 +67,7 @@ def test_the_dynamic_programme_finds_the_best_of_all_trees(
 
 @settings(deadline=None)
 @given(matrix(1, 4), st.integers(1, 6), st.integers(1, 30))
-def test_best_first_and_the_dynamic_programme_agree(
-    rows: list[list[float]], max_depth: int, max_nodes: int
-) -> None:
+def test_best_first_and_the_dynamic_programme_agree(rows: list[list[float]], max_depth: int, max_nodes: int) -> None:
     """With acceptance by rank alone both are optimal; they may differ only between equals."""
     greedy = best_first_shape(max_nodes, max_depth, rows[0])
     optimal = sequoia_shape(max_nodes, max_depth, rows[0])
@@ -165,6 +163,28 @@ def test_filling_a_shape() -> None:
     assert shape.fill(7, candidates, max_nodes=3, max_depth=10).tokens == (7, 5, 6, 1)
     assert shape.fill(7, candidates, max_nodes=10, max_depth=1).tokens == (7, 5, 6)
     assert shape.fill(7, candidates, max_nodes=0, max_depth=1).tokens == (7,)
+    assert tree.confidences is None
+
+
+def test_filling_a_shape_with_confidences() -> None:
+    shape = TreeShape.from_paths([[0], [1], [0, 0], [0, 1], [1, 0]])
+    confidences = node_confidences(shape, [[0.5, 0.25], [0.5, 0.1]])
+    assert confidences == [1.0, 0.5, 0.25, 0.5, 0.1, 0.5]
+
+    def fill(min_path_prob: float) -> TokenTree:
+        return shape.fill(
+            0,
+            lambda token, depth: [] if token == 1 and depth == 1 else [2 * token + 1, 2 * token + 2],
+            max_nodes=9,
+            max_depth=9,
+            confidences=confidences,
+            min_path_prob=min_path_prob,
+        )
+
+    assert fill(0.0).tokens == (0, 1, 2, 5)
+    assert fill(0.0).confidences == (1.0, 0.5, 0.25, 0.5), "they go with the nodes, not with their places"
+    assert fill(0.2).tokens == (0, 1, 2)
+    assert fill(0.3).tokens == (0, 1)
 
 
 # Measured acceptance
@@ -224,9 +244,7 @@ def test_latency_tables_choose_different_trees() -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(matrix(3, 3), st.lists(st.floats(1, 20), min_size=6, max_size=6), st.floats(0, 10))
-def test_the_choice_is_the_best_of_all_trees(
-    acceptance: list[list[float]], ms: list[float], draft_ms: float
-) -> None:
+def test_the_choice_is_the_best_of_all_trees(acceptance: list[list[float]], ms: list[float], draft_ms: float) -> None:
     table = LatencyTable((1, 2, 3, 4, 5, 6), tuple(ms))
     ms = np.maximum.accumulate(ms).tolist()
 

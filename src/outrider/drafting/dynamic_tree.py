@@ -1,10 +1,11 @@
-"""Trees that change with what the last step left (parallel prompt decoding, PPD, arXiv 2405.18628, section 4).
+"""Trees that change with what the last step left (parallel prompt decoding, PPD, arXiv 2405.18628).
 
-In PPD *prompt tokens* behind a draft token make the same forward guess the positions after it: k of them give the next
-step candidates down to depth k. They are rows like any other, so a step divides its rows between candidates, which
-may be accepted now, and prompt tokens, which feed the next step. What is dynamic is the *state*: the number of
-prompt tokens behind the last accepted token, which limits the depth of the next tree. Each state has a tree of its own,
-and the trees are judged by their mean over the states' steady probabilities; how many rows pay is up to the machine.
+In PPD *prompt tokens* behind a draft token make the same forward guess the positions after it: k of them give the
+next step candidates down to depth k. They are rows like any other, so a step divides its rows between candidates,
+which may be accepted now, and prompt tokens, which feed the next step. What is dynamic is the *state*: the number of
+prompt tokens behind the last accepted token, which limits the depth of the next tree. Each state has a tree of its
+own, and the trees are judged by their mean over the states' steady probabilities; how many rows pay is up to the
+machine.
 
 The paper takes prompt tokens away one by one where the next step's expectation loses least. Here that expectation is
 the relative value of the states in the long run, found by value iteration, and the root may have prompt tokens too.
@@ -83,7 +84,8 @@ class DynamicTreePlanner:
     def plan(self, max_rows: int) -> DynamicTrees:
         """Trees of at most `max_rows` rows each, the root's included, by relative value iteration."""
         # To begin with a state is worth what its largest tree yields at once.
-        values = np.array([lengths[: max_rows][-1] for lengths in self._lengths])
+        values = np.array([lengths[:max_rows][-1] for lengths in self._lengths])
+        found: list[tuple[float, PromptedTree]] = []
         for _ in range(MAX_ITERATIONS):
             found = [self._best_tree(state, max_rows, values) for state in range(len(values))]
             worth = np.array([worth for worth, _ in found])
@@ -96,7 +98,7 @@ class DynamicTreePlanner:
         return DynamicTrees(trees, mean_tokens(trees, self._rows))
 
     def plan_for(self, target: LatencyTable, *, max_rows: int) -> DynamicTrees:
-        """The number of rows with the most tokens per time on a machine (section 4: hardware awareness).
+        """The number of rows with the most tokens per time on a machine.
 
         Args:
             max_rows: no more than the table was measured for are considered.

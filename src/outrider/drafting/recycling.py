@@ -13,14 +13,13 @@ import numpy as np
 from outrider.config import RecyclingConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.sequoia import sequoia_shape
-from outrider.drafting.tree_shape import TreeShape, best_first_shape
+from outrider.drafting.tree_shape import best_first_shape, node_confidences
 from outrider.token_tree import TokenTree
 
 UNSEEN = -1
-# Acceptance by rank, measured on held-out code with the bundled model; only the shape depends on it.
+# Acceptance by rank, measured on held-out code with the bundled model; only shape and confidences depend on it.
 RANK_PROBS = (0.45, 0.13, 0.07, 0.05, 0.035, 0.025, 0.02, 0.015)
-
-# The same by depth; what is deeper is accepted as the last row is.
+# The same by depth, counted over wide trees; what is deeper is accepted as the last row is.
 DEPTH_RANK_PROBS = (
     (0.51, 0.08, 0.04, 0.03, 0.02, 0.017, 0.015, 0.007),
     (0.56, 0.09, 0.045, 0.02, 0.013, 0.013, 0.009, 0.007),
@@ -36,7 +35,15 @@ class RecyclingDrafter:
 
     def __init__(self, config: RecyclingConfig, style: DraftStyle, vocab_size: int) -> None:
         self._num_candidates = 1 if style.chains_only else config.num_candidates
-        self._shape = _shape(config, self._num_candidates)
+        last = len(DEPTH_RANK_PROBS) - 1
+        acceptance = [DEPTH_RANK_PROBS[min(depth, last)][: self._num_candidates] for depth in range(config.depth)]
+        match config.shape:
+            case "best_first":
+                rank_probs = RANK_PROBS[: self._num_candidates]
+                self._shape = best_first_shape(config.max_nodes, config.depth, rank_probs)
+            case "sequoia":
+                self._shape = sequoia_shape(config.max_nodes, config.depth, acceptance)
+        self._confidences = node_confidences(self._shape, acceptance)
         self.max_nodes = len(self._shape.parents)
         self._candidates = np.full((vocab_size, self._num_candidates), UNSEEN, dtype=np.int64)
 
@@ -53,7 +60,12 @@ class RecyclingDrafter:
             return row
 
         return self._shape.fill(
-            context.token_ids[-1], candidates, max_nodes=context.max_nodes, max_depth=context.max_depth
+            context.token_ids[-1],
+            candidates,
+            max_nodes=context.max_nodes,
+            max_depth=context.max_depth,
+            confidences=self._confidences,
+            min_path_prob=context.min_path_prob,
         )
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
@@ -65,13 +77,3 @@ class RecyclingDrafter:
 
     def release(self, request_id: str) -> None:
         pass  # the matrix outlives requests: that is the point
-
-
-def _shape(config: RecyclingConfig, num_candidates: int) -> TreeShape:
-    match config.shape:
-        case "best_first":
-            return best_first_shape(config.max_nodes, config.depth, RANK_PROBS[:num_candidates])
-        case "sequoia":
-            last = len(DEPTH_RANK_PROBS) - 1
-            probs = [DEPTH_RANK_PROBS[min(depth, last)][:num_candidates] for depth in range(config.depth)]
-            return sequoia_shape(config.max_nodes, config.depth, probs)

@@ -114,7 +114,7 @@ class OptimalTrees:
     def shape(self, num_nodes: int) -> TreeShape:
         """The best tree of at most `num_nodes`; smaller only where more would never be accepted."""
         paths: list[tuple[int, ...]] = []
-        pending = [((), num_nodes)]
+        pending: list[tuple[tuple[int, ...], int]] = [((), num_nodes)]
         while pending:
             path, budget = pending.pop()
             for rank, share in enumerate(self._shares[len(path)] if len(path) < len(self._rows) else ()):
@@ -138,7 +138,7 @@ def sequoia_shape(max_nodes: int, max_depth: int, acceptance: Acceptance) -> Tre
 def hardware_aware_shape(
     acceptance: Acceptance, target: LatencyTable, draft_ms: float, *, max_nodes: int, max_depth: int
 ) -> ShapeChoice:
-    """Size and depth with the most expected tokens per time (the hardware-aware tree optimizer of arXiv 2402.12374v2).
+    """Size and depth with the most expected tokens per time (arXiv 2402.12374v2, hardware-aware tree optimizer).
 
     A step of a tree of n nodes and depth d takes ``target(1 + n) + d * draft_ms``. The empty tree, which is plain
     decoding, is among the choices.

@@ -32,8 +32,7 @@ class TreeShape:
     def from_paths(paths: Iterable[Sequence[int]]) -> TreeShape:
         """A shape from its nodes, each given by the ranks that lead to it: ``[[0], [1], [0, 0], [0, 1]]``.
 
-        Static trees are published so (Medusa, arXiv 2401.10774, section 2.1.2 and appendix; EAGLE, arXiv 2401.15077,
-        section 3.2).
+        Static trees are published so, as those of Medusa (arXiv 2401.10774) and EAGLE (2401.15077).
 
         Raises:
             ConfigError: a rank that is none, a node twice, or a node without its parent.
@@ -48,7 +47,9 @@ class TreeShape:
             chosen.add(path)
         for path in chosen:
             if len(path) > 1 and path[:-1] not in chosen:
-                raise ConfigError("tree shape", got=f"node {list(path)}", expected=f"its parent {list(path[:-1])} too")
+                raise ConfigError(
+                    "tree shape", got=f"node {list(path)}", expected=f"its parent {list(path[:-1])} too"
+                )
         return _from_closed(chosen)
 
     @property
@@ -60,15 +61,24 @@ class TreeShape:
         return paths[1:]
 
     def fill(
-        self, root: int, candidates: Callable[[int, int], Sequence[int]], *, max_nodes: int, max_depth: int
+        self,
+        root: int,
+        candidates: Callable[[int, int], Sequence[int]],
+        *,
+        max_nodes: int,
+        max_depth: int,
+        confidences: Sequence[float] | None = None,
+        min_path_prob: float = 0.0,
     ) -> TokenTree:
         """The tree of this shape over given candidates, cut to the first `max_nodes` draft tokens.
 
         Args:
             candidates: ``(token, depth) -> tokens by rank`` of what may follow a token at a depth (the root's is 0);
                 a negative one, or one beyond the end, is missing, and so are the nodes below it.
+            confidences: ``[1 + num_nodes]`` of the shape's nodes, the root first; None for a tree without.
+            min_path_prob: paths with a smaller product of confidences are left out.
         """
-        tokens, parents = [root], [-1]
+        tokens, parents, kept, probs = [root], [-1], [1.0], [1.0]
         rows: list[Sequence[int] | None] = [None]  # of each tree node, asked for once
         node_of = {0: 0}  # shape node -> tree node
         for node, (parent, rank, depth) in enumerate(zip(self.parents, self.ranks, self.depths, strict=True), 1):
@@ -77,6 +87,9 @@ class TreeShape:
             above = node_of.get(parent)
             if above is None:
                 continue
+            confidence = confidences[node] if confidences else 1.0
+            if probs[above] * confidence < min_path_prob:
+                continue
             row = rows[above]
             if row is None:
                 row = rows[above] = candidates(tokens[above], depth - 1)
@@ -84,8 +97,10 @@ class TreeShape:
                 node_of[node] = len(tokens)
                 tokens.append(row[rank])
                 parents.append(above)
+                kept.append(confidence)
+                probs.append(probs[above] * confidence)
                 rows.append(None)
-        return TokenTree(tuple(tokens), tuple(parents))
+        return TokenTree(tuple(tokens), tuple(parents), confidences=tuple(kept) if confidences else None)
 
 
 def best_first_shape(max_nodes: int, max_depth: int, rank_probs: Sequence[float]) -> TreeShape:
@@ -113,22 +128,29 @@ def acceptance_rows(acceptance: Acceptance, max_depth: int) -> list[tuple[float,
     Raises:
         ConfigError: empty, or numbers that are no probabilities.
     """
-    by_depth = [row for row in acceptance if isinstance(row, Sequence)]
-    rows = [tuple(row) for row in by_depth] if by_depth else [tuple(acceptance)] * max_depth  # type: ignore[arg-type]
-    valid = all(isinstance(p, int | float) and 0 <= p <= 1 for row in rows for p in row)
-    if not acceptance or (by_depth and len(by_depth) != len(acceptance)) or not valid:
+    by_depth = [tuple(row) for row in acceptance if isinstance(row, Sequence)]
+    by_rank = tuple(p for p in acceptance if isinstance(p, int | float))
+    rows: list[tuple[float, ...]] = by_depth or [by_rank] * max_depth
+    valid = all(isinstance(p, int | float) and 0 <= p <= 1 for row in (*by_depth, by_rank) for p in row)
+    if not valid or len(acceptance) not in {len(by_depth), len(by_rank)} or not acceptance:
         raise ConfigError("acceptance", got=repr(acceptance), expected="probabilities by rank, or by depth and rank")
     width = max(map(len, rows), default=0)
     return [row + (0.0,) * (width - len(row)) for row in rows[:max_depth]]
 
 
+def node_confidences(shape: TreeShape, acceptance: Acceptance) -> list[float]:
+    """``[1 + num_nodes]`` acceptance of each node once its parent is on the path, the root's 1 first."""
+    rows = acceptance_rows(acceptance, max(shape.depths, default=0))
+    width = len(rows[0]) if rows else 0
+    places = zip(shape.depths, shape.ranks, strict=True)
+    return [1.0, *(rows[d - 1][rank] if d <= len(rows) and rank < width else 0.0 for d, rank in places)]
+
+
 def node_probs(shape: TreeShape, acceptance: Acceptance) -> list[float]:
     """``[1 + num_nodes]`` probability that each node lies on the accepted path, the root's 1 first."""
-    rows = acceptance_rows(acceptance, max(shape.depths, default=0))
-    probs = [1.0]
-    for parent, rank, depth in zip(shape.parents, shape.ranks, shape.depths, strict=True):
-        is_known = depth <= len(rows) and rank < len(rows[depth - 1])
-        probs.append(probs[parent] * rows[depth - 1][rank] if is_known else 0.0)
+    probs = node_confidences(shape, acceptance)
+    for node, parent in enumerate(shape.parents, 1):
+        probs[node] *= probs[parent]
     return probs
 
 
