@@ -57,6 +57,7 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "hierarchy": HierarchyConfig(levels=("ngram", {"method": "history", "lengths": (2, 1)}, "aded")),
     "merge": MergeConfig(sources=("ngram", "anpd", "aded", "edit")),
     "recycling": RecyclingConfig(),
+    "recycling-sequoia": RecyclingConfig(num_candidates=4, depth=6, max_nodes=20, shape="sequoia"),
     "jacobi": JacobiConfig(mode="jacobi", initial="last"),
     "jacobi-gs": JacobiConfig(block_size=5, initial="random"),
     "jacobi-hybrid": JacobiConfig(mode="hybrid", block_size=4, parallel_length=90, initial="prompt"),

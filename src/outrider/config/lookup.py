@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from outrider.config.checks import check_int, check_tree_limits, require
 
+RecyclingShape = Literal["best_first", "sequoia"]
 MAX_REFERENCE_TOKENS = 1 << 20  # of all references of a drafter together; an index takes some 200 bytes each
 
 
@@ -243,13 +244,17 @@ class RecyclingConfig:
         num_candidates: candidates kept per token (columns of the adjacency matrix).
         depth: longest path of the tree.
         max_nodes: draft tokens in a tree.
+        shape: of the tree: "best_first" (acceptance by rank) or "sequoia" (by rank and depth, which makes it deeper).
     """
 
     method: Literal["recycling"] = "recycling"
     num_candidates: int = 8
     depth: int = 5
     max_nodes: int = 16
+    shape: RecyclingShape = "best_first"
 
     def __post_init__(self) -> None:
         check_tree_limits("recycling", self.depth, self.max_nodes)
         check_int("recycling.num_candidates", self.num_candidates, 1, 8)
+        shapes = get_args(RecyclingShape)
+        require(self.shape in shapes, "recycling.shape", self.shape, f"one of {', '.join(shapes)}")
