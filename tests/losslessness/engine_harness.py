@@ -12,6 +12,7 @@ from outrider.config import (
     NoDrafterConfig,
     RecyclingConfig,
     SchedulerConfig,
+    SuffixConfig,
 )
 from outrider.drafting.build import build_drafter
 from outrider.drafting.draft_model import DraftModelDrafter
@@ -31,6 +32,7 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "draft_model": DraftModelConfig(),
     "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),
     "draft_model-tree": DraftModelConfig(depth=3, width=3, max_expanded=2, max_nodes=12, min_path_prob=0.0),
+    "suffix": SuffixConfig(history_tokens=200),
 }
 
 
@@ -77,6 +79,7 @@ def make_engine(
         DRAFTERS[drafter],
         DraftStyle(verification.draft_noise, verification.sibling_draws, verification.chains_only),
         vocab_size=model.vocab_size,
+        vocab_fingerprint=lambda: bytes(32),
         build_draft_model=build_draft_model,
     )
     target_cache = cache(num_blocks)

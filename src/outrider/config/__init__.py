@@ -4,7 +4,7 @@ from outrider.config.checks import GROUP_SIZES, Weights, from_mapping
 from outrider.config.draft_models import DraftModelConfig
 from outrider.config.drafters import DRAFTER_CONFIGS, DrafterConfig, NoDrafterConfig, drafter_config
 from outrider.config.engine import CacheConfig, CacheDtype, EngineConfig, Exactness, SchedulerConfig
-from outrider.config.lookup import NgramConfig, RecyclingConfig
+from outrider.config.lookup import NgramConfig, RecyclingConfig, SuffixConfig
 
 __all__ = [
     "DRAFTER_CONFIGS",
@@ -19,6 +19,7 @@ __all__ = [
     "NoDrafterConfig",
     "RecyclingConfig",
     "SchedulerConfig",
+    "SuffixConfig",
     "Weights",
     "drafter_config",
     "from_mapping",

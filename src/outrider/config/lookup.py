@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from outrider.config.checks import check_int, check_tree_limits
+from outrider.config.checks import check_int, check_number, check_path, check_tree_limits
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,38 @@ class RecyclingConfig:
     def __post_init__(self) -> None:
         check_tree_limits("recycling", self.depth, self.max_nodes)
         check_int("recycling.num_candidates", self.num_candidates, 1, 8)
+
+
+@dataclass(frozen=True)
+class SuffixConfig:
+    """SuffixDecoding: what most often followed the longest match in the request or in past outputs.
+
+    Attributes:
+        max_match: longest substring that the suffix trees tell apart: a match and what follows it.
+        max_spec_factor: the most draft tokens for each token that matches (alpha of MAX_SPEC).
+        num_matches: how many lengths of match are tried in each of the two trees.
+        depth: longest path of the tree.
+        max_nodes: the most draft tokens in a tree.
+        request_tokens: of a longer request only this many of the newest tokens are searched; about 230 bytes each.
+        history_tokens: the most tokens of past outputs that are kept, about 230 bytes each; 0 keeps none.
+        history_file: where past outputs are kept between runs; None forgets them.
+    """
+
+    method: Literal["suffix"] = "suffix"
+    max_match: int = 64
+    max_spec_factor: float = 8.0
+    num_matches: int = 3
+    depth: int = 16
+    max_nodes: int = 16
+    request_tokens: int = 65536
+    history_tokens: int = 131072
+    history_file: str | None = None
+
+    def __post_init__(self) -> None:
+        check_tree_limits("suffix", self.depth, self.max_nodes)
+        check_int("suffix.max_match", self.max_match, self.depth + 1, 1024)
+        check_number("suffix.max_spec_factor", self.max_spec_factor, 1.0, 1024.0)
+        check_int("suffix.num_matches", self.num_matches, 1, 64)
+        check_int("suffix.request_tokens", self.request_tokens, 2 * self.max_match, 2**24)
+        check_int("suffix.history_tokens", self.history_tokens, 0, 2**28)
+        check_path("suffix.history_file", self.history_file)

@@ -109,6 +109,7 @@ def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> En
         config.drafter,
         DraftStyle(rule.draft_noise, rule.sibling_draws, rule.chains_only),
         vocab_size=model.vocab_size,
+        vocab_fingerprint=lambda: tokenizer.fingerprint,
         build_draft_model=build_draft_model,
     )
     return Engine(
