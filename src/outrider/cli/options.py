@@ -231,7 +231,11 @@ def drafter_names(values: Sequence[str] | None, options: EngineOptions) -> list[
         ConfigError: an unknown name.
     """
     has_draft = options.model is None or options.draft_model is not None
-    every = [name for name in DRAFTER_CONFIGS if name != "none" and (has_draft or name != "draft_model")]
+    every = [
+        name
+        for name in DRAFTER_CONFIGS
+        if name != "none" and (has_draft or name != "draft_model") and name != "datastore"
+    ]
     names: list[str] = []
     for name in (part.strip() for value in values or ["all"] for part in value.split(",")):
         if name != "all" and name not in DRAFTER_CONFIGS:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from outrider.config.checks import from_mapping
 from outrider.config.draft_models import DraftModelConfig
-from outrider.config.lookup import NgramConfig, RecyclingConfig, SuffixConfig
+from outrider.config.lookup import DatastoreConfig, NgramConfig, RecyclingConfig, SuffixConfig
 from outrider.errors import ConfigError
 
 
@@ -19,13 +19,14 @@ class NoDrafterConfig:
     method: Literal["none"] = "none"
 
 
-DrafterConfig = NoDrafterConfig | NgramConfig | RecyclingConfig | DraftModelConfig | SuffixConfig
+DrafterConfig = NoDrafterConfig | NgramConfig | RecyclingConfig | DraftModelConfig | SuffixConfig | DatastoreConfig
 DRAFTER_CONFIGS: dict[str, type] = {
     "none": NoDrafterConfig,
     "ngram": NgramConfig,
     "recycling": RecyclingConfig,
     "draft_model": DraftModelConfig,
     "suffix": SuffixConfig,
+    "datastore": DatastoreConfig,
 }
 
 

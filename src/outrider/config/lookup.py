@@ -86,3 +86,29 @@ class SuffixConfig:
         check_int("suffix.request_tokens", self.request_tokens, 2 * self.max_match, 2**24)
         check_int("suffix.history_tokens", self.history_tokens, 0, 2**28)
         check_path("suffix.history_file", self.history_file)
+
+
+@dataclass(frozen=True)
+class DatastoreConfig:
+    """REST: what followed the longest suffix of the context in a corpus on disk.
+
+    Attributes:
+        path: of what `outrider datastore build` wrote; without one no such drafter can be built.
+        max_match: longest suffix to look for.
+        num_samples: of more matches only this many are looked at, at equal distances in the order of what follows.
+        depth: longest path of the tree.
+        max_nodes: the most draft tokens in a tree.
+    """
+
+    method: Literal["datastore"] = "datastore"
+    path: str | None = None
+    max_match: int = 16
+    num_samples: int = 64
+    depth: int = 10
+    max_nodes: int = 16
+
+    def __post_init__(self) -> None:
+        check_path("datastore.path", self.path)
+        check_int("datastore.max_match", self.max_match, 1, 32)
+        check_int("datastore.num_samples", self.num_samples, 1, 4096)
+        check_tree_limits("datastore", self.depth, self.max_nodes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from outrider.config import (
+    DatastoreConfig,
     DrafterConfig,
     DraftModelConfig,
     NgramConfig,
@@ -17,7 +18,8 @@ from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.ngram import NgramDrafter
 from outrider.drafting.plain import PlainDrafter
 from outrider.drafting.recycling import RecyclingDrafter
-from outrider.drafting.source import SourceDrafter
+from outrider.drafting.source import Source, SourceDrafter
+from outrider.drafting.sources.datastore import DatastoreSource
 from outrider.drafting.sources.suffix_tree import SuffixSource
 
 
@@ -48,4 +50,10 @@ def build_drafter(
             return build_draft_model(config, style)
         case SuffixConfig():
             source = SuffixSource(config, vocab_size=vocab_size, vocab_fingerprint=vocab_fingerprint)
-            return SourceDrafter("suffix", [source], max_nodes=config.max_nodes, max_depth=config.depth, style=style)
+            return _source_drafter(config, source, style)
+        case DatastoreConfig():
+            return _source_drafter(config, DatastoreSource(config, vocab_fingerprint=vocab_fingerprint), style)
+
+
+def _source_drafter(config: SuffixConfig | DatastoreConfig, source: Source, style: DraftStyle) -> SourceDrafter:
+    return SourceDrafter(config.method, [source], max_nodes=config.max_nodes, max_depth=config.depth, style=style)

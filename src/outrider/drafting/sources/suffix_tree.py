@@ -9,18 +9,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import mul
 
 from outrider.config import SuffixConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.sources.guess_tree import ESCAPE, GuessTree, grow
 from outrider.drafting.sources.past_outputs import PastOutputs
 from outrider.drafting.sources.suffix_index import Cursor, Node, SuffixTree
 from outrider.drafting.tree_merge import WeightedPath
 
-# Weight of a token never seen after a match of one token; it falls with the match's length. With 2, what the ratios
-# promise is what held-out code keeps: 0.32 for a single match of one token, 0.50 of two, 0.67 of four, 0.89 of ten.
-ESCAPE = 2.0
 PROMPT_TAIL = 8  # tokens of the prompt that stand before an output in the history, so that its beginning is found
 
 
@@ -40,44 +36,8 @@ class Place:
     num_pending: int = 0
 
 
-@dataclass(eq=False)
-class Speculation:
-    """A tree of guesses below a match, nodes in the order in which they were taken.
-
-    Attributes:
-        tokens, parents, probs: of each node; parent -1 is the root, a prob that of the node once its parent is right.
-        score: sum over the nodes of the product of probs on the way to each: tokens expected to be accepted.
-    """
-
-    tokens: list[int]
-    parents: list[int]
-    probs: list[float]
-    score: float = 0.0
-
-    def path(self, node: int) -> list[int]:
-        """Nodes from below the root down to `node`; none for the root."""
-        nodes = []
-        while node >= 0:
-            nodes.append(node)
-            node = self.parents[node]
-        nodes.reverse()
-        return nodes
-
-    def paths(self) -> list[WeightedPath]:
-        """From the root to each leaf, the one with the most expected tokens first."""
-        inner = set(self.parents)
-        ranked: list[tuple[float, WeightedPath]] = []
-        for leaf in range(len(self.tokens)):
-            if leaf not in inner:
-                nodes = self.path(leaf)
-                path = WeightedPath([self.tokens[n] for n in nodes], [self.probs[n] for n in nodes])
-                ranked.append((sum(accumulate(path.confidences, mul)), path))
-        ranked.sort(key=lambda of: -of[0])
-        return [path for _, path in ranked]
-
-
-def speculate(place: Place, *, max_nodes: int, max_depth: int, min_path_prob: float = 0.0) -> Speculation:
-    """Expand the most probable node next: SuffixDecoding's greedy tree, with the sum of D(N) as its SCORE.
+def speculate(place: Place, *, max_nodes: int, max_depth: int, min_path_prob: float = 0.0) -> GuessTree:
+    """SuffixDecoding's greedy tree below a match; its score is the paper's SCORE, the sum of D(N) over the nodes.
 
     A token's probability is its count in proportion to the counts of all that followed, with an escape to what never
     did. The escape grows with the number of different successors and falls with the match's length: method C of
@@ -87,43 +47,25 @@ def speculate(place: Place, *, max_nodes: int, max_depth: int, min_path_prob: fl
         max_nodes: MAX_SPEC.
         min_path_prob: nodes with a smaller product are left out.
     """
-    tree, node, offset = place.tree, place.node, place.offset
-    count = node.count - place.num_pending
-    made = Speculation([], [], [])
-    # (-product, order, parent, depth, prob, token, node, offset behind the token, count)
-    heap: list[tuple[float, int, int, int, float, int, Node, int, int]] = []
-    product, parent, depth, order = 1.0, -1, 0, 0
-    while True:
+    tree = place.tree
+
+    def successors(
+        made: GuessTree, guess: int, depth: int, state: tuple[Node, int, int]
+    ) -> Iterable[tuple[int, float, tuple[Node, int, int]]]:
+        node, offset, count = state
         escape = ESCAPE / (place.length + depth)
-        successors: Iterable[tuple[int, int, Node, int]] = ()
-        total = 1.0
         if offset < node.length:
             beyond = offset - tree.known_length(node)
             # A match that reaches the end of the text goes on with what was guessed there.
-            token = tree.token_at(node, offset) if beyond < 0 else made.tokens[made.path(parent)[beyond]]
-            successors = ((token, count, node, offset),)
-            total = count + escape
-        elif node.children:
-            best = heapq.nlargest(max_nodes - len(made.tokens), node.children.items(), key=_by_count_and_recency)
-            successors = [(token, child.count, child, 0) for token, child in best]
-            total = escape * len(node.children) + sum([child.count for child in node.children.values()])
-        if depth < max_depth:
-            for token, count, node, offset in successors:
-                prob = count / total
-                if product * prob >= min_path_prob:
-                    order += 1
-                    heapq.heappush(
-                        heap, (-product * prob, order, parent, depth, prob, token, node, offset + 1, count)
-                    )
-        if not heap or len(made.tokens) >= max_nodes:
-            return made
-        product, _, parent, depth, prob, token, node, offset, count = heapq.heappop(heap)
-        product, depth = -product, depth + 1
-        made.parents.append(parent)
-        parent = len(made.tokens)
-        made.tokens.append(token)
-        made.probs.append(prob)
-        made.score += product
+            token = tree.token_at(node, offset) if beyond < 0 else made.tokens[made.path(guess)[beyond]]
+            return ((token, count / (count + escape), (node, offset + 1, count)),)
+        children = node.children
+        total = escape * len(children) + sum([child.count for child in children.values()])
+        best = heapq.nlargest(max_nodes, children.items(), key=_by_count_and_recency)
+        return [(token, child.count / total, (child, 1, child.count)) for token, child in best]
+
+    root = (place.node, place.offset, place.node.count - place.num_pending)
+    return grow(root, successors, max_nodes=max_nodes, max_depth=max_depth, min_path_prob=min_path_prob)
 
 
 def _by_count_and_recency(child: tuple[int, Node]) -> tuple[int, int]:
@@ -191,7 +133,7 @@ class SuffixSource:
         if request is None:
             request = self._requests[context.request_id] = _Request(context, config, self._history.tree)
         request.follow(context.token_ids)
-        best: Speculation | None = None
+        best: GuessTree | None = None
         for place in self._matches(request):
             made = speculate(
                 place,
