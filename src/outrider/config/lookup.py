@@ -95,7 +95,8 @@ class DatastoreConfig:
     Attributes:
         path: of what `outrider datastore build` wrote; without one no such drafter can be built.
         max_match: longest suffix to look for.
-        num_samples: of more matches only this many are looked at, at equal distances in the order of what follows.
+        num_lengths: lengths of suffix to look at: the longest that occurs, then shorter ones with more matches.
+        num_samples: matches looked at for each length; of more, some at equal distances in the order of what follows.
         depth: longest path of the tree.
         max_nodes: the most draft tokens in a tree.
     """
@@ -103,12 +104,14 @@ class DatastoreConfig:
     method: Literal["datastore"] = "datastore"
     path: str | None = None
     max_match: int = 16
-    num_samples: int = 64
+    num_lengths: int = 2
+    num_samples: int = 32
     depth: int = 10
     max_nodes: int = 16
 
     def __post_init__(self) -> None:
         check_path("datastore.path", self.path)
         check_int("datastore.max_match", self.max_match, 1, 32)
+        check_int("datastore.num_lengths", self.num_lengths, 1, 32)
         check_int("datastore.num_samples", self.num_samples, 1, 4096)
         check_tree_limits("datastore", self.depth, self.max_nodes)

@@ -93,7 +93,7 @@ class DatastoreWriter:
                 self._write_chunk()
 
     def _write_chunk(self) -> None:
-        tokens = np.concatenate(self._parts)
+        tokens = np.concatenate(self._parts, dtype=self._dtype)  # without it NumPy changes the byte order
         self._parts.clear()
         self._num_tokens += tokens.size
         self._num_buffered = 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +96,16 @@ class Chunk:
     length: int
     suffix_array: memoryview
 
-    def tokens(self, position: int, length: int) -> bytes:
-        """Tokens as they are stored; fewer at the end of the chunk."""
-        first = self.start + position * self.token_bytes
-        end = self.start + min(position + length, self.length) * self.token_bytes
-        return self.content[first:end]
+    def reader(self, length: int) -> Callable[[int], bytes]:
+        """What gives the `length` tokens at a position as they are stored; fewer at the end of the chunk."""
+        content, start, width = self.content, self.start, self.token_bytes
+        num_bytes, end = length * width, self.start + self.length * width
+
+        def read(position: int) -> bytes:
+            first = start + position * width
+            return content[first : min(first + num_bytes, end)]
+
+        return read
 
 
 @dataclass(frozen=True, eq=False)
