@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import random
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import (
+    DatastoreConfig,
     DrafterConfig,
     DraftModelConfig,
     NgramConfig,
@@ -17,6 +22,7 @@ from outrider.config import (
 from outrider.drafting.build import build_drafter
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftStyle
+from outrider.drafting.sources.datastore_build import DatastoreWriter
 from outrider.engine.detokenizer import IncrementalDetokenizer
 from outrider.engine.engine import Engine
 from outrider.engine.scheduler import Scheduler
@@ -24,6 +30,24 @@ from outrider.request import Request
 from outrider.sampling.params import SamplingParams
 from outrider.verification.build import build_rule
 from tests.toy_model import ToyModel
+
+VOCAB_FINGERPRINT = bytes(range(32))
+
+
+def _toy_datastore() -> DatastoreConfig:
+    """Texts of the toy model's tokens, for as long as the process lives."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "store"
+    rng = random.Random(0)
+    with DatastoreWriter(
+        path, vocab_size=ToyModel().vocab_size, fingerprint=VOCAB_FINGERPRINT, max_memory_bytes=1 << 16
+    ) as writer:
+        for _ in range(50):
+            writer.add([rng.randrange(ToyModel().vocab_size) for _ in range(60)])
+            writer.end_document()
+    return DatastoreConfig(path=str(path))
+
 
 DRAFTERS: dict[str, DrafterConfig] = {
     "none": NoDrafterConfig(),
@@ -33,6 +57,7 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),
     "draft_model-tree": DraftModelConfig(depth=3, width=3, max_expanded=2, max_nodes=12, min_path_prob=0.0),
     "suffix": SuffixConfig(history_tokens=200),
+    "datastore": _toy_datastore(),
 }
 
 
@@ -79,7 +104,7 @@ def make_engine(
         DRAFTERS[drafter],
         DraftStyle(verification.draft_noise, verification.sibling_draws, verification.chains_only),
         vocab_size=model.vocab_size,
-        vocab_fingerprint=lambda: bytes(32),
+        vocab_fingerprint=lambda: VOCAB_FINGERPRINT,
         build_draft_model=build_draft_model,
     )
     target_cache = cache(num_blocks)

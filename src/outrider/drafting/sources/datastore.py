@@ -158,9 +158,9 @@ class DatastoreSource:
             for sample in range(num_samples):
                 position = array[match.first + sample * len(match) // num_samples]
                 pieces.append(read(position + length).ljust(width, b"\xff"))
-        rows = np.frombuffer(b"".join(pieces), dtype=self._dtype).reshape(len(pieces), depth).tolist()
-        if len(matches) > 1:
-            rows.sort()
+        tokens = np.frombuffer(b"".join(pieces), dtype=self._dtype).reshape(len(pieces), depth)
+        rows = np.minimum(tokens, self._vocab_size).tolist()  # all ends are one
+        rows.sort()
         return rows, total / len(rows)
 
     def _grow(
