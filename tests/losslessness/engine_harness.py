@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -34,17 +35,18 @@ from tests.toy_model import ToyModel
 VOCAB_FINGERPRINT = bytes(range(32))
 
 
-def _toy_datastore() -> DatastoreConfig:
-    """Texts of the toy model's tokens, for as long as the process lives."""
+@functools.cache
+def toy_datastore(vocab_size: int) -> DatastoreConfig:
+    """Texts of a toy model's tokens, for as long as the process lives."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     path = Path(folder.name) / "store"
     rng = random.Random(0)
     with DatastoreWriter(
-        path, vocab_size=ToyModel().vocab_size, fingerprint=VOCAB_FINGERPRINT, max_memory_bytes=1 << 16
+        path, vocab_size=vocab_size, fingerprint=VOCAB_FINGERPRINT, max_memory_bytes=1 << 16
     ) as writer:
         for _ in range(50):
-            writer.add([rng.randrange(ToyModel().vocab_size) for _ in range(60)])
+            writer.add([rng.randrange(vocab_size) for _ in range(60)])
             writer.end_document()
     return DatastoreConfig(path=str(path))
 
@@ -57,7 +59,7 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),
     "draft_model-tree": DraftModelConfig(depth=3, width=3, max_expanded=2, max_nodes=12, min_path_prob=0.0),
     "suffix": SuffixConfig(history_tokens=200),
-    "datastore": _toy_datastore(),
+    "datastore": DatastoreConfig(),
 }
 
 
@@ -100,8 +102,9 @@ def make_engine(
             max_batch_tokens=scheduler.max_batch_tokens,
         )
 
+    config = DRAFTERS[drafter]
     built = build_drafter(
-        DRAFTERS[drafter],
+        toy_datastore(model.vocab_size) if isinstance(config, DatastoreConfig) else config,
         DraftStyle(verification.draft_noise, verification.sibling_draws, verification.chains_only),
         vocab_size=model.vocab_size,
         vocab_fingerprint=lambda: VOCAB_FINGERPRINT,

@@ -52,9 +52,9 @@ def write(path: Path, documents: list[list[int]], *, vocab_size: int = 100, chun
     return path
 
 
-def source(path: Path, **settings: object) -> DatastoreSource:
+def source(path: Path, *, vocab_size: int = 2**20, **settings: object) -> DatastoreSource:
     config = DatastoreConfig(path=str(path), **settings)  # type: ignore[arg-type]
-    return DatastoreSource(config, vocab_fingerprint=lambda: FINGERPRINT)
+    return DatastoreSource(config, vocab_size=vocab_size, vocab_fingerprint=lambda: FINGERPRINT)
 
 
 def context(tokens: list[int], request_id: str = "r") -> DraftContext:
@@ -89,7 +89,8 @@ def test_lookups_find_what_a_scan_finds(tmp_path: Path, chunk_tokens: int, vocab
     drafter = source(path, num_lengths=1, num_samples=4096, depth=1)
     corpus = [token for text in texts for token in (*text, -1)]
     chunks = [corpus[at : at + chunk_tokens] for at in range(0, len(corpus), chunk_tokens)]
-    text = np.random.default_rng(4).integers(0, 6, 60).tolist() + [90, 5, 1, 2]
+    text = np.random.default_rng(4).integers(0, 6, 60).tolist()
+    text += [90, 5, 1, 2]
     for end in range(1, len(text) + 1):
         followed: Counter[int] = Counter()
         longest = 0
@@ -129,6 +130,8 @@ def test_tokens_beyond_the_tokenizer_match_nothing(tmp_path: Path) -> None:
     assert drafter.continuations(context([1, 2, 70_000, 1]))[0].tokens == [2, 3]
     drafter.release("r")
     assert not drafter._last_match
+    narrow = source(tmp_path / "store", vocab_size=3)
+    assert narrow.continuations(context([1]))[0].tokens == [2], "a model may know fewer tokens than its tokenizer"
 
 
 @settings(deadline=None, max_examples=30)
@@ -190,7 +193,7 @@ def test_a_datastore_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VocabularyMismatchError, match="outrider datastore build"):
         open_datastore(path, fingerprint=bytes(32))
     with pytest.raises(ConfigError, match="no path"):
-        DatastoreSource(DatastoreConfig(), vocab_fingerprint=lambda: FINGERPRINT)
+        DatastoreSource(DatastoreConfig(), vocab_size=100, vocab_fingerprint=lambda: FINGERPRINT)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -258,7 +261,9 @@ def test_build_and_info(tmp_path: Path, texts: list[Path], monkeypatch: pytest.M
     said = json.loads(run("info", tmp_path / "store", "--check", "--json").stdout)
     assert said == {key: record[key] for key in said}
     drafter = DatastoreSource(
-        DatastoreConfig(path=str(tmp_path / "store")), vocab_fingerprint=lambda: tokenizer.fingerprint
+        DatastoreConfig(path=str(tmp_path / "store")),
+        vocab_size=4096,
+        vocab_fingerprint=lambda: tokenizer.fingerprint,
     )
     query = tokenizer.encode("x = 1\n\ndef a(self):\n    return self", add_special_tokens=False)
     tokens = list(drafter.continuations(context(query))[0].tokens)

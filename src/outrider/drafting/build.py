@@ -52,7 +52,8 @@ def build_drafter(
             source = SuffixSource(config, vocab_size=vocab_size, vocab_fingerprint=vocab_fingerprint)
             return _source_drafter(config, source, style)
         case DatastoreConfig():
-            return _source_drafter(config, DatastoreSource(config, vocab_fingerprint=vocab_fingerprint), style)
+            source = DatastoreSource(config, vocab_size=vocab_size, vocab_fingerprint=vocab_fingerprint)
+            return _source_drafter(config, source, style)
 
 
 def _source_drafter(config: SuffixConfig | DatastoreConfig, source: Source, style: DraftStyle) -> SourceDrafter:

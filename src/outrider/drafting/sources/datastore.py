@@ -74,6 +74,10 @@ class ChunkIndex:
 class DatastoreSource:
     """Proposes the most frequent continuations in a corpus.
 
+    Args:
+        vocab_size: of the target; no other tokens are proposed.
+        vocab_fingerprint: digest of what its token ids mean, 32 bytes.
+
     Raises:
         ConfigError: no path.
         LookupFileError: the datastore is damaged or is something else.
@@ -84,7 +88,7 @@ class DatastoreSource:
     name = "datastore"
     reads_logits = False
 
-    def __init__(self, config: DatastoreConfig, *, vocab_fingerprint: Callable[[], bytes]) -> None:
+    def __init__(self, config: DatastoreConfig, *, vocab_size: int, vocab_fingerprint: Callable[[], bytes]) -> None:
         if config.path is None:
             raise ConfigError(
                 "datastore drafter",
@@ -95,7 +99,8 @@ class DatastoreSource:
         self._config = config
         store = open_datastore(Path(config.path), fingerprint=vocab_fingerprint())
         self._indexes = [ChunkIndex(chunk) for chunk in store.chunks]
-        self._vocab_size = store.header.vocab_size
+        self._separator = store.header.vocab_size
+        self._end = min(vocab_size, self._separator)  # a tokenizer may know tokens that its model does not
         self._dtype = np.dtype(">u2" if store.header.token_bytes == 2 else ">u4")
         self._last_match: dict[str, tuple[int, int]] = {}  # tokens of the context, tokens that matched
 
@@ -122,7 +127,7 @@ class DatastoreSource:
         num_seen, last = self._last_match.get(context.request_id, (0, 0))
         limit = min(self._config.max_match, last + len(tokens) - num_seen)
         recent = np.array(tokens[len(tokens) - min(limit, len(tokens)) :], dtype=np.int64)
-        foreign = np.flatnonzero(recent >= self._vocab_size)  # the model's, but not the tokenizer's
+        foreign = np.flatnonzero(recent >= self._separator)  # the model's, but not the tokenizer's
         if foreign.size:
             recent = recent[foreign[-1] + 1 :]
         return recent.astype(self._dtype).tobytes()
@@ -159,7 +164,7 @@ class DatastoreSource:
                 position = array[match.first + sample * len(match) // num_samples]
                 pieces.append(read(position + length).ljust(width, b"\xff"))
         tokens = np.frombuffer(b"".join(pieces), dtype=self._dtype).reshape(len(pieces), depth)
-        rows = np.minimum(tokens, self._vocab_size).tolist()  # all ends are one
+        rows = np.minimum(tokens, self._separator).tolist()  # all ends are one
         rows.sort()
         return rows, total / len(rows)
 
@@ -176,7 +181,7 @@ class DatastoreSource:
             token = rows[first][depth]
             if token == rows[end - 1][depth]:  # in order, so all between them are the same
                 found = (end - first) * weight
-                return ((token, found / (found + escape), state),) if token < self._vocab_size else ()
+                return ((token, found / (found + escape), state),) if token < self._end else ()
             counts = []
             for token, group in groupby(rows[first:end], key=lambda row: row[depth]):
                 count = sum(1 for _ in group)
@@ -187,7 +192,7 @@ class DatastoreSource:
             return [
                 (token, -count * weight / total, (begin, begin - count))
                 for count, token, begin in counts
-                if token < self._vocab_size
+                if token < self._end
             ]
 
         return grow(
