@@ -18,8 +18,9 @@ from typing import Any
 from outrider.bench.replay import Recording, ReplayResult, replay
 from outrider.bench.workloads import held_out_prompts, rename_edits
 from outrider.config import drafter_config
-from outrider.drafting.build import build_drafter
+from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import Drafter, DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine.references import with_token_references
 from outrider.llm import LLM
 from outrider.sampling.params import SamplingParams
@@ -103,7 +104,10 @@ def build(llm: LLM, spec: Mapping[str, Any]) -> Drafter:
     def no_draft_model(*_: object) -> Any:
         raise SystemExit("a draft model cannot be replayed: it needs the target's cache")
 
-    return build_drafter(config, DraftStyle(), vocab_size=llm.model.vocab_size, build_draft_model=no_draft_model)
+    parts = TargetParts(
+        llm.model.vocab_size, lambda: llm.tokenizer.fingerprint, no_draft_model, ForwardCost.unknown
+    )
+    return build_drafter(config, DraftStyle(), parts)
 
 
 def as_json(results: Mapping[str, ReplayResult]) -> dict[str, Any]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import random
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import (
@@ -10,6 +15,7 @@ from outrider.config import (
     AnpdConfig,
     AutoConfig,
     CopyConfig,
+    DatastoreConfig,
     DrafterConfig,
     DraftModelConfig,
     EditConfig,
@@ -25,14 +31,16 @@ from outrider.config import (
     SelfDraftConfig,
     SortedDraftConfig,
     StagedConfig,
+    SuffixConfig,
     UniversalDraftConfig,
     drafter_config,
 )
 from outrider.drafting.auto import AutoDrafter
-from outrider.drafting.build import build_drafter
+from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.draft_kinds import DraftParts, plain_draft, sorted_draft, staged_draft, translated_draft
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
+from outrider.drafting.sources.datastore_build import DatastoreWriter
 from outrider.drafting.text_draft import TextDrafter
 from outrider.engine.detokenizer import IncrementalDetokenizer
 from outrider.engine.engine import Engine
@@ -42,6 +50,25 @@ from outrider.sampling.params import SamplingParams
 from outrider.verification.build import build_rule
 from tests.toy_model import ToyModel
 from tests.toy_vocabulary import TARGET_SIDE, RenamedToyModel, draft_side, toy_translation
+
+VOCAB_FINGERPRINT = bytes(range(32))
+
+
+@functools.cache
+def toy_datastore(vocab_size: int) -> DatastoreConfig:
+    """Texts of a toy model's tokens, for as long as the process lives."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "store"
+    rng = random.Random(0)
+    with DatastoreWriter(
+        path, vocab_size=vocab_size, fingerprint=VOCAB_FINGERPRINT, max_memory_bytes=1 << 16
+    ) as writer:
+        for _ in range(50):
+            writer.add([rng.randrange(vocab_size) for _ in range(60)])
+            writer.end_document()
+    return DatastoreConfig(path=str(path))
+
 
 DRAFTERS: dict[str, DrafterConfig] = {
     "none": NoDrafterConfig(),
@@ -76,6 +103,8 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "staged": StagedConfig(depth=3, width=2, min_path_prob=0.0, drafter="ngram"),
     "staged-models": StagedConfig(depth=5, min_path_prob=0.01, drafter={"method": "draft_model", "depth": 3}),
     "sorted_draft": SortedDraftConfig(depth=4, layers=[1, 2], min_confidence=0.5),
+    "suffix": SuffixConfig(history_tokens=200),
+    "datastore": DatastoreConfig(),
 }
 
 
@@ -129,13 +158,7 @@ def make_engine(
                 return plain_draft(config, style, toy(0.8 * model.memory))
             case StagedConfig():
                 inner_config = drafter_config(config.drafter)
-                inner = build_drafter(
-                    inner_config,
-                    style,
-                    vocab_size=model.vocab_size,
-                    build_draft_model=build_draft_model,
-                    forward_cost=CheapRows,
-                )
+                inner = build_drafter(inner_config, style, target)
                 return staged_draft(config, style, toy(0.3), inner, inner_config)
             case SortedDraftConfig():
                 return sorted_draft(config, style, [toy(0.1), toy(0.3)])
@@ -150,12 +173,12 @@ def make_engine(
             case _:
                 return plain_draft(config, style, toy(0.3))
 
+    target = TargetParts(model.vocab_size, lambda: VOCAB_FINGERPRINT, build_draft_model, CheapRows)
+    config = DRAFTERS[drafter]
     built = build_drafter(
-        DRAFTERS[drafter],
+        toy_datastore(model.vocab_size) if isinstance(config, DatastoreConfig) else config,
         DraftStyle(verification.draft_noise, verification.sibling_draws, verification.chains_only),
-        vocab_size=model.vocab_size,
-        build_draft_model=build_draft_model,
-        forward_cost=CheapRows,
+        target,
     )
     if isinstance(built, AutoDrafter):
         built.clock = lambda: 0.0  # drafting is free: it drafts as much as it can

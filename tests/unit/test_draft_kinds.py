@@ -12,9 +12,10 @@ import torch
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import DraftModelConfig, SortedDraftConfig, StagedConfig, drafter_config
-from outrider.drafting.build import build_drafter
+from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.draft_kinds import DraftParts, plain_draft, sorted_draft, staged_draft, translated_draft
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree, VerifiedPath
@@ -68,7 +69,7 @@ def staged(config: StagedConfig, style: DraftStyle, middle: DraftParts, innermos
         assert innermost is not None
         return plain_draft(inner, inner_style, parts(innermost))
 
-    inner = build_drafter(inner_config, style, vocab_size=24, build_draft_model=build)
+    inner = build_drafter(inner_config, style, TargetParts(24, lambda: bytes(32), build, ForwardCost.unknown))
     return staged_draft(config, style, middle, inner, inner_config)
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from outrider.bench.replay import Recording, ReplayResult, replay
 from outrider.config import NgramConfig, drafter_config
-from outrider.drafting.build import build_drafter
+from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.sources.aded import DraftMaker, TrigramMatrix
 from outrider.drafting.sources.anpd import NgramModel
 from outrider.drafting.sources.calibration import CalibratedSource
@@ -42,7 +43,7 @@ def drafter_of(spec: object, style: DraftStyle | None = None) -> Drafter:
         raise AssertionError("a lookup drafter has no model")
 
     config = drafter_config(spec)  # type: ignore[arg-type]
-    return build_drafter(config, style or DraftStyle(), vocab_size=100, build_draft_model=no_model)  # type: ignore[arg-type]
+    return build_drafter(config, style or DraftStyle(), TargetParts(100, lambda: bytes(32), no_model, ForwardCost.unknown))  # type: ignore[arg-type]
 
 
 def propose(drafter: Drafter, tokens: Sequence[int], **settings: object) -> TokenTree:

@@ -235,7 +235,7 @@ def drafter_names(values: Sequence[str] | None, options: EngineOptions) -> list[
     has_draft = options.model is None or options.draft_model is not None
     # Of the methods that load a second model `all` has the plain one: the others are asked for by name.
     loaded = {name for name, config in DRAFTER_CONFIGS.items() if issubclass(config, DraftModelConfig)}
-    left_out = {"none", *loaded} - ({"draft_model"} if has_draft else set())
+    left_out = {"none", "datastore", *loaded} - ({"draft_model"} if has_draft else set())
     every = [name for name in DRAFTER_CONFIGS if name not in left_out]
     names: list[str] = []
     for name in (part.strip() for value in values or ["all"] for part in value.split(",")):

@@ -26,11 +26,13 @@ from outrider.config.lookup import (
     AdedConfig,
     AnpdConfig,
     CopyConfig,
+    DatastoreConfig,
     EditConfig,
     HistoryConfig,
     NgramConfig,
     RecyclingConfig,
     ReferenceConfig,
+    SuffixConfig,
 )
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "CacheConfig",
     "CacheDtype",
     "CopyConfig",
+    "DatastoreConfig",
     "DraftModelConfig",
     "DrafterConfig",
     "EditConfig",
@@ -63,6 +66,7 @@ __all__ = [
     "SourceConfig",
     "SourceSpec",
     "StagedConfig",
+    "SuffixConfig",
     "UniversalDraftConfig",
     "Weights",
     "drafter_config",

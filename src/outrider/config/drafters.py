@@ -19,10 +19,12 @@ from outrider.config.lookup import (
     AdedConfig,
     AnpdConfig,
     CopyConfig,
+    DatastoreConfig,
     EditConfig,
     HistoryConfig,
     NgramConfig,
     RecyclingConfig,
+    SuffixConfig,
 )
 from outrider.errors import ConfigError
 
@@ -35,7 +37,9 @@ class NoDrafterConfig:
 
 
 # Drafters that are one source of continuations each, and may stand together in a merge or a hierarchy.
-SourceConfig = NgramConfig | AnpdConfig | AdedConfig | CopyConfig | EditConfig | HistoryConfig
+SourceConfig = (
+    NgramConfig | AnpdConfig | AdedConfig | CopyConfig | EditConfig | HistoryConfig | SuffixConfig | DatastoreConfig
+)
 SourceSpec = str | Mapping[str, Any] | SourceConfig
 
 
@@ -123,6 +127,8 @@ DrafterConfig = (
     | CopyConfig
     | EditConfig
     | HistoryConfig
+    | SuffixConfig
+    | DatastoreConfig
     | MergeConfig
     | HierarchyConfig
     | RecyclingConfig
@@ -153,6 +159,8 @@ DRAFTER_CONFIGS: dict[str, type] = {
     "universal_draft": UniversalDraftConfig,
     "staged": StagedConfig,
     "sorted_draft": SortedDraftConfig,
+    "suffix": SuffixConfig,
+    "datastore": DatastoreConfig,
 }
 
 

@@ -19,7 +19,7 @@ from outrider.config import (
     NgramConfig,
     SchedulerConfig,
 )
-from outrider.drafting.build import build_drafter
+from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine.bundled import BUNDLED_TARGET
@@ -101,9 +101,12 @@ def build_engine(
     drafter = build_drafter(
         with_token_references(drafter_config, tokenizer, model.vocab_size),
         DraftStyle(rule.draft_noise, rule.sibling_draws, rule.chains_only),
-        vocab_size=model.vocab_size,
-        build_draft_model=draft_models.build,
-        forward_cost=lambda: _forward_cost(config, model, on_calibration),
+        TargetParts(
+            vocab_size=model.vocab_size,
+            vocab_fingerprint=lambda: tokenizer.fingerprint,
+            build_draft_model=draft_models.build,
+            forward_cost=lambda: _forward_cost(config, model, on_calibration),
+        ),
     )
     return Engine(
         model,

@@ -16,7 +16,7 @@ from outrider.config import (
     UniversalDraftConfig,
     drafter_config,
 )
-from outrider.drafting.build import build_drafter
+from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.draft_kinds import DraftParts, plain_draft, sorted_draft, staged_draft, translated_draft
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
@@ -65,13 +65,13 @@ class DraftModels:
                 return plain_draft(drafter, style, self._parts(self._load_self(drafter)))
             case StagedConfig():
                 inner_config = drafter_config(drafter.drafter)
-                inner = build_drafter(
-                    inner_config,
-                    style,
+                parts = TargetParts(
                     vocab_size=self._target.vocab_size,
+                    vocab_fingerprint=lambda: self._tokenizer.fingerprint,
                     build_draft_model=self.build,
                     forward_cost=ForwardCost.unknown,
                 )
+                inner = build_drafter(inner_config, style, parts)
                 return staged_draft(drafter, style, self._parts(self._load(drafter)), inner, inner_config)
             case SortedDraftConfig():
                 whole = self._load_shared(drafter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -42,6 +43,14 @@ class Tokenizer:
     @property
     def eos_id(self) -> int | None:
         return self._backend.eos_token_id
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of what every token id means: files of token ids fit models with the same one."""
+        digest = hashlib.sha256()
+        for token, token_id in sorted(self.vocab.items(), key=lambda of: (of[1], of[0])):
+            digest.update(f"{token_id} {len(token)} {token}\n".encode("utf-8", "surrogatepass"))
+        return digest.digest()
 
     def __len__(self) -> int:
         return len(self._backend)
