@@ -147,6 +147,13 @@ class TokenTree:
             children[self.parents[node]].append(node)
         return children
 
+    def child_of(self) -> dict[tuple[int, int], int]:
+        """``(parent, token) -> node``; of equal siblings the first."""
+        found: dict[tuple[int, int], int] = {}
+        for node in range(1, len(self.tokens)):
+            found.setdefault((self.parents[node], self.tokens[node]), node)
+        return found
+
     def path(self, node: int) -> tuple[int, ...]:
         """Nodes from below the root down to `node`; empty for the root."""
         nodes = []

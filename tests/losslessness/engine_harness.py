@@ -6,16 +6,21 @@ from collections.abc import Callable, Sequence
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import (
+    AutoConfig,
     DrafterConfig,
     DraftModelConfig,
+    JacobiConfig,
+    LookaheadConfig,
     NgramConfig,
     NoDrafterConfig,
     RecyclingConfig,
     SchedulerConfig,
 )
+from outrider.drafting.auto import AutoDrafter
 from outrider.drafting.build import build_drafter
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine.detokenizer import IncrementalDetokenizer
 from outrider.engine.engine import Engine
 from outrider.engine.scheduler import Scheduler
@@ -26,12 +31,29 @@ from tests.toy_model import ToyModel
 
 DRAFTERS: dict[str, DrafterConfig] = {
     "none": NoDrafterConfig(),
+    "auto": AutoConfig(drafters=["ngram", "recycling", "draft_model"], exploration=1.0),
+    "auto-sparing": AutoConfig(drafters=["draft_model", "merge"]),
     "ngram": NgramConfig(),
     "recycling": RecyclingConfig(),
+    "jacobi": JacobiConfig(mode="jacobi", initial="last"),
+    "jacobi-gs": JacobiConfig(block_size=5, initial="random"),
+    "jacobi-hybrid": JacobiConfig(mode="hybrid", block_size=4, parallel_length=90, initial="prompt"),
+    "lookahead": LookaheadConfig(),
+    "lookahead-bigrams": LookaheadConfig(window=6, ngram=2, guesses=2, initial="last", max_keys=8),
     "draft_model": DraftModelConfig(),
     "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),
     "draft_model-tree": DraftModelConfig(depth=3, width=3, max_expanded=2, max_nodes=12, min_path_prob=0.0),
 }
+
+
+class CheapRows(ForwardCost):
+    """Rows that cost next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 64), (0,), [(1.0, 1.1)])
+
+    def observe(self, num_rows: int, context: int, seconds: float) -> None:
+        pass
 
 
 def decode(token_ids: Sequence[int]) -> str:
@@ -78,7 +100,10 @@ def make_engine(
         DraftStyle(verification.draft_noise, verification.sibling_draws, verification.chains_only),
         vocab_size=model.vocab_size,
         build_draft_model=build_draft_model,
+        forward_cost=CheapRows,
     )
+    if isinstance(built, AutoDrafter):
+        built.clock = lambda: 0.0  # drafting is free: it drafts as much as it can
     target_cache = cache(num_blocks)
     return Engine(model, built, verification, target_cache, Scheduler(scheduler, target_cache, built.max_nodes))
 
@@ -103,7 +128,7 @@ def make_request(
 def check_engine(engine: Engine) -> None:
     """Nothing is left behind, and every structure is sound."""
     engine.cache.check_integrity()
-    if isinstance(engine.drafter, DraftModelDrafter):
+    if isinstance(engine.drafter, DraftModelDrafter | AutoDrafter):
         engine.drafter.check_integrity()
 
 

@@ -162,7 +162,7 @@ def test_requests_that_come_and_go_do_not_disturb_each_other(drafter: str) -> No
 @pytest.mark.parametrize("drafter", [name for name in DRAFTERS if name != "none"])
 def test_drafts_are_accepted(drafter: str) -> None:
     """An equality that holds because nothing is ever accepted proves nothing."""
-    params = SETTINGS["greedy"]
+    params = SamplingParams(temperature=0.0, max_tokens=130, ignore_eos=True)
     requests = [make_request(f"r{i}", prompt, params) for i, prompt in enumerate(prompts(6))]
     engine = make_engine(drafter, model=ToyModel(memory=0.2))
     run(engine, requests)

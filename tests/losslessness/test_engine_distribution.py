@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from outrider.config import SchedulerConfig
-from outrider.drafting import draft_model
+from outrider.drafting.growth import tree as growing_tree
 from outrider.sampling.params import SamplingParams
 from outrider.verification.build import RULE_NAMES
 from tests.losslessness.engine_harness import DRAFTERS, make_engine, make_request
@@ -72,19 +72,23 @@ def test_outputs_have_the_targets_distribution(rule: str, drafter: str) -> None:
     assert chi_square(drafter, rule) < 4.5
 
 
-def test_a_drafter_that_draws_with_the_targets_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mutant: under a rejection rule the draft is drawn with noise that is not what its q says."""
-    right = draft_model.draw_children
+def draw_from_a_sharper_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutant: drafts are drawn with less noise than what their q says."""
+    right = growing_tree.gumbel_noise
+    monkeypatch.setattr(growing_tree, "gumbel_noise", lambda *arguments: right(*arguments) / 1.5)
 
-    def sharper(log_probs, **arguments):
-        return right(log_probs * 1.5, **arguments)
 
-    monkeypatch.setattr(draft_model, "draw_children", sharper)
-    assert chi_square("draft_model-chain", "rejection") > 8
+@pytest.mark.parametrize(
+    ("drafter", "rule"), [("draft_model-chain", "rejection"), ("draft_model-tree", "tree_rejection")]
+)
+def test_a_drafter_that_draws_from_another_q_is_found(
+    drafter: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_from_a_sharper_q(monkeypatch)
+    assert chi_square(drafter, rule) > 8
 
 
 def test_coupled_drafts_do_not_care(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same mutant is harmless under the coupled rule: only the target's choice counts."""
-    right = draft_model.draw_children
-    monkeypatch.setattr(draft_model, "draw_children", lambda log_probs, **rest: right(log_probs * 1.5, **rest))
+    draw_from_a_sharper_q(monkeypatch)
     assert chi_square("draft_model-chain", "coupled") < 4.5

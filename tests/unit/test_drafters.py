@@ -6,12 +6,9 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from outrider.config import DraftModelConfig, NgramConfig, RecyclingConfig
+from outrider.config import DraftModelConfig, RecyclingConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
-from outrider.drafting.ngram import NgramDrafter, NgramIndex
 from outrider.drafting.recycling import RecyclingDrafter
 from outrider.drafting.tree_shape import best_first_shape
 from outrider.sampling.params import SamplingParams
@@ -30,48 +27,6 @@ def paths(tree: TokenTree) -> set[tuple[int, ...]]:
     """Token paths from below the root to each leaf."""
     leaves = set(range(tree.num_nodes)) - set(tree.parents)
     return {tuple(tree.tokens[node] for node in tree.path(leaf)) for leaf in leaves if leaf}
-
-
-# Prompt lookup
-
-
-def test_ngram_copies_what_followed_the_longest_match() -> None:
-    drafter = NgramDrafter(NgramConfig(max_ngram=3, min_ngram=1, num_candidates=1, depth=3), DraftStyle())
-    (tree,) = drafter.propose([context([1, 2, 3, 7, 7, 9, 2, 3, 5, 6, 4, 1, 2, 3])])
-    assert paths(tree) == {(7, 7, 9)}, "the match of three tokens, not the later one of two"
-
-
-def test_ngram_merges_candidates_into_one_tree() -> None:
-    drafter = NgramDrafter(NgramConfig(max_ngram=2, num_candidates=3, depth=2, max_nodes=8), DraftStyle())
-    (tree,) = drafter.propose([context([1, 2, 5, 6, 1, 2, 5, 7, 1, 2, 8, 1, 2])])
-    assert paths(tree) == {(8, 1), (5, 7), (5, 6)}
-    assert tree.num_nodes == 1 + 5
-    (small,) = drafter.propose([context([1, 2, 5, 6, 1, 2, 5, 7, 1, 2, 8, 1, 2], max_nodes=3)])
-    assert small.num_nodes == 4
-    (chain,) = NgramDrafter(NgramConfig(), DraftStyle(chains_only=True)).propose([context([1, 2, 5, 1, 2, 6, 1, 2])])
-    assert all(parent == node - 1 for node, parent in enumerate(chain.parents))
-
-
-def test_ngram_proposes_nothing_where_nothing_matches_or_nothing_is_wanted() -> None:
-    drafter = NgramDrafter(NgramConfig(), DraftStyle())
-    assert drafter.propose([context([1, 2, 3])])[0].num_nodes == 1
-    assert drafter.propose([context([1, 1, 1, 1], max_depth=0, request_id="b")])[0].num_nodes == 1
-    assert drafter.propose([context([1, 1, 1, 1], max_nodes=0, request_id="b")])[0].num_nodes == 1
-
-
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
-def test_ngram_index_grown_in_pieces_equals_a_scan(tokens: list[int], data: st.DataObject) -> None:
-    index = NgramIndex(1, 3)
-    length = 0
-    while length < len(tokens):
-        length = data.draw(st.integers(length + 1, len(tokens)))
-        index.extend(tokens[:length])
-    expected: list[int] = []
-    for n in (3, 2, 1):
-        suffix = tokens[-n:] if n <= len(tokens) else None
-        ends = [e for e in range(len(tokens) - 1, n - 1, -1) if tokens[e - n : e] == suffix]
-        expected += [end for end in ends if end not in expected]
-    assert list(index.matches(tokens)) == expected
 
 
 # Tree shapes and Token Recycling

@@ -2,24 +2,60 @@
 
 from outrider.config.checks import GROUP_SIZES, Weights, from_mapping
 from outrider.config.draft_models import DraftModelConfig
-from outrider.config.drafters import DRAFTER_CONFIGS, DrafterConfig, NoDrafterConfig, drafter_config
+from outrider.config.drafters import (
+    DRAFTER_CONFIGS,
+    AutoConfig,
+    DrafterConfig,
+    HierarchyConfig,
+    MergeConfig,
+    NoDrafterConfig,
+    SourceConfig,
+    SourceSpec,
+    drafter_config,
+    source_config,
+)
 from outrider.config.engine import CacheConfig, CacheDtype, EngineConfig, Exactness, SchedulerConfig
-from outrider.config.lookup import NgramConfig, RecyclingConfig
+from outrider.config.jacobi import InitialTokens, JacobiConfig, LookaheadConfig
+from outrider.config.lookup import (
+    AdedConfig,
+    AnpdConfig,
+    CopyConfig,
+    EditConfig,
+    HistoryConfig,
+    NgramConfig,
+    RecyclingConfig,
+    ReferenceConfig,
+)
 
 __all__ = [
     "DRAFTER_CONFIGS",
     "GROUP_SIZES",
+    "AdedConfig",
+    "AnpdConfig",
+    "AutoConfig",
     "CacheConfig",
     "CacheDtype",
+    "CopyConfig",
     "DraftModelConfig",
     "DrafterConfig",
+    "EditConfig",
     "EngineConfig",
     "Exactness",
+    "HierarchyConfig",
+    "HistoryConfig",
+    "InitialTokens",
+    "JacobiConfig",
+    "LookaheadConfig",
+    "MergeConfig",
     "NgramConfig",
     "NoDrafterConfig",
     "RecyclingConfig",
+    "ReferenceConfig",
     "SchedulerConfig",
+    "SourceConfig",
+    "SourceSpec",
     "Weights",
     "drafter_config",
     "from_mapping",
+    "source_config",
 ]

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from outrider.config.checks import Weights, check_int, check_tree_limits, check_weights, require
+
+GrowthName = Literal[
+    "beam",
+    "mcsd",
+    "mcsd_improved",
+    "rsd_c",
+    "rsd_s",
+    "cape",
+    "dyspec",
+    "dyspec_threshold",
+    "specexec",
+    "opt_tree",
+    "static",
+]
 
 
 @dataclass(frozen=True)
@@ -15,11 +30,27 @@ class DraftModelConfig:
     Attributes:
         model: folder or hub id; None is the bundled draft (for the bundled target).
         revision: of a hub id.
-        depth: forwards of the draft per step, and the longest path of the tree.
-        width: children drawn below each expanded node; 1 is a chain.
-        max_expanded: nodes expanded per depth, the most probable paths first.
+        growth: how the tree grows; the settings after `max_nodes` that it reads stand behind it. Under a rule that
+            verifies chains alone every growth is a chain.
+            "beam": the `max_expanded` most probable paths of each depth get `width` children; a chain at `width` 1;
+            "mcsd": every node of a depth gets as many children, drawn as the rule asks (`branching`);
+            "mcsd_improved": `width` chains, each as long as the draft is confident;
+            "rsd_c": as "mcsd", siblings always distinct (`branching`);
+            "rsd_s": stochastic beam search (`width` paths per depth);
+            "cape": a chain, and more candidates where the draft is not sure;
+            "dyspec": the place most likely to be reached is next (`max_expanded` nodes read per forward);
+            "dyspec_threshold": all places likelier than `min_path_prob`, depth by depth;
+            "specexec": the most probable paths, `max_expanded` nodes read per forward;
+            "opt_tree": the same, a layer per forward, until a layer is worth less than `min_gain`;
+            "static": the best shape for `rank_probs`.
+        depth: the longest path of the tree.
+        width: children drawn below an expanded node, or paths side by side; 1 is a chain.
+        max_expanded: nodes expanded per depth or forward, the most probable paths first.
         min_path_prob: paths that the draft itself finds less probable are not drafted further.
         max_nodes: the most draft tokens in a tree.
+        branching: children of each node of depth 0, 1, ...
+        min_gain: least gain in expected accepted tokens for which a further layer is read.
+        rank_probs: how likely the child of each rank is accepted.
         dtype: of the draft's activations and cache; "auto" is the checkpoint's.
         weights, group_size: of the draft's linear layers, as in `EngineConfig`.
     """
@@ -27,19 +58,46 @@ class DraftModelConfig:
     method: Literal["draft_model"] = "draft_model"
     model: str | None = None
     revision: str | None = None
+    growth: GrowthName = "beam"
     depth: int = 10
     width: int = 1
     max_expanded: int = 1
     min_path_prob: float = 0.1
     max_nodes: int = 12
+    branching: Sequence[int] = (3, 1, 1, 1)
+    min_gain: float = 0.1
+    rank_probs: Sequence[float] = (0.6, 0.12, 0.05, 0.03)
     dtype: str = "auto"
     weights: Weights = "auto"
     group_size: int = 64
 
     def __post_init__(self) -> None:
+        names = get_args(GrowthName)
+        require(self.growth in names, "draft_model.growth", self.growth, f"one of {', '.join(names)}")
         check_tree_limits("draft_model", self.depth, self.max_nodes)
         check_int("draft_model.width", self.width, 1, 64)
         check_int("draft_model.max_expanded", self.max_expanded, 1, 64)
-        valid = isinstance(self.min_path_prob, int | float) and 0 <= self.min_path_prob < 1
-        require(valid, "draft_model.min_path_prob", self.min_path_prob, "a number in [0, 1)")
+        _check_fraction("min_path_prob", self.min_path_prob)
+        if self.growth == "dyspec_threshold":
+            require(self.min_path_prob > 0, "draft_model.min_path_prob", self.min_path_prob, "above 0: the threshold")
+        _check_list("branching", self.branching, 128)
+        for factor in self.branching:
+            check_int("draft_model.branching", factor, 1, 64)
+        valid = isinstance(self.min_gain, int | float) and 0 <= self.min_gain < 128
+        require(valid, "draft_model.min_gain", self.min_gain, "a number in [0, 128)")
+        _check_list("rank_probs", self.rank_probs, 64)
+        for probability in self.rank_probs:
+            _check_fraction("rank_probs", probability)
+        falling = all(a >= b for a, b in zip(self.rank_probs, self.rank_probs[1:], strict=False))
+        require(falling, "draft_model.rank_probs", self.rank_probs, "falling probabilities")
         check_weights("draft_model.", self.weights, self.group_size)
+
+
+def _check_fraction(name: str, value: object) -> None:
+    valid = isinstance(value, int | float) and 0 <= value < 1
+    require(valid, f"draft_model.{name}", value, "a number in [0, 1)")
+
+
+def _check_list(name: str, values: object, most: int) -> None:
+    valid = isinstance(values, list | tuple) and 1 <= len(values) <= most
+    require(valid, f"draft_model.{name}", values, f"a list of 1 to {most} numbers")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from outrider.config.checks import from_mapping
+from outrider.config.checks import check_int, check_tree_limits, from_mapping, require
 from outrider.config.draft_models import DraftModelConfig
-from outrider.config.lookup import NgramConfig, RecyclingConfig
+from outrider.config.jacobi import JacobiConfig, LookaheadConfig
+from outrider.config.lookup import (
+    AdedConfig,
+    AnpdConfig,
+    CopyConfig,
+    EditConfig,
+    HistoryConfig,
+    NgramConfig,
+    RecyclingConfig,
+)
 from outrider.errors import ConfigError
 
 
@@ -19,11 +28,116 @@ class NoDrafterConfig:
     method: Literal["none"] = "none"
 
 
-DrafterConfig = NoDrafterConfig | NgramConfig | RecyclingConfig | DraftModelConfig
+# Drafters that are one source of continuations each, and may stand together in a merge or a hierarchy.
+SourceConfig = NgramConfig | AnpdConfig | AdedConfig | CopyConfig | EditConfig | HistoryConfig
+SourceSpec = str | Mapping[str, Any] | SourceConfig
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Several sources' continuations in one tree, the likeliest first.
+
+    Attributes:
+        sources: their specifications: names, mappings with key ``method``, or configs.
+        depth: the longest path.
+        max_nodes: the most draft tokens in a tree.
+    """
+
+    method: Literal["merge"] = "merge"
+    sources: Sequence[SourceSpec] = ("ngram", "anpd", "aded")
+    depth: int = 16
+    max_nodes: int = 12
+
+    def __post_init__(self) -> None:
+        check_tree_limits("merge", self.depth, self.max_nodes)
+        _check_sources("merge.sources", self.sources)
+
+
+@dataclass(frozen=True)
+class HierarchyConfig:
+    """Sources asked in turn, the nearest in time first, until the tree is full.
+
+    Attributes:
+        levels: their specifications, the nearest first: context, history, statistics. A corpus joins as references of
+            the last level.
+        depth: the longest path.
+        max_nodes: the most draft tokens in a tree.
+    """
+
+    method: Literal["hierarchy"] = "hierarchy"
+    levels: Sequence[SourceSpec] = ("ngram", "history", "aded")
+    depth: int = 16
+    max_nodes: int = 12
+
+    def __post_init__(self) -> None:
+        check_tree_limits("hierarchy", self.depth, self.max_nodes)
+        _check_sources("hierarchy.levels", self.levels)
+
+
+@dataclass(frozen=True)
+class AutoConfig:
+    """The planner: in every step the drafter and the draft tokens that pay, or none.
+
+    Attributes:
+        drafters: what to choose from: names, mappings with key ``method``, or configs; None is every training-free
+            drafter that suits any text, and the bundled draft for the bundled target.
+        max_nodes: the most draft tokens in a tree.
+        exploration: share of the time that may go into trying drafters whose record does not promise a gain.
+        calibrate: measure at start what a forward costs (some seconds, kept for the next start); False learns it from
+            the steps alone.
+    """
+
+    method: Literal["auto"] = "auto"
+    drafters: Sequence[str | Mapping[str, Any] | Any] | None = None
+    max_nodes: int = 48
+    exploration: float = 0.01
+    calibrate: bool = True
+
+    def __post_init__(self) -> None:
+        check_int("auto.max_nodes", self.max_nodes, 1, 1024)
+        valid = isinstance(self.exploration, int | float) and 0 <= self.exploration <= 1
+        require(valid, "auto.exploration", self.exploration, "a number in [0, 1]")
+        require(isinstance(self.calibrate, bool), "auto.calibrate", self.calibrate, "true or false")
+        if self.drafters is None:
+            return
+        listed = isinstance(self.drafters, Sequence) and not isinstance(self.drafters, str)
+        require(listed, "auto.drafters", repr(self.drafters)[:60], "a list of drafters")
+        check_int("number of auto.drafters", len(self.drafters), 1, 16)
+        for spec in self.drafters:
+            inner = drafter_config(spec)
+            require(not isinstance(inner, AutoConfig), "auto.drafters", "'auto' inside", "other drafters")
+
+
+DrafterConfig = (
+    AutoConfig
+    | NoDrafterConfig
+    | NgramConfig
+    | AnpdConfig
+    | AdedConfig
+    | CopyConfig
+    | EditConfig
+    | HistoryConfig
+    | MergeConfig
+    | HierarchyConfig
+    | RecyclingConfig
+    | JacobiConfig
+    | LookaheadConfig
+    | DraftModelConfig
+)
 DRAFTER_CONFIGS: dict[str, type] = {
+    "auto": AutoConfig,
     "none": NoDrafterConfig,
     "ngram": NgramConfig,
+    "anpd": AnpdConfig,
+    "aded": AdedConfig,
+    "copy": CopyConfig,
+    "edit": EditConfig,
+    "history": HistoryConfig,
+    "merge": MergeConfig,
+    "hierarchy": HierarchyConfig,
     "recycling": RecyclingConfig,
+    "jacobi": JacobiConfig,
+    "lookahead": LookaheadConfig,
     "draft_model": DraftModelConfig,
 }
 
@@ -43,3 +157,24 @@ def drafter_config(spec: str | Mapping[str, Any] | DrafterConfig) -> DrafterConf
     if not isinstance(method, str) or method not in DRAFTER_CONFIGS:
         raise ConfigError("unknown drafter", got=repr(method), expected=f"one of {', '.join(DRAFTER_CONFIGS)}")
     return from_mapping(DRAFTER_CONFIGS[method], values, f"{method} drafter")
+
+
+def source_config(spec: SourceSpec) -> SourceConfig:
+    """Resolve the specification of a source inside a merge or a hierarchy.
+
+    Raises:
+        ConfigError: unknown method or key, or a method that is no single source.
+    """
+    config = drafter_config(spec)
+    if not isinstance(config, SourceConfig):
+        methods = [name for name, known in DRAFTER_CONFIGS.items() if known in get_args(SourceConfig)]
+        raise ConfigError("source", got=repr(config.method), expected=f"one of {', '.join(methods)}")
+    return config
+
+
+def _check_sources(name: str, specs: Sequence[SourceSpec]) -> None:
+    valid = isinstance(specs, Sequence) and not isinstance(specs, str)
+    require(valid, name, repr(specs)[:60], "a list of drafters")
+    check_int(f"number of {name}", len(specs), 1, 16)
+    for spec in specs:
+        source_config(spec)

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, Protocol
 
-from outrider.config.checks import check_int, check_tree_limits
+from outrider.config.checks import check_int, check_tree_limits, require
+
+MAX_REFERENCE_TOKENS = 1 << 20  # of all references of a drafter together; an index takes some 200 bytes each
+
+
+class ReferenceConfig(Protocol):
+    """Settings of a drafter that takes texts to copy from or to learn from.
+
+    Attributes:
+        references: texts or token ids.
+        reference_files: UTF-8 text files.
+        max_reference_tokens: the most tokens of all of them together; more are an error.
+    """
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def references(self) -> Sequence[str | Sequence[int]]: ...
+    @property
+    def reference_files(self) -> Sequence[str]: ...
+    @property
+    def max_reference_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -22,8 +45,8 @@ class NgramConfig:
     method: Literal["ngram"] = "ngram"
     max_ngram: int = 4
     min_ngram: int = 1
-    num_candidates: int = 3
-    depth: int = 8
+    num_candidates: int = 8
+    depth: int = 16
     max_nodes: int = 12
 
     def __post_init__(self) -> None:
@@ -31,6 +54,184 @@ class NgramConfig:
         check_int("ngram.min_ngram", self.min_ngram, 1, self.max_ngram)
         check_tree_limits("ngram", self.depth, self.max_nodes)
         check_int("ngram.num_candidates", self.num_candidates, 1, 64)
+
+
+@dataclass(frozen=True)
+class AnpdConfig:
+    """Adaptive n-grams: every draft token predicted by the longest n-gram that the request has shown so far.
+
+    Attributes:
+        max_ngram, min_ngram: tokens that a prediction is made from, the longest level first.
+        num_candidates: the most children of a node.
+        depth: the longest path.
+        max_nodes: the most draft tokens in a tree.
+    """
+
+    method: Literal["anpd"] = "anpd"
+    max_ngram: int = 5
+    min_ngram: int = 1
+    num_candidates: int = 3
+    depth: int = 16
+    max_nodes: int = 12
+
+    def __post_init__(self) -> None:
+        check_int("anpd.max_ngram", self.max_ngram, 1, 16)
+        check_int("anpd.min_ngram", self.min_ngram, 1, self.max_ngram)
+        check_tree_limits("anpd", self.depth, self.max_nodes)
+        check_int("anpd.num_candidates", self.num_candidates, 1, 64)
+
+
+@dataclass(frozen=True)
+class AdedConfig:
+    """Tri-gram statistics over all requests, searched with a bonus for what was visited little.
+
+    Attributes:
+        exploration: weight of the bonus; 0 takes the likeliest nodes.
+        rate: share of the way that a probability moves at each update; the greater, the more the latest counts.
+        num_candidates: the most tokens kept of what follows a pair.
+        capacity: the most rows (pairs and single tokens) kept.
+        references, reference_files, max_reference_tokens: a corpus that the statistics begin with; see
+            `ReferenceConfig`.
+        depth: the longest path.
+        max_nodes: the most draft tokens in a tree.
+    """
+
+    method: Literal["aded"] = "aded"
+    exploration: float = 0.1
+    rate: float = 0.5
+    num_candidates: int = 8
+    capacity: int = 1 << 17
+    references: Sequence[str | Sequence[int]] = ()
+    reference_files: Sequence[str] = ()
+    max_reference_tokens: int = MAX_REFERENCE_TOKENS
+    depth: int = 16
+    max_nodes: int = 12
+
+    def __post_init__(self) -> None:
+        check_tree_limits("aded", self.depth, self.max_nodes)
+        valid = isinstance(self.exploration, int | float) and 0 <= self.exploration <= 100
+        require(valid, "aded.exploration", self.exploration, "a number in [0, 100]")
+        valid = isinstance(self.rate, int | float) and 0 < self.rate < 1
+        require(valid, "aded.rate", self.rate, "a number in (0, 1)")
+        check_int("aded.num_candidates", self.num_candidates, 1, 64)
+        check_int("aded.capacity", self.capacity, 2, 1 << 24)
+        check_references(self)
+
+
+@dataclass(frozen=True)
+class CopyConfig:
+    """Copying what follows the last tokens in given references, or in the request's own history.
+
+    Attributes:
+        gammas: how many last tokens are looked for, the longest first.
+        history: also copy from the request's own tokens.
+        num_candidates: the most places copied from.
+        references, reference_files, max_reference_tokens: see `ReferenceConfig`.
+        depth: tokens copied from each place.
+        max_nodes: the most draft tokens in a tree.
+    """
+
+    method: Literal["copy"] = "copy"
+    gammas: Sequence[int] = (8, 3, 2, 1)
+    history: bool = True
+    num_candidates: int = 8
+    references: Sequence[str | Sequence[int]] = ()
+    reference_files: Sequence[str] = ()
+    max_reference_tokens: int = MAX_REFERENCE_TOKENS
+    depth: int = 16
+    max_nodes: int = 12
+
+    def __post_init__(self) -> None:
+        check_lengths("copy.gammas", self.gammas)
+        check_tree_limits("copy", self.depth, self.max_nodes)
+        check_int("copy.num_candidates", self.num_candidates, 1, 64)
+        require(isinstance(self.history, bool), "copy.history", self.history, "true or false")
+        check_references(self)
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Copying the input of an edit from where the output is aligned with it.
+
+    Attributes:
+        references, reference_files, max_reference_tokens: the input, see `ReferenceConfig`; without any it is the
+            prompt.
+        lookup: also propose what prompt lookup finds, which knows the output too.
+        depth: tokens copied.
+        max_nodes: the most draft tokens in a tree.
+    """
+
+    method: Literal["edit"] = "edit"
+    references: Sequence[str | Sequence[int]] = ()
+    reference_files: Sequence[str] = ()
+    max_reference_tokens: int = MAX_REFERENCE_TOKENS
+    lookup: bool = True
+    depth: int = 32
+    max_nodes: int = 16
+
+    def __post_init__(self) -> None:
+        check_tree_limits("edit", self.depth, self.max_nodes)
+        require(isinstance(self.lookup, bool), "edit.lookup", self.lookup, "true or false")
+        check_references(self)
+
+
+@dataclass(frozen=True)
+class HistoryConfig:
+    """What was generated before, in any request, proposed again.
+
+    Attributes:
+        lengths: how many last tokens are looked for, the longest first.
+        capacity: the most tokens kept; the older half is forgotten when they are reached.
+        num_candidates: the most places copied from.
+        depth: tokens copied from each place.
+        max_nodes: the most draft tokens in a tree.
+    """
+
+    method: Literal["history"] = "history"
+    lengths: Sequence[int] = (6, 3, 2, 1)
+    capacity: int = 1 << 17
+    num_candidates: int = 8
+    depth: int = 16
+    max_nodes: int = 12
+
+    def __post_init__(self) -> None:
+        check_lengths("history.lengths", self.lengths)
+        check_int("history.capacity", self.capacity, 256, 1 << 24)
+        check_tree_limits("history", self.depth, self.max_nodes)
+        check_int("history.num_candidates", self.num_candidates, 1, 64)
+
+
+def check_lengths(name: str, lengths: object) -> None:
+    valid = (
+        isinstance(lengths, Sequence)
+        and not isinstance(lengths, str)
+        and 1 <= len(lengths) <= 16
+        and all(isinstance(length, int) and 1 <= length <= 256 for length in lengths)
+        and all(longer > shorter for longer, shorter in pairwise(lengths))
+    )
+    require(valid, name, lengths, "1 to 16 falling integers in [1, 256]")
+
+
+def check_references(config: ReferenceConfig) -> None:
+    name = config.method
+    check_int(f"{name}.max_reference_tokens", config.max_reference_tokens, 1, 1 << 26)
+    references, files = config.references, config.reference_files
+    valid = isinstance(references, Sequence) and not isinstance(references, str)
+    require(valid, f"{name}.references", repr(references)[:60], "a list of texts or of lists of token ids")
+    for reference in references:
+        valid = isinstance(reference, str) or (
+            isinstance(reference, Sequence) and all(isinstance(token, int) and token >= 0 for token in reference)
+        )
+        require(valid, f"{name}.references", repr(reference)[:60], "a text or a list of token ids")
+    valid = isinstance(files, Sequence) and not isinstance(files, str) and all(isinstance(f, str) for f in files)
+    require(valid, f"{name}.reference_files", repr(files)[:60], "a list of paths")
+    num_tokens = sum(len(reference) for reference in references if not isinstance(reference, str))
+    require(
+        num_tokens <= config.max_reference_tokens,
+        f"{name} references",
+        f"{num_tokens} tokens",
+        f"at most max_reference_tokens={config.max_reference_tokens}",
+    )
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class SourceDrafter:
         ]
         root = context.token_ids[-1]
         if self._chains_only:
-            paths = paths[:1]
+            paths = best_chain(paths)
         return merge_paths(root, paths, max_nodes, min_path_prob=context.min_path_prob)
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
@@ -81,3 +81,16 @@ class SourceDrafter:
     def release(self, request_id: str) -> None:
         for source in self.sources:
             source.release(request_id)
+
+
+def best_chain(paths: Sequence[WeightedPath]) -> list[WeightedPath]:
+    """Of several paths the one that promises the most accepted tokens; none of none."""
+    return [max(paths, key=_expected_length)] if paths else []
+
+
+def _expected_length(path: WeightedPath) -> float:
+    product, expected = 1.0, 0.0
+    for confidence in path.confidences:
+        product *= confidence
+        expected += product
+    return expected

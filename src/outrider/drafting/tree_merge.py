@@ -22,7 +22,7 @@ class WeightedPath:
     confidences: Sequence[float]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Node:
     confidence: float
     children: dict[int, _Node]

@@ -142,9 +142,8 @@ def _require(condition: bool, what: str, got: object, expected: object) -> None:
 
 def _require_indices(what: str, indices: Tensor, length: int) -> None:
     fits = indices.dtype == torch.int64 and indices.shape == (length,) and indices.is_contiguous()
-    _require(
-        fits and indices.device.type == "cpu", what, f"{indices.dtype} {list(indices.shape)}", f"int64 [{length}]"
-    )
+    if not (fits and indices.device.type == "cpu"):  # no message where none is needed: every step comes here
+        raise ValueError(f"{what}: got {indices.dtype} {list(indices.shape)}, expected int64 [{length}]")
 
 
 class Linear:
@@ -325,7 +324,6 @@ class LlamaStep:
     Attributes:
         token_ids, positions, write_slots: ``[M]`` int64.
         logits_rows: ``[R]`` int64.
-        keys, values: the cache of each layer.
     """
 
     token_ids: Tensor
@@ -333,8 +331,23 @@ class LlamaStep:
     write_slots: Tensor
     sequences: FlatSequences
     logits_rows: Tensor
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    caches: LlamaCaches
+
+
+class LlamaCaches:
+    """The keys and values of all layers, as a forward finds them; good for as long as the tensors live.
+
+    Args:
+        keys, values: the cache of each layer, all of one dtype.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        _require(len(keys) == len(values), "caches of values", len(values), len(keys))
+        self.num_layers, self.type = len(keys), _CACHE_TYPES[keys[0].dtype]
+        self._tensors = (tuple(keys), tuple(values))
+        self.addresses = [
+            np.array([cache.data_ptr() for cache in caches], dtype=np.uint64) for caches in self._tensors
+        ]
 
 
 class Llama:
@@ -407,9 +420,7 @@ class Llama:
         best_logits: Tensor | None = None,
     ) -> None:
         """Write ``[R, vocab]`` float32 logits, or else of each row its argmax and that logit (``[R]`` each)."""
-        addresses = np.array(
-            [[cache.data_ptr() for cache in caches] for caches in (step.keys, step.values)], dtype=np.uint64
-        )
+        caches = step.caches
         outputs = (logits, best_tokens, best_logits)
         num_rows, num_logits = len(step.token_ids), len(step.logits_rows)
         _require(num_rows == step.sequences.cu_rows[-1], "rows", num_rows, int(step.sequences.cu_rows[-1]))
@@ -419,7 +430,7 @@ class Llama:
         tokens = step.token_ids.numpy()
         in_vocabulary = num_rows > 0 and tokens.min() >= 0 and tokens.max() < len(self.embedding)
         _require(in_vocabulary, "token ids", "others", f"0 to {len(self.embedding) - 1}")
-        _require(len(step.keys) == len(step.values) == len(self.layers), "caches", len(step.keys), len(self.layers))
+        _require(caches.num_layers == len(self.layers), "caches", caches.num_layers, len(self.layers))
         _require(
             (logits is None) != (best_tokens is None or best_logits is None), "outputs", "none", "logits or choices"
         )
@@ -432,9 +443,8 @@ class Llama:
             *addresses_of(step.sequences),
             step.logits_rows.data_ptr(),
             len(step.logits_rows),
-            _CACHE_TYPES[step.keys[0].dtype],
-            _address(addresses[0]),
-            _address(addresses[1]),
+            caches.type,
+            *map(_address, caches.addresses),
             *(0 if output is None else output.data_ptr() for output in outputs),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ class LlamaModel:
             inverse_frequencies=rope.inv_freq,
             rope_scaling=rope.attention_scaling,
         )
+        self._caches: WeakKeyDictionary[KVCache, native.LlamaCaches] = WeakKeyDictionary()
 
     @property
     def embedding(self) -> Tensor:
@@ -117,7 +119,7 @@ class LlamaModel:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits ``[R, vocab]`` float32 of the wanted rows; writes the rows' keys and values into `cache`."""
-        step = _kernel_step(batch, cache)
+        step = self._kernel_step(batch, cache)
         logits = torch.empty(len(step.logits_rows), self.vocab_size)
         self._llama.forward(step, logits=logits)
         return logits
@@ -125,24 +127,25 @@ class LlamaModel:
     @torch.inference_mode()
     def choose(self, batch: ForwardBatch, cache: KVCache) -> Choices | None:
         """The argmax of each wanted row, whose logits never leave the processor's caches."""
-        step = _kernel_step(batch, cache)
+        step = self._kernel_step(batch, cache)
         num_rows = len(step.logits_rows)
         choices = Choices(torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows))
         self._llama.forward(step, best_tokens=choices.token_ids, best_logits=choices.logits)
         return choices
 
-
-def _kernel_step(batch: ForwardBatch, cache: KVCache) -> native.LlamaStep:
-    wanted = batch.logits_rows
-    return native.LlamaStep(
-        token_ids=batch.token_ids,
-        positions=batch.positions,
-        write_slots=batch.attention.write_slots,
-        sequences=batch.attention.flat,
-        logits_rows=torch.arange(len(batch.token_ids)) if wanted is None else wanted,
-        keys=cache.keys,
-        values=cache.values,
-    )
+    def _kernel_step(self, batch: ForwardBatch, cache: KVCache) -> native.LlamaStep:
+        caches = self._caches.get(cache)
+        if caches is None:
+            caches = self._caches[cache] = native.LlamaCaches(cache.keys, cache.values)
+        wanted = batch.logits_rows
+        return native.LlamaStep(
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            write_slots=batch.attention.write_slots,
+            sequences=batch.attention.flat,
+            logits_rows=torch.arange(len(batch.token_ids)) if wanted is None else wanted,
+            caches=caches,
+        )
 
 
 def load_llama(

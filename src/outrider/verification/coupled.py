@@ -45,9 +45,7 @@ def follow_choices(tree: TokenTree, choices: Sequence[int]) -> VerifiedPath:
     Args:
         choices: ``[tree.num_nodes]`` the target's choice of each node's successor.
     """
-    child_of: dict[tuple[int, int], int] = {}
-    for node in range(1, tree.num_nodes):
-        child_of.setdefault((tree.parents[node], tree.tokens[node]), node)  # of equal siblings the first
+    child_of = tree.child_of()
     accepted: list[int] = []
     node = 0
     while (child := child_of.get((node, choices[node]))) is not None:

@@ -117,16 +117,18 @@ inline void weigh(const AttentionArgs& args, float* scores, int low, int high, c
     for (int j = high; j < end; ++j) scores[j] = -INFINITY;
     vf largest = load(scores);
     for (int j = W; j < end; j += W) largest = max(largest, load(scores + j));
-    float lane[W];
-    store(lane, largest);
-    const float before = query.stats[0];
-    float now = before;
-    for (int i = 0; i < W; ++i) now = lane[i] > now ? lane[i] : now;
+    const float before = query.stats[0], here = fold(largest, max);
+    const float now = here > before ? here : before;  // a NaN is not lost: its weight will be one
     for (int j = 0; j < end; j += W) store(scores + j, exp(sub(load(scores + j), splat(now))));
     for (int j = 0; j < low; ++j) scores[j] = 0.0f;
     for (int j = high; j < end; ++j) scores[j] = 0.0f;
     vf total = load(scores);
     for (int j = W; j < end; j += W) total = add(total, load(scores + j));
+    if (now == before) {
+        query.stats[1] += sum_of(total);
+        return;
+    }
+    float lane[W];
     store(lane, exp(splat(before - now)));
     const vf factor = splat(lane[0]);
     query.stats[1] = query.stats[1] * lane[0] + sum_of(total);
@@ -307,7 +309,12 @@ inline void attention(const AttentionArgs& args, const SequenceView& sequence, i
                 any = any || spans[i].low < spans[i].high;
             }
             if (!any) continue;
-            if (!seen) read_block(args, sequence.slots + first, count, kv_head, block);
+            if (!seen) {
+                const int64_t next = first + kKeySplit, later = most - next < kKeySplit ? most - next : kKeySplit;
+                outrider::fetch_heads(args.keys, sequence.slots + next, later, kv_head);
+                outrider::fetch_heads(args.values, sequence.slots + next, later, kv_head);
+                read_block(args, sequence.slots + first, count, kv_head, block);
+            }
             seen = true;
             attend_split_of(some, args, queries, spans, block, 0);
         }

@@ -17,9 +17,9 @@ void run_linear(const PackedLinear& weight, const float* x, int num_rows, float*
     const KernelTable& kernels = active_level();
     const PackedRows rows = buffer.rows_for(kernels, weight, num_rows);
     auto job = [&](int thread, int num_threads) {
-        const Share mine = share_of(num_rows, thread, num_threads);
-        for (int64_t row = mine.begin; row < mine.end; ++row)
-            kernels.pack_row(weight, x + row * weight.num_inputs, rows, static_cast<int>(row));
+        const RowShare mine = share_of_rows(rows, thread, num_threads);
+        for (int64_t row = mine.rows.begin; row < mine.rows.end; ++row)
+            kernels.pack_row(weight, x + row * weight.num_inputs, rows, static_cast<int>(row), mine.part, mine.num_parts);
         turn.barrier().wait(num_threads);
         const Share panels = share_of(weight.num_panels(), thread, num_threads);
         kernels.linear(weight, rows, out + panels.begin * kPanel, weight.num_outputs, Epilogue::kStore, panels.begin,

@@ -79,6 +79,15 @@ struct KvCache {
     }
 };
 
+// Asks for one head of the positions in `slots`: a step's weights have driven them out of the caches.
+OUTRIDER_INLINE void fetch_heads(const KvCache& cache, const int64_t* slots, int64_t count, int h) {
+    const int64_t bytes = cache.head_bytes();
+    for (int64_t j = 0; j < count; ++j) {
+        const char* head = cache.head(slots[j], h);
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(head + i);
+    }
+}
+
 // Rows [row_begin, row_end) of the batch belong to one sequence. A row attends to the context and to its
 // ancestors among these rows; key j of a row stands at position j.
 struct SequenceView {
@@ -104,8 +113,8 @@ struct KernelTable {
     int block_rows[kNumFormats];  // most rows of a tile
     int unit_inputs[kNumFormats];
 
-    // Writes row `row` of `rows` from x [K] (order and format of `weight`).
-    void (*pack_row)(const PackedLinear& weight, const float* x, const PackedRows& rows, int row);
+    // Writes part `part` of row `row` of `rows` from x [K] (order and format of `weight`).
+    void (*pack_row)(const PackedLinear& weight, const float* x, const PackedRows& rows, int row, int part, int num_parts);
     // Panels [begin, end) of the layer for all rows; `out` is the first row's first output of panel `begin`.
     void (*linear)(const PackedLinear& weight, const PackedRows& rows, float* out, int64_t out_stride,
                    Epilogue epilogue, int64_t begin, int64_t end);

@@ -139,11 +139,11 @@ void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (
             if (same_inputs(*weight[j], *weight[i])) own[i] = j;
         rows[i] = buffers[own[i]].rows_for(kernels, *weight[i], num_rows);
     }
-    const Share mine = share_of(num_rows, thread, num_threads);
-    for (int64_t row = mine.begin; row < mine.end; ++row) {
+    const RowShare mine = share_of_rows(rows[0], thread, num_threads);
+    for (int64_t row = mine.rows.begin; row < mine.rows.end; ++row) {
         const float* x = row_of(row);
         for (int i = 0; i < static_cast<int>(weights.size()); ++i)
-            if (own[i] == i) kernels.pack_row(*weight[i], x, rows[i], static_cast<int>(row));
+            if (own[i] == i) kernels.pack_row(*weight[i], x, rows[i], static_cast<int>(row), mine.part, mine.num_parts);
     }
     if (thread == 0)
         for (int i = 0; i < static_cast<int>(weights.size()); ++i) packed[i] = rows[i];
@@ -180,10 +180,17 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
         first += weights[i]->num_panels();
         column += weights[i]->num_outputs;
     }
-    step.wait(num_threads);
-
     const KvCache keys = {reinterpret_cast<void*>(batch.keys[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
     const KvCache values = {reinterpret_cast<void*>(batch.values[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
+    for (size_t i = thread; i < std::min<size_t>(step.tasks.size(), 2 * num_threads); i += num_threads) {
+        const AttentionTask& task = step.tasks[i];
+        const SequenceView& sequence = batch.sequences[task.sequence];
+        const int64_t count = std::min<int64_t>(sequence.num_context, kKeySplit);
+        fetch_heads(keys, sequence.slots, count, task.kv_head);
+        fetch_heads(values, sequence.slots, count, task.kv_head);
+    }
+    step.wait(num_threads);
+
     const Share mine = share_of(batch.num_rows, thread, num_threads);
     const int64_t half = spec_.head_dim / 2;
     for (int64_t row = mine.begin; row < mine.end; ++row) {

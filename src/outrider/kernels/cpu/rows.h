@@ -14,13 +14,7 @@ using outrider::KvType;
 using outrider::PackedLinear;
 using outrider::PackedRows;
 
-inline float sum_of(vf x) {
-    float lane[W];
-    store(lane, x);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
-}
+inline float sum_of(vf x) { return fold(x, add); }
 
 // e^x within 2 units in the last place; below -87 and above 88 as at those points; NaN stays NaN.
 inline vf exp(vf x) {
@@ -114,27 +108,49 @@ inline float quantize(const float* x, int64_t width, int8_t* out) {
     return largest / 127.0f;
 }
 
-constexpr int64_t kStretch = 1024;  // inputs handled at a time, so that they stay in the first cache
+// The sum of x[begin, end) in the layer's order, rounded as `pack_row` rounds.
+inline int32_t sum_of_rounded(const PackedLinear& weight, const float* x, int64_t begin, int64_t end, float inverse) {
+    int32_t sum = 0;
+    for (int64_t i = begin; i < end; i += W) {
+        const int64_t count = end - i < W ? end - i : W;
+        float in[W];
+        for (int64_t j = 0; j < count; ++j) in[j] = x[weight.input_order != nullptr ? weight.input_order[i + j] : i + j];
+        int8_t q[W];
+        store_s8(q, round_even(mul(load_part(in, count), splat(inverse))));
+        for (int64_t j = 0; j < count; ++j) sum += q[j];
+    }
+    return sum;
+}
 
-inline void pack_row(const PackedLinear& weight, const float* x, const PackedRows& rows, int row) {
+constexpr int64_t kStretch = 1024;  // inputs handled at a time, so that they stay in the first cache
+constexpr int64_t kPartInputs = 128;  // parts of a row begin at its multiples: whole units and groups, whole cache lines
+
+inline int64_t part_begin(int64_t width, int part, int num_parts) {
+    const int64_t begin = (width + kPartInputs - 1) / kPartInputs * part / num_parts * kPartInputs;
+    return begin < width ? begin : width;
+}
+
+inline void pack_row(const PackedLinear& weight, const float* x, const PackedRows& rows, int row, int part, int num_parts) {
     const int block = rows.block_of(row), start = rows.block_start(block);
     const int size = rows.block_start(block + 1) - start;
     uint32_t* units = rows.units + start * rows.num_units + (row - start);
     const int64_t width = weight.num_inputs;
+    const int64_t begin = part_begin(width, part, num_parts), end = part_begin(width, part + 1, num_parts);
     const int per_unit = kUnitInputs[weight.format];
     float ordered[kStretch];
     float inverse = 0.0f;
     if (weight.format == outrider::kInt8 || weight.format == outrider::kInt4) {
         const float largest = largest_magnitude(x, width);
-        rows.scales[row] = largest / 127.0f;
+        if (part == 0) rows.scales[row] = largest / 127.0f;
         inverse = inverse_scale(largest);
     }
     int32_t* sums = rows.sums + start * rows.num_groups + (row - start);
     const int factor = weight.format == outrider::kInt8 ? -128 : weight.has_zeros ? -1 : -8;
-    int64_t unit = 0, group = 0, in_group = 0;
+    int64_t unit = begin / per_unit, in_group = 0;
+    int64_t group = weight.format == outrider::kInt4 ? begin / weight.group_size : 0;
     int32_t sum = 0;
-    for (int64_t first = 0; first < width; first += kStretch) {
-        const int64_t count = width - first < kStretch ? width - first : kStretch;
+    for (int64_t first = begin; first < end; first += kStretch) {
+        const int64_t count = end - first < kStretch ? end - first : kStretch;
         const float* in = x + first;
         if (weight.input_order != nullptr) {
             for (int64_t i = 0; i < count; ++i) ordered[i] = x[weight.input_order[first + i]];
@@ -168,9 +184,13 @@ inline void pack_row(const PackedLinear& weight, const float* x, const PackedRow
             for (int64_t i = 0; i < count; ++i, ++unit) std::memcpy(units + unit * size, in + i, 4);
         }
     }
-    for (; unit < rows.num_units; ++unit) units[unit * size] = 0;
-    if (group < rows.num_groups && (weight.format == outrider::kInt8 || weight.format == outrider::kInt4))
+    if (weight.format == outrider::kInt8) {
+        if (part == 0) sums[0] = factor * (sum + sum_of_rounded(weight, x, end, width, inverse));
+    } else if (weight.format == outrider::kInt4 && in_group > 0) {
         sums[group * size] = factor * sum;
+    }
+    if (part + 1 == num_parts)
+        for (; unit < rows.num_units; ++unit) units[unit * size] = 0;
 }
 
 // Rotates the first half of each head against the second (Su et al., arXiv 2104.09864, as Llama lays it out).

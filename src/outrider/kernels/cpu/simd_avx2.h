@@ -24,6 +24,14 @@ inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
 inline vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
 inline vf round_even(vf x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
+// Lane i with lane i + 4, then i + 2, i + 1: always in this order.
+template <class F>
+inline float fold(vf x, F f) {
+    x = f(x, _mm256_permute2f128_ps(x, x, 1));
+    x = f(x, _mm256_permute_ps(x, 0x4e));
+    return _mm256_cvtss_f32(f(x, _mm256_permute_ps(x, 0xb1)));
+}
+
 // x * 2^n for integral n in [-127, 128], in two factors so that neither leaves the normal range.
 inline vf scale_by_power(vf x, vf n) {
     const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);

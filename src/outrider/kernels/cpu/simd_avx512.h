@@ -24,6 +24,15 @@ inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 inline vf round_even(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
+// Lane i with lane i + 8, then i + 4, i + 2, i + 1: always in this order.
+template <class F>
+inline float fold(vf x, F f) {
+    x = f(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+    x = f(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+    x = f(x, _mm512_permute_ps(x, 0x4e));
+    return _mm512_cvtss_f32(f(x, _mm512_permute_ps(x, 0xb1)));
+}
+
 // x * 2^n for integral n in [-127, 128].
 inline vf scale_by_power(vf x, vf n) { return _mm512_scalef_ps(x, n); }
 

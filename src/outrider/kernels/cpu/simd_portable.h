@@ -47,6 +47,13 @@ inline vf max(vf a, vf b) { return lanes([&](int i) { return a.x[i] > b.x[i] ? a
 inline vf min(vf a, vf b) { return lanes([&](int i) { return a.x[i] < b.x[i] ? a.x[i] : b.x[i]; }); }
 inline vf round_even(vf v) { return lanes([&](int i) { return std::nearbyintf(v.x[i]); }); }
 
+// Lane i with lane i + 4, then i + 2, i + 1: always in this order.
+template <class F>
+inline float fold(vf v, F f) {
+    for (int half = W / 2; half > 0; half /= 2) v = f(v, lanes([&](int i) { return v.x[i ^ half]; }));
+    return v.x[0];
+}
+
 // x * 2^n for integral n in [-127, 128].
 inline vf scale_by_power(vf v, vf n) {
     return lanes([&](int i) { return std::ldexp(v.x[i], n.x[i] == n.x[i] ? static_cast<int>(n.x[i]) : 0); });

@@ -74,4 +74,16 @@ inline Share share_of(int64_t count, int thread, int num_threads) {
     return {count * thread / num_threads, count * (thread + 1) / num_threads};
 }
 
+// Who packs what: whole rows where there are several blocks of them, else a stretch of every row, because the rows of
+// one block lie so close together that threads would fight for the same cache lines.
+struct RowShare {
+    Share rows;
+    int part, num_parts;
+};
+
+inline RowShare share_of_rows(const PackedRows& rows, int thread, int num_threads) {
+    if (rows.num_blocks() == 1) return {{0, rows.num_rows}, thread, num_threads};
+    return {share_of(rows.num_rows, thread, num_threads), 0, 1};
+}
+
 }  // namespace outrider

@@ -1,0 +1,365 @@
+"""The planner: each step the drafter and the tree that pay, and plain decoding where none does.
+
+Drafters are asked in two rounds. Those that cost next to nothing always propose, and their proposals are weighed by what
+their confidences have been worth. The others (a draft model) are asked where their record promises more than that, or on
+trial: a bandit with a bounded cost. Of each request's proposals the best is taken, and over all of them the nodes that are
+worth their rows. What a row and a draft cost is measured as the steps run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from outrider.config import AutoConfig
+from outrider.drafting.acceptance import AcceptanceEstimator
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
+from outrider.drafting.forward_cost import ForwardCost
+from outrider.drafting.planner import choose_nodes
+from outrider.token_tree import TokenTree
+
+NEARLY_FREE = 0.01  # of a token: what all drafters of the first round together may cost a request's step
+ROW_STEP = 4  # rows over which the price of one more is taken
+FIRST_PAUSE, LONGEST_PAUSE = 8, 512  # a request's steps between trials of a drafter that does not pay
+NEW_RECORD, RECENT = 0.25, 0.08  # weights of a new figure: in short records, and in long ones
+ENOUGH_TRIALS = 3  # of a request's own, to go by them instead of other requests'
+TRIAL_STEPS = 2.0  # plain steps that trials may cost before any time has passed
+
+
+@dataclass
+class _Record:
+    """What a drafter's proposals came to: running means."""
+
+    num_trials: int = 0
+    accepted: float = 0.0
+    rows: float = 0.0
+
+    def add(self, accepted: int, rows: int) -> None:
+        self.num_trials += 1
+        weight = max(RECENT, min(NEW_RECORD * 2, 1.0 / self.num_trials))
+        self.accepted += weight * (accepted - self.accepted)
+        self.rows += weight * (rows - self.rows)
+
+
+@dataclass
+class _OwnRecord(_Record):
+    """One request's record of a drafter, and when it is tried again.
+
+    Attributes:
+        next_trial: the request's step from which on it may be tried although it does not pay.
+        pause: steps between trials; doubles while it does not.
+    """
+
+    next_trial: int = 0
+    pause: int = FIRST_PAUSE
+
+
+@dataclass(eq=False)
+class _Arm:
+    """A drafter and its price.
+
+    Attributes:
+        seconds: of drafting, a request and step, the first of a request (which reads its whole prompt) not counted; None
+            until measured.
+        seconds_per_node: likewise a drafted node.
+    """
+
+    drafter: Drafter
+    shared: _Record = field(default_factory=_Record)
+    seconds: float | None = None
+    seconds_per_node: float = 0.0
+
+    def measured(self, seconds: float, num_nodes: int) -> None:
+        if self.seconds is None:
+            self.seconds, self.seconds_per_node = seconds, seconds / max(1, num_nodes)
+            return
+        seconds = min(seconds, 4 * self.seconds)
+        self.seconds += 0.1 * (seconds - self.seconds)
+        if num_nodes:
+            self.seconds_per_node += 0.1 * (seconds / num_nodes - self.seconds_per_node)
+
+
+@dataclass(eq=False)
+class _Proposal:
+    """A tree on offer for a request.
+
+    Attributes:
+        probs: ``[num_nodes]`` of reaching each node; None for a tree that must stay whole.
+        worth: expected accepted tokens, less what its rows cost.
+        seconds: that drafting it took.
+    """
+
+    arm: _Arm
+    tree: TokenTree
+    probs: list[float] | None
+    worth: float
+    on_trial: bool = False
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
+class _Planned:
+    """What a request got in the step under way."""
+
+    chosen: _Proposal | None
+    num_nodes: int = 0
+    proposals: list[_Proposal] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Market:
+    """Prices of a step.
+
+    Attributes:
+        tokens_per_s: what a second is worth.
+        row_price: what one more row costs, in tokens.
+    """
+
+    num_rows: int
+    context: int
+    tokens_per_s: float
+    row_price: float
+
+
+class AutoDrafter:
+    """Args:
+    drafters: to choose from; the earlier one of equals is taken.
+    cost: of the target's forwards; it is kept up to date.
+    clock: seconds.
+    """
+
+    name = "auto"
+
+    def __init__(
+        self,
+        config: AutoConfig,
+        drafters: Sequence[Drafter],
+        cost: ForwardCost,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._config, self._cost, self.clock = config, cost, clock
+        self._arms = [_Arm(drafter) for drafter in drafters]
+        self.max_nodes = max((min(config.max_nodes, drafter.max_nodes) for drafter in drafters), default=0)
+        self.returns_probs = any(drafter.returns_probs for drafter in drafters)
+        self.reads_logits = False
+        self._acceptance = AcceptanceEstimator()
+        self._records: dict[str, dict[_Arm, _OwnRecord]] = {}
+        self._steps: dict[str, int] = {}
+        self._tokens, self._seconds = 0.0, 0.0  # of recent steps, the older ones worth less
+        self._total_s, self._trials_s = 0.0, 0.0
+        self._planned: dict[str, _Planned] = {}
+        self._market: _Market | None = None
+        self._draft_s, self._forward_start, self._num_step_rows = 0.0, 0.0, 0
+        self.num_chosen = {drafter.name: 0 for drafter in drafters}
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
+        start = self.clock()
+        market = self._market = self._prices(contexts)
+        planned = self._planned = {context.request_id: _Planned(None) for context in contexts}
+        hopeful = [context for context in contexts if context.max_nodes > 0 and context.max_depth > 0]
+        first_round = self._nearly_free(market)
+        for arm in first_round:
+            self._ask(arm, hopeful, market)
+        promising: dict[_Arm, list[DraftContext]] = {}
+        on_trial: dict[_Arm, list[DraftContext]] = {}
+        for context in hopeful:
+            best, due = self._choose_arms(context, planned[context.request_id], first_round, market)
+            if best is not None:
+                promising.setdefault(best, []).append(context)
+            if due is not None and self._may_try(market):
+                on_trial.setdefault(due, []).append(context)
+        for arm, some in promising.items():
+            self._ask(arm, some, market)
+        for arm, some in on_trial.items():
+            self._ask(arm, some, market, on_trial=True)
+        trees = self._allot(contexts, market)
+        self._num_step_rows = market.num_rows + sum(tree.num_nodes - 1 for tree in trees)
+        self.reads_logits = any(p.arm.drafter.reads_logits for plan in planned.values() for p in plan.proposals)
+        self._forward_start = self.clock()
+        self._draft_s = self._forward_start - start
+        return trees
+
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        seconds = self.clock() - self._forward_start
+        market = self._market
+        if market is not None:
+            self._market = None
+            self._learn_prices(market, seconds, sum(len(outcome.new_tokens) for outcome in outcomes))
+            for outcome in outcomes:
+                self._learn(outcome, market)
+        for arm in self._arms:
+            if outcomes[0].target_logits is not None or not arm.drafter.reads_logits:
+                arm.drafter.observe(outcomes)
+
+    def release(self, request_id: str) -> None:
+        for arm in self._arms:
+            arm.drafter.release(request_id)
+        self._acceptance.release(request_id)
+        self._records.pop(request_id, None)
+        self._steps.pop(request_id, None)
+
+    def check_integrity(self) -> None:
+        for arm in self._arms:
+            check = getattr(arm.drafter, "check_integrity", None)
+            if check is not None:
+                check()
+
+    def _prices(self, contexts: Sequence[DraftContext]) -> _Market:
+        num_rows = max(len(contexts), contexts[0].num_step_rows)
+        context = sum(len(c.token_ids) for c in contexts)
+        seconds = self._cost.seconds(len(contexts), context)
+        tokens_per_s = max(len(contexts) / seconds, self._tokens / self._seconds if self._seconds else 0.0)
+        marginal = self._cost.seconds(num_rows + ROW_STEP, context) - self._cost.seconds(num_rows, context)
+        return _Market(num_rows, context, tokens_per_s, tokens_per_s * max(0.0, marginal) / ROW_STEP)
+
+    def _nearly_free(self, market: _Market) -> list[_Arm]:
+        """Drafters that may always propose, the cheapest first."""
+        found, spent = [], 0.0
+        for arm in sorted((arm for arm in self._arms if arm.seconds is not None), key=lambda arm: arm.seconds or 0.0):
+            spent += market.tokens_per_s * (arm.seconds or 0.0)
+            if spent > NEARLY_FREE:
+                break
+            found.append(arm)
+        return found
+
+    def _ask(self, arm: _Arm, contexts: Sequence[DraftContext], market: _Market, *, on_trial: bool = False) -> None:
+        """Add a drafter's proposals to the plans."""
+        if not contexts:
+            return
+        # Confidences may be modest, so what is left out unseen is far below what would pay.
+        threshold = min(0.5, 0.25 * (market.row_price + market.tokens_per_s * arm.seconds_per_node))
+        limited = [
+            replace(
+                context,
+                max_nodes=min(context.max_nodes, self._config.max_nodes),
+                min_path_prob=max(context.min_path_prob, threshold),
+            )
+            for context in contexts
+        ]
+        start = self.clock()
+        trees = arm.drafter.propose(limited)
+        seconds = (self.clock() - start) / len(contexts)
+        if all(arm in self._own(context.request_id) for context in contexts):
+            arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees))
+        for context, tree in zip(contexts, trees, strict=True):
+            proposal = self._weigh(arm, context.request_id, tree, market)
+            proposal.on_trial, proposal.seconds = on_trial, seconds
+            self._planned[context.request_id].proposals.append(proposal)
+
+    def _weigh(self, arm: _Arm, request_id: str, tree: TokenTree, market: _Market) -> _Proposal:
+        num_nodes = tree.num_nodes - 1
+        if num_nodes == 0:
+            return _Proposal(arm, tree, None, 0.0)
+        if tree.draft is not None or tree.confidences is None:
+            # Rejection rules forbid to leave a drawn token out because of what it is; without confidences nothing
+            # tells the nodes apart. Then the record of such trees must do.
+            record = self._own(request_id).get(arm) or arm.shared
+            return _Proposal(arm, tree, None, record.accepted - market.row_price * num_nodes)
+        probs = self._acceptance.path_probs(arm.drafter.name, request_id, tree)
+        return _Proposal(arm, tree, probs, sum(p - market.row_price for p in probs[1:] if p > market.row_price))
+
+    def _choose_arms(
+        self, context: DraftContext, plan: _Planned, first_round: Sequence[_Arm], market: _Market
+    ) -> tuple[_Arm | None, _Arm | None]:
+        """Of the drafters of the second round the one that promises most, and one that is due for a trial."""
+        best, best_worth = None, max((p.worth for p in plan.proposals), default=0.0)
+        due: _Arm | None = None
+        own, step = self._own(context.request_id), self._steps.get(context.request_id, 0)
+        for arm in self._arms:
+            if arm in first_round:
+                continue
+            record = own.get(arm)
+            known = record if record is not None and record.num_trials >= ENOUGH_TRIALS else arm.shared
+            if known.num_trials and arm.seconds is not None:
+                worth = known.accepted - market.row_price * known.rows - market.tokens_per_s * arm.seconds
+                if worth > best_worth:
+                    best, best_worth = arm, worth
+                    continue
+            if due is None and (record is None or step >= record.next_trial):
+                due = arm
+        return best, due if due is not best else None
+
+    def _may_try(self, market: _Market) -> bool:
+        allowance = self._config.exploration * self._total_s + TRIAL_STEPS * self._cost.seconds(1, 0)
+        return self._trials_s < allowance
+
+    def _allot(self, contexts: Sequence[DraftContext], market: _Market) -> list[TokenTree]:
+        """Give every request its best proposal, and the batch's rows to the nodes that are worth them."""
+        for plan in self._planned.values():
+            best = max(plan.proposals, key=lambda p: p.worth, default=None)
+            tried = next((p for p in plan.proposals if p.on_trial and p.tree.num_nodes > 1), None)
+            if tried is not None and tried.probs is None:
+                best = tried  # nothing but verifying it tells what it is worth
+            if best is not None and (best.worth > 0.0 or best is tried):
+                plan.chosen = best
+        choices = [self._planned[context.request_id] for context in contexts]
+        whole = sum(p.chosen.tree.num_nodes - 1 for p in choices if p.chosen and p.chosen.probs is None)
+        divisible = [p for p in choices if p.chosen is not None and p.chosen.probs is not None]
+        kept = choose_nodes(
+            [p.chosen.probs for p in divisible if p.chosen and p.chosen.probs],
+            lambda rows: self._cost.seconds(rows, market.context),
+            market.num_rows + whole,
+            market.tokens_per_s,
+        )
+        nodes = {id(plan): of for plan, of in zip(divisible, kept, strict=True)}
+        trees = []
+        for context, plan in zip(contexts, choices, strict=True):
+            tree = plan.chosen.tree if plan.chosen else TokenTree.root_only(context.token_ids[-1])
+            if id(plan) in nodes:
+                tree = tree.restricted_to(nodes[id(plan)])
+            plan.num_nodes = tree.num_nodes - 1
+            if plan.chosen and plan.num_nodes:
+                self.num_chosen[plan.chosen.arm.drafter.name] += 1
+            trees.append(tree)
+        return trees
+
+    def _learn_prices(self, market: _Market, forward_s: float, num_tokens: int) -> None:
+        self._cost.observe(self._num_step_rows, market.context, forward_s)
+        seconds = forward_s + self._draft_s
+        self._total_s += seconds
+        self._tokens, self._seconds = 0.95 * self._tokens + num_tokens, 0.95 * self._seconds + seconds
+
+    def _learn(self, outcome: DraftOutcome, market: _Market) -> None:
+        request_id = outcome.request_id
+        plan = self._planned.get(request_id)
+        if plan is None:
+            return
+        step = self._steps[request_id] = self._steps.get(request_id, 0) + 1
+        for proposal in plan.proposals:
+            self._acceptance.observe(proposal.arm.drafter.name, request_id, proposal.tree, outcome.new_tokens)
+            arm, taken = proposal.arm, proposal is plan.chosen
+            own = self._own(request_id).setdefault(arm, _OwnRecord())
+            # A proposal that was not taken counts with what it would have come to, as far as is known.
+            accepted = len(outcome.path.accepted_nodes) if taken else _num_common(proposal.tree, outcome.new_tokens)
+            rows = plan.num_nodes if taken else proposal.tree.num_nodes - 1
+            own.add(accepted, rows)
+            arm.shared.add(accepted, rows)
+            price = market.row_price * rows + market.tokens_per_s * (arm.seconds or 0.0)
+            if proposal.on_trial:
+                spent = (arm.seconds or 0.0) + market.row_price * (
+                    plan.num_nodes if taken else 0
+                ) / market.tokens_per_s
+                won = accepted / market.tokens_per_s if taken else 0.0
+                self._trials_s = max(0.0, self._trials_s + spent - won)
+            if arm.seconds is None or own.accepted > price:
+                own.pause, own.next_trial = FIRST_PAUSE, step
+            elif proposal.on_trial:
+                own.pause = min(LONGEST_PAUSE, 2 * own.pause)
+                own.next_trial = step + own.pause
+
+    def _own(self, request_id: str) -> dict[_Arm, _OwnRecord]:
+        return self._records.setdefault(request_id, {})
+
+
+def _num_common(tree: TokenTree, tokens: Sequence[int]) -> int:
+    """How many of `tokens` lie on a path of the tree, from the root on."""
+    child_of = {(tree.parents[node], tree.tokens[node]): node for node in range(tree.num_nodes - 1, 0, -1)}
+    node, count = 0, 0
+    for token in tokens:
+        child = child_of.get((node, token))
+        if child is None:
+            break
+        node, count = child, count + 1
+    return count

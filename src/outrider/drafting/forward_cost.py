@@ -1,0 +1,116 @@
+"""What a forward of the target costs, by the number of its rows and its context: measured, and kept up to date."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from outrider.errors import ConfigError
+
+ADAPTATION = 0.05  # weight of a new measurement
+OUTLIER = 3.0  # a step that takes so many times its usual time was disturbed, and teaches nothing
+
+
+class ForwardCost:
+    """Seconds of a forward, interpolated between measured numbers of rows and lengths of context.
+
+    The machine's speed changes with its load, so steps correct the table as they run, each around its number of rows.
+
+    Args:
+        rows: ``[R]`` numbers of rows, ascending from 1.
+        contexts: ``[C]`` positions before them, ascending.
+        seconds: ``[C][R]``, above 0.
+
+    Raises:
+        ConfigError: other shapes, or figures that cannot be times.
+    """
+
+    def __init__(self, rows: Sequence[int], contexts: Sequence[int], seconds: Sequence[Sequence[float]]) -> None:
+        ascending = all(
+            len(points) and points[0] >= 0 and all(a < b for a, b in zip(points, points[1:], strict=False))
+            for points in (rows, contexts)
+        )
+        fits = len(seconds) == len(contexts) and all(len(of) == len(rows) for of in seconds)
+        if (
+            not ascending
+            or not fits
+            or rows[0] != 1
+            or len(rows) < 2
+            or not all(0 < s < math.inf for of in seconds for s in of)
+        ):
+            raise ConfigError(
+                "table of forward costs",
+                got=f"{len(rows)} rows, {len(contexts)} contexts, {[len(of) for of in seconds]} times",
+                expected="two or more ascending rows from 1, ascending contexts, a positive time for each pair",
+                remedy="measure it again",
+            )
+        self.rows, self.contexts = tuple(rows), tuple(contexts)
+        # More rows never cost less: what says otherwise is noise, and a planner would chase it.
+        self.table = tuple(tuple(max(of[: i + 1]) for i in range(len(of))) for of in seconds)
+        self._factors = [1.0] * len(rows)
+        self._is_guess = False
+
+    @staticmethod
+    def unknown() -> ForwardCost:
+        """Nothing measured: the first forward tells the scale, and rows are taken to cost something."""
+        cost = ForwardCost((1, 8, 16, 64), (0,), [(1.0, 1.3, 1.7, 4.0)])
+        cost._is_guess = True
+        return cost
+
+    @staticmethod
+    def from_mapping(values: Mapping[str, Any]) -> ForwardCost:
+        """The inverse of `as_mapping`.
+
+        Raises:
+            ConfigError: not such a mapping.
+        """
+        try:
+            return ForwardCost(values["rows"], values["contexts"], values["seconds"])
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                "table of forward costs", got=repr(values)[:60], expected="rows, contexts, seconds"
+            ) from error
+
+    def as_mapping(self) -> dict[str, Any]:
+        return {"rows": list(self.rows), "contexts": list(self.contexts), "seconds": [list(of) for of in self.table]}
+
+    def seconds(self, num_rows: int, context: int) -> float:
+        """Expected seconds of a forward; linear between and beyond the measured points."""
+        r, at_row = _between(self.rows, num_rows)
+        factor = (
+            self._factors[r] + at_row * (self._factors[r + 1] - self._factors[r])
+            if at_row <= 1
+            else self._factors[-1]
+        )
+        if len(self.contexts) == 1:
+            return factor * _line(self.table[0], r, at_row)
+        c, at_context = _between(self.contexts, context)
+        low, high = _line(self.table[c], r, at_row), _line(self.table[c + 1], r, at_row)
+        return factor * max(low + at_context * (high - low), 1e-9)
+
+    def observe(self, num_rows: int, context: int, seconds: float) -> None:
+        """Learn from a forward that took `seconds`."""
+        expected = self.seconds(num_rows, context)
+        if self._is_guess:
+            self._is_guess = False
+            self._factors = [seconds / expected] * len(self.rows)
+            return
+        if not expected / OUTLIER < seconds < expected * OUTLIER:
+            # Once is a disturbance; a machine that has really changed moves the factors there step by step.
+            seconds = expected * (OUTLIER if seconds > expected else 1 / OUTLIER)
+        r, at_row = _between(self.rows, num_rows)
+        change = seconds / expected
+        for point, weight in ((r, 1 - min(at_row, 1.0)), (r + 1, min(at_row, 1.0))):
+            self._factors[point] *= change ** (ADAPTATION * weight)
+
+
+def _between(points: Sequence[int], at: int) -> tuple[int, float]:
+    """The interval of `points` to interpolate in, and where in it; beyond the last point above 1."""
+    i = min(max(bisect_right(points, at) - 1, 0), len(points) - 2)
+    return i, max(0.0, (at - points[i]) / (points[i + 1] - points[i]))
+
+
+def _line(values: Sequence[float], i: int, at: float) -> float:
+    return values[i] + at * (values[i + 1] - values[i])

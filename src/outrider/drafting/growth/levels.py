@@ -1,0 +1,136 @@
+"""Trees that grow level by level: beams, constant branching, widened chains, fixed shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from outrider.drafting.growth.tree import Draws, GrowingTree, GrowthLimits
+from outrider.drafting.tree_shape import TreeShape
+
+
+@dataclass(frozen=True)
+class Beam:
+    """The most probable paths of each depth are expanded (expansion of EAGLE-2, Li et al., arXiv 2406.16858, 4.1).
+
+    With `width` 1 it is the chain of speculative decoding (Leviathan et al., arXiv 2211.17192; Chen et al.,
+    2302.01318).
+
+    Attributes:
+        width: children below each expanded node.
+        max_expanded: nodes expanded per depth.
+    """
+
+    limits: GrowthLimits
+    draws: Draws
+    width: int = 1
+    max_expanded: int = 1
+
+    @property
+    def num_rows(self) -> int:
+        return min(self.limits.num_nodes, self.max_expanded * self.limits.depth)
+
+    def grow(self, tree: GrowingTree) -> Iterator[Sequence[int]]:
+        frontier: Sequence[int] = [0]
+        while True:
+            drawn = [child for node in frontier for child in tree.draw(node, self.width)]
+            likely = sorted(filter(tree.may_extend, drawn), key=lambda node: -tree.scores[node])
+            frontier = sorted(likely[: self.max_expanded])
+            if not frontier:
+                return
+            yield frontier
+
+
+@dataclass(frozen=True)
+class Branching:
+    """Every node of a depth has the same number of children.
+
+    Multi-candidate speculative decoding (MCSD, Yang et al., arXiv 2401.06706, section 3.3) draws them as the rule
+    asks; recursive speculative decoding (RSD-C, Jeon et al., arXiv 2402.14160, section 3.2.1) without replacement.
+
+    Attributes:
+        factors: ``[depth]`` children of each node of depth 0, 1, ...
+    """
+
+    limits: GrowthLimits
+    draws: Draws
+    factors: tuple[int, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return self.limits.num_nodes
+
+    def grow(self, tree: GrowingTree) -> Iterator[Sequence[int]]:
+        level: Sequence[int] = [0]
+        for depth, factor in enumerate(self.factors, 1):
+            drawn = [child for node in level for child in tree.draw(node, factor)]
+            level = [node for node in drawn if tree.may_extend(node)]
+            if not level or depth == len(self.factors):
+                return
+            yield level
+
+
+# Confidence-aware proposal expansion: candidates at a position by the draft's confidence in its own token there.
+CAPE_CANDIDATES = ((0.3, 7), (0.6, 5), (0.8, 3), (1.0, 1))
+
+
+@dataclass(frozen=True)
+class ExpandedChain:
+    """A chain, and other candidates where the draft is not sure of it (CaPE, Du et al., arXiv 2402.02082).
+
+    The chain comes first, then the others from the root on, as far as there is room. How many they are depends on the
+    chain's token at their position, which was drawn before them.
+    """
+
+    limits: GrowthLimits
+    draws: Draws
+
+    @property
+    def num_rows(self) -> int:
+        return min(self.limits.num_nodes, self.limits.depth)
+
+    def grow(self, tree: GrowingTree) -> Iterator[Sequence[int]]:
+        chain = [0]
+        while drawn := tree.draw(chain[-1], 1):
+            chain += drawn
+            if not tree.may_extend(chain[-1]):
+                break
+            yield drawn
+        for parent, node in pairwise(chain):
+            confidence = math.exp(tree.scores[node] - tree.scores[parent])
+            num_candidates = next(number for border, number in CAPE_CANDIDATES if confidence <= border or number == 1)
+            tree.draw(parent, num_candidates - 1)
+
+
+@dataclass(frozen=True)
+class Static:
+    """A shape that is fixed before any token is known, such as Sequoia's (Chen et al., arXiv 2402.12374).
+
+    Attributes:
+        shape: each node's parent, depth and rank among its siblings; ranks of siblings come in order, from 0 on.
+    """
+
+    limits: GrowthLimits
+    draws: Draws
+    shape: TreeShape
+
+    @property
+    def num_rows(self) -> int:
+        return self.limits.num_nodes
+
+    def grow(self, tree: GrowingTree) -> Iterator[Sequence[int]]:
+        node_of = {0: 0}  # shape node -> tree node; those below what could not be drawn have none
+        parents = set(self.shape.parents)
+        for depth in range(1, 1 + max(self.shape.depths, default=0)):
+            level = []
+            for place, parent in enumerate(self.shape.parents, 1):
+                if self.shape.depths[place - 1] == depth and tree.is_read(node_of.get(parent, -1)):
+                    for child in tree.draw(node_of[parent], 1):
+                        node_of[place] = child
+                        if place in parents and tree.may_extend(child):
+                            level.append(child)
+            if not level:
+                return
+            yield level

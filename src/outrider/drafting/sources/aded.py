@@ -1,0 +1,181 @@
+"""Tri-gram statistics searched with an exploration bonus (ADED; Liu et al., arXiv 2407.12021).
+
+A matrix from token pairs to what follows them stands for the model's output distribution; it is shared by all requests
+and updated with every token, and with the target's choices at rejected nodes too. The draft maker searches it by PUCT:
+what is likely, plus a bonus for what was visited little. Where the paper averages the values of its random walks, the
+best one that is left counts here, so the search is deterministic, and without the bonus it is best-first search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+from outrider.config import AdedConfig
+from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.sources.references import token_references
+from outrider.drafting.tree_merge import WeightedPath
+
+MIN_PATH_PROB = 0.01  # less likely nodes are not worth looking for
+
+
+class TrigramMatrix:
+    """What follows each pair of tokens, and each single one for unseen pairs, as probabilities that favour the recent.
+
+    Args:
+        capacity: the most rows; the row that was updated longest ago makes place for a new one.
+        num_candidates: the most tokens of a row; the least likely one makes place.
+        rate: an update moves each probability of a row by this share of the way to what was seen.
+    """
+
+    def __init__(self, capacity: int, num_candidates: int, rate: float) -> None:
+        self._capacity, self._num_candidates, self._rate = capacity, num_candidates, rate
+        self._rows: dict[tuple[int, ...], dict[int, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def learn(self, before: int | None, last: int, token: int) -> None:
+        """`token` followed `last`, which followed `before`."""
+        self._update((last,), token)
+        if before is not None:
+            self._update((before, last), token)
+
+    def _update(self, key: tuple[int, ...], token: int) -> None:
+        row = self._rows.pop(key, None)  # and in again, as the latest
+        if row is None:
+            row = {}
+            if len(self._rows) >= self._capacity:
+                del self._rows[next(iter(self._rows))]
+        self._rows[key] = row
+        rate = self._rate
+        for other in row:
+            row[other] *= 1.0 - rate
+        if token not in row and len(row) >= self._num_candidates:
+            del row[min(row, key=row.__getitem__)]
+        row[token] = row.get(token, 0.0) + rate
+
+    def predict(self, before: int | None, last: int) -> list[tuple[int, float]]:
+        """What may follow, the most likely first; what the pair leaves is shared out by the single token's row."""
+        found = dict(self._rows.get((before, last), ())) if before is not None else {}
+        left = 1.0 - sum(found.values())
+        for token, probability in self._rows.get((last,), {}).items():
+            if token not in found:
+                found[token] = left * probability
+        return sorted(found.items(), key=lambda item: -item[1])[: self._num_candidates]
+
+
+class _State:
+    """A node of the search: `best` is the greatest probability, from here, of a node that is not in the tree yet."""
+
+    __slots__ = ("best", "confidences", "states", "tokens", "values", "visits")
+
+    def __init__(self, candidates: Sequence[tuple[int, float]]) -> None:
+        self.tokens = [token for token, _ in candidates]
+        self.confidences = [confidence for _, confidence in candidates]
+        self.states: list[_State | None] = [None] * len(candidates)
+        self.values = list(self.confidences)
+        self.visits = [0] * len(candidates)
+        self.best = max(self.values, default=0.0)
+
+
+class DraftMaker:
+    """Grows a tree by PUCT over a matrix.
+
+    Args:
+        exploration: weight of the bonus P * sqrt(visits of the parent) / (1 + visits).
+    """
+
+    def __init__(self, matrix: TrigramMatrix, exploration: float) -> None:
+        self._matrix, self._exploration = matrix, exploration
+
+    def paths(
+        self, before: int | None, last: int, max_nodes: int, max_depth: int, min_path_prob: float
+    ) -> list[WeightedPath]:
+        """The tree's nodes as the paths to them, in the order in which they were added."""
+        if max_nodes <= 0 or max_depth <= 0:
+            return []
+        root = _State(self._matrix.predict(before, last))
+        paths: list[WeightedPath] = []
+        while len(paths) < max_nodes and root.best >= min_path_prob:
+            paths.append(self._add_node(root, before, last, max_depth, min_path_prob))
+        return paths
+
+    def _add_node(
+        self, root: _State, before: int | None, last: int, max_depth: int, min_path_prob: float
+    ) -> WeightedPath:
+        walk: list[tuple[_State, int]] = []
+        state, product = root, 1.0
+        while True:
+            index = self._select(state, min_path_prob / product)
+            walk.append((state, index))
+            before, last = last, state.tokens[index]
+            product *= state.confidences[index]
+            below = state.states[index]
+            if below is None:
+                break
+            state = below
+        state.states[index] = below = _State(self._matrix.predict(before, last) if len(walk) < max_depth else ())
+        value = below.best
+        for state, index in reversed(walk):
+            state.values[index] = state.confidences[index] * value
+            state.visits[index] += 1
+            value = state.best = max(state.values)
+        return WeightedPath(
+            [state.tokens[index] for state, index in walk], [state.confidences[index] for state, index in walk]
+        )
+
+    def _select(self, state: _State, least: float) -> int:
+        """The child with the greatest value and bonus among those below which something worthwhile is left."""
+        bonus = self._exploration * sqrt(1 + sum(state.visits)) if self._exploration else 0.0
+        chosen, greatest = -1, -1.0
+        for index, value in enumerate(state.values):
+            if value >= least:
+                score = value + bonus * state.confidences[index] / (1 + state.visits[index])
+                if score > greatest:
+                    chosen, greatest = index, score
+        assert chosen >= 0, "nothing left below a node that promised something"
+        return chosen
+
+
+class AdedSource:
+    name = "aded"
+    reads_logits = False
+
+    def __init__(self, config: AdedConfig) -> None:
+        self._config = config
+        self.matrix = TrigramMatrix(config.capacity, config.num_candidates, config.rate)
+        self._maker = DraftMaker(self.matrix, config.exploration)
+        self._num_learnt: dict[str, int] = {}
+        for reference in token_references(config):
+            self._learn(reference, 1)
+
+    def _learn(self, text: Sequence[int], start: int) -> None:
+        learn = self.matrix.learn
+        for position in range(max(start, 1), len(text)):
+            learn(text[position - 2] if position > 1 else None, text[position - 1], text[position])
+
+    def continuations(self, context: DraftContext) -> list[WeightedPath]:
+        tokens = context.token_ids
+        self._learn(tokens, self._num_learnt.get(context.request_id, 1))
+        self._num_learnt[context.request_id] = len(tokens)
+        return self._maker.paths(
+            tokens[-2] if len(tokens) > 1 else None,
+            tokens[-1],
+            max_nodes=min(self._config.max_nodes, context.max_nodes),
+            max_depth=min(self._config.depth, context.max_depth),
+            min_path_prob=max(MIN_PATH_PROB, context.min_path_prob),
+        )
+
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        """Learn the choices at rejected nodes; the accepted tokens are learnt from the next context."""
+        for outcome in outcomes:
+            if outcome.choices is None:
+                continue
+            tree, accepted = outcome.tree, set(outcome.path.accepted_nodes)
+            for node in range(1, tree.num_nodes):
+                if node not in accepted:
+                    self.matrix.learn(tree.tokens[tree.parents[node]], tree.tokens[node], outcome.choices[node])
+
+    def release(self, request_id: str) -> None:
+        self._num_learnt.pop(request_id, None)  # the matrix outlives requests: that is the point

@@ -1,0 +1,140 @@
+"""From places where a text agreed with the end of a sequence to weighted guesses of what comes next."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from outrider.drafting.tree_merge import WeightedPath
+
+END_OF_TEXT = -1  # stands between two texts in one store; no token has this id
+MAX_LENGTH = 16  # of a match; longer ones are no surer
+MAX_MATCHES = 16  # looked at in a step: periodic text matches everywhere, with the same continuation
+
+# What a continuation seen once loses to all that was not seen, by the length of the match (absolute discounting, Ney
+# et al. 1994). Measured on 2,900 recorded matches of code, chat, summaries and edits: after a lone match of n tokens
+# the next one was right in 1 - DISCOUNTS[n] of all cases, and (votes - DISCOUNTS[n]) / matches fitted the others.
+DISCOUNTS = (1.0, 0.68, 0.45, 0.37, 0.3, 0.25, 0.24, 0.2, 0.16, 0.14, 0.14, 0.13, 0.11, 0.1, 0.09, 0.07, 0.05)
+VOTES = tuple(2.0**length for length in range(MAX_LENGTH + 1))  # a match one token longer counts twice
+
+
+class NgramIndex:
+    """Where each n-gram of one growing text ended, kept incrementally: O(max_ngram) per new token."""
+
+    def __init__(self, min_ngram: int, max_ngram: int) -> None:
+        self._lengths = range(max_ngram, min_ngram - 1, -1)
+        self._ends: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        self._num_indexed = 0
+
+    def extend(self, text: Sequence[int]) -> None:
+        """Index the tokens that are new since the last call."""
+        ends = self._ends
+        for end in range(self._num_indexed + 1, len(text) + 1):
+            for length in self._lengths:
+                if length <= end:
+                    ends[tuple(text[end - length : end])].append(end)
+        self._num_indexed = len(text)
+
+    def matches(self, sequence: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Where suffixes of the sequence stand in the text with a token behind them: the longest, then the latest first.
+
+        Yields:
+            The position behind an occurrence, and how many tokens of the n-gram matched.
+        """
+        seen: set[int] = set()
+        for length in self._lengths:
+            if length > len(sequence):
+                continue
+            for end in reversed(self._ends.get(tuple(sequence[-length:]), ())):
+                if end < self._num_indexed and end not in seen:
+                    seen.add(end)
+                    yield end, length
+
+    def nearest(self, sequence: Sequence[int], position: int) -> tuple[int, int] | None:
+        """Of the places where the longest suffix stands with a token behind it, the one next to a position.
+
+        Returns:
+            The position behind it and the number of tokens of the n-gram; None if not even the shortest stands there.
+        """
+        for length in self._lengths:
+            ends = self._ends.get(tuple(sequence[-length:])) if length <= len(sequence) else None
+            if ends:
+                after = bisect_left(ends, position)
+                near = [end for end in ends[max(after - 1, 0) : after + 1] if end < self._num_indexed]
+                if near:
+                    return min(near, key=lambda end: abs(end - position)), length
+        return None
+
+
+def match_length(text: Sequence[int], end: int, sequence: Sequence[int], known: int) -> int:
+    """How many tokens before `end` agree with the end of the sequence, at most `MAX_LENGTH`; `known` surely do."""
+    length, most = known, min(end, len(sequence), MAX_LENGTH)
+    while length < most and text[end - 1 - length] == sequence[-1 - length]:
+        length += 1
+    return min(length, MAX_LENGTH)
+
+
+def continuation(text: Sequence[int], end: int, depth: int, *, periodic: bool) -> Sequence[int]:
+    """The `depth` tokens from `end` on, up to the end of their text.
+
+    Args:
+        periodic: the text goes on where the match began: a match that reaches its end repeats itself, so may what
+            follows.
+    """
+    path = text[end : end + depth]
+    if periodic and len(path) < depth:
+        return [path[i % len(path)] for i in range(depth)]
+    if END_OF_TEXT in path:
+        return path[: path.index(END_OF_TEXT)]
+    return path
+
+
+class _Node:
+    __slots__ = ("children", "length", "votes")
+
+    def __init__(self) -> None:
+        self.length, self.votes = 0, 0.0
+        self.children: dict[int, _Node] = {}
+
+
+def weighted_paths(candidates: Iterable[tuple[Sequence[int], int]], max_paths: int) -> list[WeightedPath]:
+    """Distinct continuations with the confidence that their matches' length and agreement give them.
+
+    Args:
+        candidates: continuations and the length of the match before each, the longest matches first.
+        max_paths: the most to return; the others still vote.
+    """
+    votes: dict[tuple[int, ...], float] = {}
+    lengths: dict[tuple[int, ...], int] = {}
+    for path, length in candidates:
+        key = tuple(path)
+        votes[key] = votes.get(key, 0.0) + VOTES[length]
+        lengths.setdefault(key, length)
+    top = _Node()
+    kept: list[tuple[int, ...]] = []
+    for path, votes_for in votes.items():
+        node, length, is_new = top, lengths[path], False
+        for token in path:
+            child = node.children.get(token)
+            if child is None:
+                is_new = True
+                child = node.children[token] = _Node()
+                child.length = length  # of all who share it the longest: they come first
+            child.votes += votes_for
+            node = child
+        if is_new and len(kept) < max_paths:
+            kept.append(path)
+    return [WeightedPath(path, _confidences(top, path)) for path in kept]
+
+
+def _confidences(node: _Node, path: Sequence[int]) -> list[float]:
+    confidences: list[float] = []
+    for depth, token in enumerate(path):
+        child = node.children[token]
+        total = child.votes if len(node.children) == 1 else sum(other.votes for other in node.children.values())
+        # Once the path so far is right, the match is longer by it.
+        discount = DISCOUNTS[min(child.length + depth, MAX_LENGTH)] * VOTES[child.length] / child.votes
+        confidences.append(child.votes / total * (1.0 - discount))
+        node = child
+    return confidences
