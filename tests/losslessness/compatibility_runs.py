@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from outrider import LLM
-from outrider.config import DrafterConfig
+from outrider.config import DrafterConfig, drafter_config
 from outrider.kernels import native
 from outrider.losslessness.compatibility import PathRuns, parameter_settings, run_matrix
 from outrider.losslessness.matrix import Matrix
@@ -56,14 +57,21 @@ def path_runs(folder: Path, path: str) -> PathRuns:
     return PathRuns(path, llm, PROMPTS, SETTINGS)
 
 
-def drafters_of(folder: Path, path: str, names: Sequence[str]) -> dict[str, DrafterConfig]:
-    """The harness's drafters; those with a model of their own get the path's draft."""
+def on_path(config: DrafterConfig, folder: Path, path: str) -> DrafterConfig:
+    """A drafter as a path runs it: second models are the path's draft, and nothing is measured beforehand."""
     draft = str(folder / f"{path.split(maxsplit=1)[0]}-draft")
-    configs = {name: DRAFTERS[name] for name in names}
-    return {
-        name: dataclasses.replace(config, model=draft) if hasattr(config, "model") else config
-        for name, config in configs.items()
-    }
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "model":
+            changes["model"] = draft
+        elif field.name == "calibrate":
+            changes["calibrate"] = False
+        elif field.name == "drafter":
+            changes["drafter"] = on_path(drafter_config(value), folder, path)
+        elif field.name == "drafters" and value is not None:
+            changes["drafters"] = [on_path(drafter_config(inner), folder, path) for inner in value]
+    return dataclasses.replace(config, **changes)
 
 
 def measure(
@@ -77,6 +85,11 @@ def measure(
     """Run the matrix, or a part of it, on models written to `folder`."""
     if not (folder / "lean").exists():
         make_models(folder)
-    runs = [path_runs(folder, path) for path in paths]
-    configs = {path: drafters_of(folder, path, drafters) for path in paths}
-    return run_matrix(runs, configs, rules, list(SETTINGS), advance)
+    return run_matrix(
+        [path_runs(folder, path) for path in paths],
+        {name: DRAFTERS[name] for name in drafters},
+        lambda config, path: on_path(config, folder, path),
+        rules=rules,
+        parameters=list(SETTINGS),
+        advance=advance,
+    )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from outrider.config import NgramConfig
-from outrider.drafting.ngram import NgramDrafter
+from outrider.config import DRAFTER_CONFIGS, NgramConfig
+from outrider.drafting.source import SourceDrafter
 from outrider.errors import ConfigError
 from outrider.losslessness.compatibility import PathRuns, settings_of
 from outrider.losslessness.matrix import (
@@ -32,9 +32,9 @@ from tests.losslessness.compatibility_runs import (
     PATHS,
     SETTINGS,
     available_paths,
-    drafters_of,
     make_models,
     measure,
+    on_path,
     path_runs,
 )
 from tests.losslessness.engine_harness import DRAFTERS
@@ -62,6 +62,10 @@ def outcomes(cells) -> set[str]:
 # --- the shipped matrix
 
 
+def test_every_drafter_is_in_the_catalogue_that_the_matrix_is_made_from() -> None:
+    assert {config.method for config in DRAFTERS.values()} == set(DRAFTER_CONFIGS)
+
+
 def test_the_shipped_matrix_is_of_all_drafters_rules_parameters_and_paths() -> None:
     shipped = read_matrix()
     assert shipped.drafters == {name: settings_of(config) for name, config in DRAFTERS.items()}, REGENERATE
@@ -75,7 +79,7 @@ def test_the_shipped_matrix_is_of_all_drafters_rules_parameters_and_paths() -> N
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_a_part_of_the_shipped_matrix_is_what_running_it_gives(drafter: str, folder: Path, runs: PathRuns) -> None:
-    config = drafters_of(folder, PATH, [drafter])[drafter]
+    config = on_path(DRAFTERS[drafter], folder, PATH)
     ran = [cell for rule in ("coupled", "rejection") for cell in runs.run(drafter, config, rule)]
     shipped = [
         cell
@@ -164,7 +168,7 @@ def test_no_drafts_is_a_fall_back_and_an_error_a_refusal(runs: PathRuns, monkeyp
         return [TokenTree.root_only(context.token_ids[-1]) for context in contexts]
 
     with monkeypatch.context() as patch:
-        patch.setattr(NgramDrafter, "propose", nothing)
+        patch.setattr(SourceDrafter, "propose", nothing)
         assert outcomes(runs.run("ngram", NgramConfig(), "coupled")) == {TO_PLAIN}
 
     def refuse(self, contexts):
@@ -172,7 +176,7 @@ def test_no_drafts_is_a_fall_back_and_an_error_a_refusal(runs: PathRuns, monkeyp
             raise ConfigError("top_k with this drafter", got=4)
         return nothing(self, contexts)
 
-    monkeypatch.setattr(NgramDrafter, "propose", refuse)
+    monkeypatch.setattr(SourceDrafter, "propose", refuse)
     found = {cell.parameter: cell.outcome for cell in runs.run("ngram", NgramConfig(), "coupled")}
     assert found.pop("top_k") == f"{REFUSED}ConfigError: top_k with this drafter, got 4"
     assert set(found.values()) == {TO_PLAIN}

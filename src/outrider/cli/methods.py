@@ -137,6 +137,10 @@ def _notes(matrix: Matrix, drafters: dict[str, Any]) -> list[str]:
         lines.append(f"{TO_CHAINS}: the rule takes no branches, so the drafter proposes only its best path.")
     if TO_PLAIN in kinds:
         lines.append(f"{TO_PLAIN}: the output is right, but no drafts were proposed.")
+    if any(of["method"] == "auto" for of in matrix.drafters.values()):
+        lines.append(
+            "auto works wherever its outputs are right: whether it drafts depends on what pays on the machine."
+        )
     lines += dict.fromkeys(
         f"{cell.drafter} with {cell.rule}: {cell.outcome}" for cell in matrix.cells if _kind(cell.outcome) == REFUSED
     )

@@ -21,6 +21,11 @@ class DrafterDescription:
 
 
 DRAFTER_DESCRIPTIONS: dict[str, DrafterDescription] = {
+    "auto": DrafterDescription(
+        proposes="in every step the proposal of the drafter that pays most, or nothing",
+        source="-",
+        needs="nothing",
+    ),
     "none": DrafterDescription(
         proposes="nothing: plain decoding",
         source="-",
@@ -31,10 +36,55 @@ DRAFTER_DESCRIPTIONS: dict[str, DrafterDescription] = {
         source="prompt lookup decoding (Saxena 2023); LLMA, arXiv 2304.04487",
         needs="nothing",
     ),
+    "anpd": DrafterDescription(
+        proposes="a tree predicted token by token from counted n-grams of several lengths, learnt from the request",
+        source="ANPD, arXiv 2404.08698",
+        needs="nothing",
+    ),
+    "aded": DrafterDescription(
+        proposes="a tree from tri-gram statistics that are shared by all requests and kept up to date",
+        source="ADED, arXiv 2407.12021",
+        needs="nothing",
+    ),
+    "copy": DrafterDescription(
+        proposes="the block that follows where the last tokens stand in given references or in the text itself",
+        source="LLMA, arXiv 2304.04487; CopySpec, arXiv 2502.08923",
+        needs="nothing",
+    ),
+    "edit": DrafterDescription(
+        proposes="the rest of the input where the output is aligned with it, and changes made before",
+        source="aggressive decoding, arXiv 2205.10350; arXiv 2106.04970",
+        needs="nothing",
+    ),
+    "history": DrafterDescription(
+        proposes="what followed the same tokens in what the model generated before, in any request",
+        source="hierarchy drafting, arXiv 2502.05609",
+        needs="nothing",
+    ),
+    "merge": DrafterDescription(
+        proposes="one tree of the continuations of several sources, the likeliest first",
+        source="-",
+        needs="nothing",
+    ),
+    "hierarchy": DrafterDescription(
+        proposes="the continuations of several databases, the nearest in time first, until the tree is full",
+        source="hierarchy drafting, arXiv 2502.05609",
+        needs="nothing",
+    ),
     "recycling": DrafterDescription(
         proposes="a static tree filled from the candidates that followed each token when it was last verified",
         source="Token Recycling, arXiv 2408.08696",
         needs="the target's logits",
+    ),
+    "jacobi": DrafterDescription(
+        proposes="a chain of guesses, replaced in each step by the target's choices after them",
+        source="arXiv 2002.03629; arXiv 2305.10427",
+        needs="nothing",
+    ),
+    "lookahead": DrafterDescription(
+        proposes="a window of Jacobi trajectories, and the n-grams from it that begin with the last token",
+        source="lookahead decoding, arXiv 2402.02057",
+        needs="nothing",
     ),
     "draft_model": DrafterDescription(
         proposes="a chain or tree that a smaller model draws",

@@ -1,19 +1,21 @@
 """Runs every drafter under every rule with every parameter, and records what happened: the matrix's only source.
 
 A combination works if its output is plain decoding's (or, under a rule that is exact in distribution, one that the
-target's distribution allows) and drafts were verified; without drafts it fell back; a typed error is a refusal.
+target's distribution allows) and drafts were verified; without drafts it fell back; a typed error is a refusal. The
+planner may decide against drafts, by what they cost on the machine: where its output is right, it works.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
 import torch
 
-from outrider.config import DrafterConfig, NoDrafterConfig
+from outrider.config import AutoConfig, DrafterConfig, NoDrafterConfig
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
 from outrider.errors import OutriderError
 from outrider.llm import LLM, Prompt
@@ -216,7 +218,7 @@ class PathRuns:
         for prompt, expected, got in samples:
             if not (self._agrees(prompt, expected, got, params) if exact else self._allows(prompt, got, params)):
                 return m.WRONG
-        if not isinstance(config, NoDrafterConfig):
+        if not isinstance(config, NoDrafterConfig | AutoConfig):
             if not any(got.metrics.num_draft_tokens for _, _, got in samples):
                 return m.TO_PLAIN
             if lost_branches:
@@ -283,7 +285,9 @@ def _same_logprobs(expected: CompletionOutput, got: CompletionOutput) -> bool:
 
 def run_matrix(
     paths: Sequence[PathRuns],
-    drafters: Mapping[str, Mapping[str, DrafterConfig]],
+    drafters: Mapping[str, DrafterConfig],
+    on_path: Callable[[DrafterConfig, str], DrafterConfig],
+    *,
     rules: Sequence[str],
     parameters: Sequence[str],
     advance: Callable[[str], None] = lambda name: None,
@@ -291,28 +295,28 @@ def run_matrix(
     """Run everything.
 
     Args:
-        drafters: ``path -> name -> config``; a second model's folder may depend on the path.
+        drafters: by their names in the matrix.
+        on_path: a drafter as one path runs it: the folder of a second model may depend on it.
         rules: the coupled one first.
         advance: called before each drafter and rule on each path.
     """
     cells: list[Cell] = []
-    first = next(iter(drafters.values()))
-    for name in first:
+    for name, config in drafters.items():
         for rule in rules:
             for path in paths:
                 advance(f"{name}, {rule}, {path.path}")
-                cells += path.run(name, drafters[path.path][name], rule)
-    settings = {name: settings_of(config) for name, config in first.items()}
-    by_name = {config.method: paths[0].by_name(config.method) for config in first.values()}
+                cells += path.run(name, on_path(config, path.path), rule)
+    settings = {name: settings_of(config) for name, config in drafters.items()}
+    by_name = {config.method: paths[0].by_name(config.method) for config in drafters.values()}
     places = tuple(place for path in paths for place in path.places)
     return Matrix(settings, places, tuple(parameters), tuple(cells), by_name)
 
 
 def settings_of(config: DrafterConfig) -> dict[str, Any]:
-    """A drafter's method and its settings that are not the default; paths of files are left out."""
-    values = {"method": config.method}
+    """A drafter's method and its settings that are not the default, as JSON has them; paths of files are left out."""
+    values: dict[str, Any] = {"method": config.method}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default and not (isinstance(value, str) and "/" in value):
+        if value != field.default and "/" not in str(value):
             values[field.name] = value
-    return values
+    return json.loads(json.dumps(values, default=settings_of))
