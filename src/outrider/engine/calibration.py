@@ -26,9 +26,9 @@ from outrider.models.model import Model
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (32, 1024)
-FORMAT_VERSION = 1
-BUDGET_S = 2.5  # of measuring; a slow model gets MIN_ROUNDS all the same
-MIN_ROUNDS, MAX_ROUNDS = 2, 15
+FORMAT_VERSION = 2
+BUDGET_S = 4.0  # of measuring; a slow model gets MIN_ROUNDS all the same
+MIN_ROUNDS, MAX_ROUNDS = 3, 15
 BLOCK_SIZE = 16
 SEQUENCE = "calibration"
 
@@ -58,15 +58,17 @@ def forward_cost_of(
 
 @torch.inference_mode()
 def measure(model: Model, *, row_invariant: bool, on_progress: Progress | None = None) -> ForwardCost:
-    """Time forwards of a model over numbers of rows and lengths of context: medians of interleaved rounds.
+    """Time forwards of a model over numbers of rows and lengths of context, in interleaved rounds.
 
-    The context's keys and values are zeros: what they are costs nothing.
+    A machine's memory may change its speed between two forwards, so each is taken as a multiple of a forward of one row
+    just before it. The context's keys and values are zeros: what they are costs nothing.
     """
     longest = model.context_length - max(ROWS)
     contexts = tuple(c for c in CONTEXTS if c <= longest) or (max(1, longest),)
     rows = tuple(m for m in ROWS if m <= model.context_length - contexts[0])
     points = [(c, m) for c in contexts for m in rows]
-    times: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    ratios: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    plain: list[float] = []
     with native.cores_for_kernels(model.runs_on_kernels):
         caches = {context: _cache_with(model, context) for context in contexts}
         _forward(model, caches[contexts[0]], contexts[0], rows[-1], row_invariant)  # warm-up
@@ -74,13 +76,16 @@ def measure(model: Model, *, row_invariant: bool, on_progress: Progress | None =
         done = 0
         while done < num_rounds:
             for context, num_rows in points:
-                times[context, num_rows].append(_forward(model, caches[context], context, num_rows, row_invariant))
+                plain.append(_forward(model, caches[contexts[0]], contexts[0], 1, row_invariant))
+                seconds = _forward(model, caches[context], context, num_rows, row_invariant)
+                ratios[context, num_rows].append(seconds / plain[-1])
                 if on_progress is not None:
-                    on_progress(sum(map(len, times.values())), num_rounds * len(points))
+                    on_progress(len(plain), num_rounds * len(points))
             done += 1
             a_round = (time.perf_counter() - start) / done
             num_rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(BUDGET_S / a_round)))
-    return ForwardCost(rows, contexts, [[statistics.median(times[c, m]) for m in rows] for c in contexts])
+    one = statistics.median(plain)
+    return ForwardCost(rows, contexts, [[one * statistics.median(ratios[c, m]) for m in rows] for c in contexts])
 
 
 def _cache_with(model: Model, context: int) -> KVCache:
