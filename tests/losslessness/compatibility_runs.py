@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from outrider import LLM
-from outrider.config import DrafterConfig, drafter_config
+from outrider.config import DrafterConfig, SelfDraftConfig, drafter_config
 from outrider.kernels import native
 from outrider.losslessness.compatibility import PathRuns, parameter_settings, run_matrix
 from outrider.losslessness.matrix import Matrix
@@ -63,7 +63,7 @@ def on_path(config: DrafterConfig, folder: Path, path: str) -> DrafterConfig:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name == "model":
+        if field.name == "model" and not isinstance(config, SelfDraftConfig):
             changes["model"] = draft
         elif field.name == "calibrate":
             changes["calibrate"] = False

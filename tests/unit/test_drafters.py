@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -76,6 +77,27 @@ def test_recycling_proposes_the_candidates_seen_last() -> None:
     assert drafter.propose([context([4])])[0].num_nodes > 1, "the matrix outlives the request"
     assert drafter.propose([context([3], max_depth=1)])[0].num_nodes == 3
     assert drafter.propose([context([3], max_nodes=1)])[0].num_nodes == 2
+
+
+def test_recycling_trees_are_the_optimal_ones_and_say_how_likely_their_nodes_are() -> None:
+    for shape, depth in (("best_first", 3), ("sequoia", 5)):
+        config = RecyclingConfig(num_candidates=3, depth=6, max_nodes=6, shape=shape)  # type: ignore[arg-type]
+        drafter = RecyclingDrafter(config, DraftStyle(), vocab_size=4)
+        logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]] * 4)  # after every token: 1, then 2, then 3
+        for token in range(4):
+            drafter.observe([DraftOutcome("a", TokenTree.root_only(token), VerifiedPath((), 1), logits[:1])])
+        (tree,) = drafter.propose([context([3])])
+        assert tree.num_nodes == 7
+        assert max(tree.depths) == depth, "what is accepted more often the deeper it stands makes trees deep"
+        assert tree.confidences is not None
+        for node, children in enumerate(tree.children()):
+            of_children = [tree.confidences[child] for child in children]
+            assert of_children == sorted(of_children, reverse=True)
+            assert all(0 < confidence < 1 for confidence in of_children), node
+    likely = context([3])
+    (cut,) = drafter.propose([replace(likely, min_path_prob=0.2)])
+    assert all(p >= 0.2 for p in cut.path_confidences or ())
+    assert 1 < cut.num_nodes < 7
 
 
 # Draft model

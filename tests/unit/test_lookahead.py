@@ -92,13 +92,19 @@ class NaiveLookahead:
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
-    ("window", "ngram", "guesses", "text_ngrams"),
-    [(5, 4, 3, False), (3, 3, 2, True), (4, 2, 3, False), (1, 3, 4, True), (7, 5, 7, False)],
+    "config",
+    [
+        LookaheadConfig(window=5, ngram=4, guesses=3, text_ngrams=False, initial="zero"),
+        LookaheadConfig(window=3, ngram=3, guesses=2, initial="zero"),
+        LookaheadConfig(window=4, ngram=2, guesses=3, text_ngrams=False, initial="zero"),
+        LookaheadConfig(window=1, ngram=3, guesses=4, initial="zero"),
+        LookaheadConfig(window=7, ngram=5, guesses=7, text_ngrams=False, initial="zero"),
+    ],
+    ids=lambda config: f"{config.window}-{config.ngram}-{config.guesses}",
 )
 def test_every_step_verifies_what_the_paper_says(
-    window: int, ngram: int, guesses: int, text_ngrams: bool, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+    config: LookaheadConfig, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = LookaheadConfig(window=window, ngram=ngram, guesses=guesses, text_ngrams=text_ngrams, initial="zero")
     monkeypatch.setitem(engine_harness.DRAFTERS, "under test", config)
     engine = make_engine("under test", model=ToyModel(VOCAB, memory=0.0))
     right, trees = engine.drafter.propose, []
@@ -159,7 +165,7 @@ def test_a_window_that_still_grows_moves_on_with_the_text() -> None:
     assert tree.tokens == (1, 0, 0, 0)
     drafter.observe([DraftOutcome("r", tree, VerifiedPath((1,), 5), None, (0, 5, 6, 7))])  # two tokens: 0 5
     drafter.propose([context([1, 0, 5])])
-    # Behind 5 stood the third guess, 0, whose successor was computed as 7, and the second's, 6, is 5's own.
+    # 5 took the second guess's place, whose successor was computed as 6; the third guess, 0, had 7.
     assert drafter._requests["r"].window.levels == [[0, 0], [6, 7, 0]]
 
 

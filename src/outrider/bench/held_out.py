@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sysconfig
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "bundled" / "held_out.json"
 LINES_PER_PROMPT = 8
+MIN_RENAMED = 3  # uses of a name that an edit renames
 MIN_FUNCTION_LINES = 16  # so that a prompt is the beginning of something
 
 # Where a Python comes without its library's source.
@@ -43,6 +45,26 @@ def held_out_prompts(count: int) -> tuple[list[str], str]:
     return [BUILT_IN_PROMPTS[i % len(BUILT_IN_PROMPTS)] for i in range(count)], "built-in prompts"
 
 
+def rename_edits(count: int) -> list[tuple[str, str]]:
+    """Edits of held-out functions: prompts that hold one and ask for it with a name changed, and the answers.
+
+    Args:
+        count: the most edits; fewer where the held-out files have fewer functions of `MIN_FUNCTION_LINES` or more.
+    """
+    return list(islice(chain.from_iterable(map(_rename_edits, held_out_files())), count))
+
+
+def _rename_edits(path: Path) -> Iterator[tuple[str, str]]:
+    """An edit of the first long function of a file that uses a name of its own several times."""
+    for source in _long_functions(path):
+        names = re.findall(r"\b[a-z][a-z_]{3,}(?= = )", source)  # assigned
+        name = max(names, key=names.count, default=None)
+        if name is not None and len(re.findall(rf"\b{name}\b", source)) >= MIN_RENAMED:
+            prompt = f"# Rename {name} to renamed_{name}.\n{source}\n# The same after the change:\n"
+            yield prompt, re.sub(rf"\b{name}\b", f"renamed_{name}", source)
+            return
+
+
 def _take_turns(files: Sequence[Path]) -> Iterator[tuple[str | None, ...]]:
     """The first function's head of each file, then the second one's, and so on; None where a file has no more."""
     yield from zip_longest(*map(_function_heads, files))
@@ -61,6 +83,12 @@ def held_out_files() -> list[Path]:
 
 def _function_heads(path: Path) -> Iterator[str]:
     """The first lines of each long function of a file, without their common indentation."""
+    for source in _long_functions(path):
+        yield textwrap.dedent("".join(source.splitlines(keepends=True)[:LINES_PER_PROMPT]))
+
+
+def _long_functions(path: Path) -> Iterator[str]:
+    """The source of each long function of a file, as it is indented."""
     try:
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
@@ -71,4 +99,4 @@ def _function_heads(path: Path) -> Iterator[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
             start = node.lineno - 1
             if node.end_lineno - start >= MIN_FUNCTION_LINES:
-                yield textwrap.dedent("".join(lines[start : start + LINES_PER_PROMPT]))
+                yield "".join(lines[start : node.end_lineno])

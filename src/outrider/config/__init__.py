@@ -1,7 +1,13 @@
 """Every setting and its default: one frozen dataclass per component, unknown keys rejected."""
 
 from outrider.config.checks import GROUP_SIZES, Weights, from_mapping
-from outrider.config.draft_models import DraftModelConfig
+from outrider.config.draft_models import (
+    DraftModelConfig,
+    SelfDraftConfig,
+    SortedDraftConfig,
+    StagedConfig,
+    UniversalDraftConfig,
+)
 from outrider.config.drafters import (
     DRAFTER_CONFIGS,
     AutoConfig,
@@ -52,8 +58,12 @@ __all__ = [
     "RecyclingConfig",
     "ReferenceConfig",
     "SchedulerConfig",
+    "SelfDraftConfig",
+    "SortedDraftConfig",
     "SourceConfig",
     "SourceSpec",
+    "StagedConfig",
+    "UniversalDraftConfig",
     "Weights",
     "drafter_config",
     "from_mapping",

@@ -91,4 +91,24 @@ DRAFTER_DESCRIPTIONS: dict[str, DrafterDescription] = {
         source="arXiv 2211.17192; arXiv 2302.01318; siblings arXiv 1903.06059",
         needs="a second model with the same vocabulary (--draft-model)",
     ),
+    "self_draft": DrafterDescription(
+        proposes="what the target itself says with its linear layers in fewer bits, as a chain or tree",
+        source="QuantSpec, arXiv 2502.10424",
+        needs="nothing",
+    ),
+    "universal_draft": DrafterDescription(
+        proposes="what a smaller model with another tokenizer says, by shared tokens or by its text",
+        source="arXiv 2502.05202",
+        needs="a second model with any tokenizer (model)",
+    ),
+    "staged": DrafterDescription(
+        proposes="the trees of a draft model in fewer forwards of it: another drafter guesses what it will say",
+        source="arXiv 2308.04623",
+        needs="a second model with the same vocabulary (model)",
+    ),
+    "sorted_draft": DrafterDescription(
+        proposes="each token by the smallest of a draft model's first layers that is confident",
+        source="S2D, arXiv 2407.01955",
+        needs="a second model with the same vocabulary (model)",
+    ),
 }

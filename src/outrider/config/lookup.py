@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from outrider.config.checks import check_int, check_tree_limits, require
 
+RecyclingShape = Literal["best_first", "sequoia"]
 MAX_REFERENCE_TOKENS = 1 << 20  # of all references of a drafter together; an index takes some 200 bytes each
 
 
@@ -61,22 +62,20 @@ class AnpdConfig:
     """Adaptive n-grams: every draft token predicted by the longest n-gram that the request has shown so far.
 
     Attributes:
-        max_ngram, min_ngram: tokens that a prediction is made from, the longest level first.
+        levels: how many tokens predictions are made from, the longest first.
         num_candidates: the most children of a node.
         depth: the longest path.
         max_nodes: the most draft tokens in a tree.
     """
 
     method: Literal["anpd"] = "anpd"
-    max_ngram: int = 5
-    min_ngram: int = 1
-    num_candidates: int = 3
+    levels: Sequence[int] = (16, 8, 4, 3, 2, 1)
+    num_candidates: int = 4
     depth: int = 16
     max_nodes: int = 12
 
     def __post_init__(self) -> None:
-        check_int("anpd.max_ngram", self.max_ngram, 1, 16)
-        check_int("anpd.min_ngram", self.min_ngram, 1, self.max_ngram)
+        check_lengths("anpd.levels", self.levels)
         check_tree_limits("anpd", self.depth, self.max_nodes)
         check_int("anpd.num_candidates", self.num_candidates, 1, 64)
 
@@ -182,6 +181,7 @@ class HistoryConfig:
     Attributes:
         lengths: how many last tokens are looked for, the longest first.
         capacity: the most tokens kept; the older half is forgotten when they are reached.
+        segment: output tokens of a running request that are stored together; the rest when it ends.
         num_candidates: the most places copied from.
         depth: tokens copied from each place.
         max_nodes: the most draft tokens in a tree.
@@ -190,13 +190,15 @@ class HistoryConfig:
     method: Literal["history"] = "history"
     lengths: Sequence[int] = (6, 3, 2, 1)
     capacity: int = 1 << 17
+    segment: int = 64
     num_candidates: int = 8
     depth: int = 16
     max_nodes: int = 12
 
     def __post_init__(self) -> None:
         check_lengths("history.lengths", self.lengths)
-        check_int("history.capacity", self.capacity, 256, 1 << 24)
+        check_int("history.capacity", self.capacity, 64, 1 << 24)
+        check_int("history.segment", self.segment, 1, 4096)
         check_tree_limits("history", self.depth, self.max_nodes)
         check_int("history.num_candidates", self.num_candidates, 1, 64)
 
@@ -242,13 +244,17 @@ class RecyclingConfig:
         num_candidates: candidates kept per token (columns of the adjacency matrix).
         depth: longest path of the tree.
         max_nodes: draft tokens in a tree.
+        shape: of the tree: "best_first" (acceptance by rank) or "sequoia" (by rank and depth, which makes it deeper).
     """
 
     method: Literal["recycling"] = "recycling"
     num_candidates: int = 8
     depth: int = 5
     max_nodes: int = 16
+    shape: RecyclingShape = "best_first"
 
     def __post_init__(self) -> None:
         check_tree_limits("recycling", self.depth, self.max_nodes)
         check_int("recycling.num_candidates", self.num_candidates, 1, 8)
+        shapes = get_args(RecyclingShape)
+        require(self.shape in shapes, "recycling.shape", self.shape, f"one of {', '.join(shapes)}")

@@ -25,7 +25,6 @@ from outrider.config import (
     source_config,
 )
 from outrider.drafting.auto import AutoDrafter
-from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.jacobi import JacobiDrafter
@@ -35,6 +34,7 @@ from outrider.drafting.recycling import RecyclingDrafter
 from outrider.drafting.source import Source, SourceDrafter
 from outrider.drafting.sources.aded import AdedSource
 from outrider.drafting.sources.anpd import AnpdSource
+from outrider.drafting.sources.calibration import CalibratedSource
 from outrider.drafting.sources.copy import CopySource
 from outrider.drafting.sources.edit import EditSource
 from outrider.drafting.sources.hierarchy import HierarchyDrafter
@@ -47,7 +47,7 @@ def build_drafter(
     style: DraftStyle,
     *,
     vocab_size: int,
-    build_draft_model: Callable[[DraftModelConfig, DraftStyle], DraftModelDrafter],
+    build_draft_model: Callable[[DraftModelConfig, DraftStyle], Drafter],
     forward_cost: Callable[[], ForwardCost],
 ) -> Drafter:
     """A drafter from its configuration.
@@ -55,7 +55,7 @@ def build_drafter(
     Args:
         style: how the verification rule wants trees drawn.
         vocab_size: of the target.
-        build_draft_model: loads a second model with a cache of its own; called only where one is needed.
+        build_draft_model: loads a second model of any kind, with a cache of its own; called only where one is needed.
         forward_cost: what the target's forwards cost; called only by a planner.
 
     Raises:
@@ -85,12 +85,13 @@ def build_drafter(
         case DraftModelConfig():
             return build_draft_model(config, style)
         case HierarchyConfig():
-            levels = [build_source(source_config(spec)) for spec in config.levels]
+            levels = [CalibratedSource(build_source(source_config(spec))) for spec in config.levels]
             return HierarchyDrafter(levels, max_nodes=config.max_nodes, max_depth=config.depth, style=style)
         case MergeConfig():
-            sources = [build_source(source_config(spec)) for spec in config.sources]
+            sources = [CalibratedSource(build_source(source_config(spec))) for spec in config.sources]
         case EditConfig(lookup=True):
-            sources = [build_source(config), NgramSource(NgramConfig(depth=config.depth))]
+            lookup = NgramSource(NgramConfig(depth=config.depth))
+            sources = [CalibratedSource(build_source(config)), CalibratedSource(lookup)]
         case _:
             sources = [build_source(config)]
     return SourceDrafter(config.method, sources, max_nodes=config.max_nodes, max_depth=config.depth, style=style)

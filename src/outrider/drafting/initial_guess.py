@@ -37,8 +37,7 @@ class InitialGuess:
             case "random":
                 uniforms = (uniform(context.seed, first + i, Purpose.DRAFT, 0) for i in range(count))
                 return [int(u * self._vocab_size) for u in uniforms]
-            case "ngram":
-                return self._follow(context, count, before)
+        return self._follow(context, count, before)  # "ngram"
 
     def _follow(self, context: DraftContext, count: int, token: int) -> list[int]:
         known = context.token_ids

@@ -71,7 +71,7 @@ class JacobiDrafter:
     def fixed_at(self, request_id: str) -> tuple[int, ...]:
         """The iteration in which each output token took its final value, 0 if it was guessed at the start.
 
-        This is the decoding dependency graph of arXiv 2305.10427, section 3.3. The last `MAX_TRACES` requests are
+        This is the decoding dependency graph of arXiv 2305.10427. The last `MAX_TRACES` requests are
         remembered, finished ones too; others give an empty tuple.
         """
         trace = self._traces.get(request_id)

@@ -1,7 +1,7 @@
 """Lookahead decoding (Fu et al., arXiv 2402.02057): n-grams of Jacobi trajectories are drafts.
 
 The window holds the last N - 1 iterations, the *levels*, of W neighbouring positions, the *columns*. As a tree
-(the paper's mask, section 3.1): level 0 is a chain below the root, which is itself level 0 of column 0, and each
+(the paper's mask, section 3.3): level 0 is a chain below the root, which is itself level 0 of column 0, and each
 column continues from its level 0 with its own later levels.
 
     W = 3, N = 4        root ─┬─ a1 ─┬─ a2 ── b2 ── c2      level 0: root a1 a2
@@ -10,8 +10,9 @@ column continues from its level 0 with its own later levels.
 
 The target's choices d0, d1, d2 after the ends of the columns are the next level. Each column with its choice is an
 n-gram of the pool: (root, b0, c0, d0), (a1, b1, c1, d1), ... Then level 0 is forgotten and the window moves on by as
-many positions as the text; by one, level 0 becomes b1 b2, level 1 c0 c1 c2, level 2 d0 d1 d2. Pooled n-grams that begin with the root's token are
-verified in the same tree (section 3.2). Equal prefixes share nodes: a node's choice depends on its path alone.
+many positions as the text: by one, level 0 becomes b1 b2, level 1 c0 c1 c2 and level 2 d0 d1 d2. Pooled n-grams that
+begin with the root's token are verified in the same tree. Equal prefixes share nodes: the target's choice after a
+node depends on nothing but its path.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Window:
             if num_missing > 0:
                 first = root + depth + is_heads + len(level)
                 before = level[-1] if level else context.token_ids[-1]
-                level += initial.tokens(context, first, num_missing, before)
+                level.extend(initial.tokens(context, first, num_missing, before))
 
     def columns(self, max_nodes: int, max_depth: int) -> Iterator[list[int]]:
         """The path below the root of each column that fits, column 0 first."""
@@ -157,8 +158,8 @@ class LookaheadDrafter:
     A planner that pruned the window's unlikely nodes would end the trajectories that the pool is fed from. Where rows
     are short, guesses come first, then as many columns as fit.
 
-    Under a rule that takes chains only there is no room for a window: the drafts are single n-grams of the text, which
-    must then be pooled. Under rejection rules at a temperature the window advances by the most probable tokens.
+    Under a rule that takes chains only there is no room for a window: the drafts are single n-grams of the text,
+    which must then be pooled. Under rejection rules at a temperature the window advances by the most probable tokens.
 
     Raises:
         ConfigError: a rule that takes chains only, and no n-grams of the text.

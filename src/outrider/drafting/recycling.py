@@ -12,12 +12,20 @@ import numpy as np
 
 from outrider.config import RecyclingConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
-from outrider.drafting.tree_shape import best_first_shape
+from outrider.drafting.sequoia import sequoia_shape
+from outrider.drafting.tree_shape import best_first_shape, node_confidences
 from outrider.token_tree import TokenTree
 
 UNSEEN = -1
-# Acceptance by rank, measured on held-out code with the bundled model; only the shape depends on it.
+# Acceptance by rank, measured on held-out code with the bundled model; only shape and confidences depend on it.
 RANK_PROBS = (0.45, 0.13, 0.07, 0.05, 0.035, 0.025, 0.02, 0.015)
+# The same by depth, counted over wide trees; what is deeper is accepted as the last row is.
+DEPTH_RANK_PROBS = (
+    (0.51, 0.08, 0.04, 0.03, 0.02, 0.017, 0.015, 0.007),
+    (0.56, 0.09, 0.045, 0.02, 0.013, 0.013, 0.009, 0.007),
+    (0.65, 0.085, 0.033, 0.017, 0.015, 0.007, 0.004, 0.004),
+    (0.71, 0.055, 0.03, 0.02, 0.01, 0.008, 0.002, 0.002),
+)
 
 
 class RecyclingDrafter:
@@ -26,9 +34,16 @@ class RecyclingDrafter:
     reads_logits = True
 
     def __init__(self, config: RecyclingConfig, style: DraftStyle, vocab_size: int) -> None:
-        rank_probs = RANK_PROBS[:1] if style.chains_only else RANK_PROBS[: config.num_candidates]
-        self._shape = best_first_shape(config.max_nodes, config.depth, rank_probs)
-        self._num_candidates = len(rank_probs)
+        self._num_candidates = 1 if style.chains_only else config.num_candidates
+        last = len(DEPTH_RANK_PROBS) - 1
+        acceptance = [DEPTH_RANK_PROBS[min(depth, last)][: self._num_candidates] for depth in range(config.depth)]
+        match config.shape:
+            case "best_first":
+                rank_probs = RANK_PROBS[: self._num_candidates]
+                self._shape = best_first_shape(config.max_nodes, config.depth, rank_probs)
+            case "sequoia":
+                self._shape = sequoia_shape(config.max_nodes, config.depth, acceptance)
+        self._confidences = node_confidences(self._shape, acceptance)
         self.max_nodes = len(self._shape.parents)
         self._candidates = np.full((vocab_size, self._num_candidates), UNSEEN, dtype=np.int64)
 
@@ -36,25 +51,22 @@ class RecyclingDrafter:
         return [self._propose(context) for context in contexts]
 
     def _propose(self, context: DraftContext) -> TokenTree:
-        tokens, parents = [context.token_ids[-1]], [-1]
-        node_of = {0: 0}  # shape node -> tree node; nodes below an unseen candidate have none
         rows: dict[int, list[int]] = {}
-        shape = self._shape
-        for node, (parent, rank, depth) in enumerate(zip(shape.parents, shape.ranks, shape.depths, strict=True), 1):
-            if len(tokens) > context.max_nodes or depth > context.max_depth:
-                break
-            above = node_of.get(parent)
-            if above is None:
-                continue
-            token = tokens[above]
+
+        def candidates(token: int, depth: int) -> list[int]:
             row = rows.get(token)
             if row is None:
                 row = rows[token] = self._candidates[token].tolist()
-            if row[rank] != UNSEEN:
-                node_of[node] = len(tokens)
-                tokens.append(row[rank])
-                parents.append(above)
-        return TokenTree(tuple(tokens), tuple(parents))
+            return row
+
+        return self._shape.fill(
+            context.token_ids[-1],
+            candidates,
+            max_nodes=context.max_nodes,
+            max_depth=context.max_depth,
+            confidences=self._confidences,
+            min_path_prob=context.min_path_prob,
+        )
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:

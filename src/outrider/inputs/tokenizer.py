@@ -13,6 +13,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from outrider.errors import ConfigError, PromptError
+from outrider.inputs.vocabulary import Piece, pieces_of, special_ids_of
 
 MAX_TEMPLATE_OUTPUT = 4_000_000
 
@@ -27,6 +28,20 @@ class Tokenizer:
     @cached_property
     def vocab(self) -> dict[str, int]:
         return dict(self._backend.get_vocab())
+
+    @cached_property
+    def pieces(self) -> dict[int, Piece]:
+        """What each token stands for, in bytes that compare across tokenizers."""
+        return pieces_of(self._backend)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        return special_ids_of(self._backend)
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._backend.eos_token_id
 
     def __len__(self) -> int:
         return len(self._backend)
