@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from outrider.bench.replay import Recording, ReplayResult, replay
-from outrider.bench.workloads import held_out_prompts, rename_edits
+from outrider.bench.held_out import held_out_prompts, rename_edits
 from outrider.config import drafter_config
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import Drafter, DraftStyle

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from outrider.bench.workloads import WORKLOADS
 from outrider.config import (
     DRAFTER_CONFIGS,
     CacheConfig,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from outrider.llm import LLM
 
 MODEL, DRAFTING, SAMPLING, ENGINE, OUTPUT = "Model", "Drafting", "Sampling", "Engine", "Output"
+MEASURING = "Measuring"
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
@@ -99,6 +101,23 @@ MaxNumSeqs = Annotated[int, option("--max-num-seqs", help="Most sequences that r
 MaxBatchTokens = Annotated[int, option("--max-batch-tokens", help="Most rows of a forward.", panel=ENGINE)]
 Threads = Annotated[
     int | None, option("--threads", help="CPU threads; without it torch decides (OMP_NUM_THREADS).", panel=ENGINE)
+]
+
+WorkloadName = Annotated[
+    str | None,
+    option("--workload", help=f"Kind of prompts: {', '.join(WORKLOADS)}. Default: code.", panel=MEASURING),
+]
+Prompts = Annotated[
+    str | None,
+    option("--prompts", "-p", help="How many prompts of the workload, or a file of prompts.", panel=MEASURING),
+]
+DataFile = Annotated[
+    str | None,
+    option("--data", help="File of the data set, for the workloads spec_bench and humaneval.", panel=MEASURING),
+]
+WorkloadTemperature = Annotated[
+    float | None,
+    option("--temperature", "-t", help="0 is greedy decoding. Default: 0; for random prompts 1.5.", panel=SAMPLING),
 ]
 
 MaxTokens = Annotated[int, option("--max-tokens", help="Most tokens to generate per sequence.", panel=SAMPLING)]
