@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import (
+    AutoConfig,
     DrafterConfig,
     DraftModelConfig,
     JacobiConfig,
@@ -15,9 +16,11 @@ from outrider.config import (
     RecyclingConfig,
     SchedulerConfig,
 )
+from outrider.drafting.auto import AutoDrafter
 from outrider.drafting.build import build_drafter
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine.detokenizer import IncrementalDetokenizer
 from outrider.engine.engine import Engine
 from outrider.engine.scheduler import Scheduler
@@ -28,6 +31,8 @@ from tests.toy_model import ToyModel
 
 DRAFTERS: dict[str, DrafterConfig] = {
     "none": NoDrafterConfig(),
+    "auto": AutoConfig(drafters=["ngram", "recycling", "draft_model"], exploration=1.0),
+    "auto-sparing": AutoConfig(drafters=["draft_model", "merge"]),
     "ngram": NgramConfig(),
     "recycling": RecyclingConfig(),
     "recycling-sequoia": RecyclingConfig(num_candidates=4, depth=6, max_nodes=20, shape="sequoia"),
@@ -39,7 +44,21 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "draft_model": DraftModelConfig(),
     "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),
     "draft_model-tree": DraftModelConfig(depth=3, width=3, max_expanded=2, max_nodes=12, min_path_prob=0.0),
+    "draft_model-cape": DraftModelConfig(growth="cape", depth=3, max_nodes=10, min_path_prob=0.0),
+    "draft_model-rsd_s": DraftModelConfig(growth="rsd_s", depth=3, width=3, max_nodes=9, min_path_prob=0.0),
+    "draft_model-dyspec": DraftModelConfig(growth="dyspec", max_nodes=10, max_expanded=2, min_path_prob=0.01),
+    "draft_model-specexec": DraftModelConfig(growth="specexec", max_nodes=20, max_expanded=4, min_path_prob=0.0),
 }
+
+
+class CheapRows(ForwardCost):
+    """Rows that cost next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 64), (0,), [(1.0, 1.1)])
+
+    def observe(self, num_rows: int, context: int, seconds: float) -> None:
+        pass
 
 
 def decode(token_ids: Sequence[int]) -> str:
@@ -86,7 +105,10 @@ def make_engine(
         DraftStyle(verification.draft_noise, verification.sibling_draws, verification.chains_only),
         vocab_size=model.vocab_size,
         build_draft_model=build_draft_model,
+        forward_cost=CheapRows,
     )
+    if isinstance(built, AutoDrafter):
+        built.clock = lambda: 0.0  # drafting is free: it drafts as much as it can
     target_cache = cache(num_blocks)
     return Engine(model, built, verification, target_cache, Scheduler(scheduler, target_cache, built.max_nodes))
 
@@ -111,7 +133,7 @@ def make_request(
 def check_engine(engine: Engine) -> None:
     """Nothing is left behind, and every structure is sound."""
     engine.cache.check_integrity()
-    if isinstance(engine.drafter, DraftModelDrafter):
+    if isinstance(engine.drafter, DraftModelDrafter | AutoDrafter):
         engine.drafter.check_integrity()
 
 

@@ -4,6 +4,7 @@ from outrider.config.checks import GROUP_SIZES, Weights, from_mapping
 from outrider.config.draft_models import DraftModelConfig
 from outrider.config.drafters import (
     DRAFTER_CONFIGS,
+    AutoConfig,
     DrafterConfig,
     HierarchyConfig,
     MergeConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "GROUP_SIZES",
     "AdedConfig",
     "AnpdConfig",
+    "AutoConfig",
     "CacheConfig",
     "CacheDtype",
     "CopyConfig",

@@ -74,8 +74,43 @@ class HierarchyConfig:
         _check_sources("hierarchy.levels", self.levels)
 
 
+@dataclass(frozen=True)
+class AutoConfig:
+    """The planner: in every step the drafter and the draft tokens that pay, or none.
+
+    Attributes:
+        drafters: what to choose from: names, mappings with key ``method``, or configs; None is every training-free
+            drafter that suits any text, and the bundled draft for the bundled target.
+        max_nodes: the most draft tokens in a tree.
+        exploration: share of the time that may go into trying drafters whose record does not promise a gain.
+        calibrate: measure at start what a forward costs (some seconds, kept for the next start); False learns it from
+            the steps alone.
+    """
+
+    method: Literal["auto"] = "auto"
+    drafters: Sequence[str | Mapping[str, Any] | Any] | None = None
+    max_nodes: int = 48
+    exploration: float = 0.01
+    calibrate: bool = True
+
+    def __post_init__(self) -> None:
+        check_int("auto.max_nodes", self.max_nodes, 1, 1024)
+        valid = isinstance(self.exploration, int | float) and 0 <= self.exploration <= 1
+        require(valid, "auto.exploration", self.exploration, "a number in [0, 1]")
+        require(isinstance(self.calibrate, bool), "auto.calibrate", self.calibrate, "true or false")
+        if self.drafters is None:
+            return
+        listed = isinstance(self.drafters, Sequence) and not isinstance(self.drafters, str)
+        require(listed, "auto.drafters", repr(self.drafters)[:60], "a list of drafters")
+        check_int("number of auto.drafters", len(self.drafters), 1, 16)
+        for spec in self.drafters:
+            inner = drafter_config(spec)
+            require(not isinstance(inner, AutoConfig), "auto.drafters", "'auto' inside", "other drafters")
+
+
 DrafterConfig = (
-    NoDrafterConfig
+    AutoConfig
+    | NoDrafterConfig
     | NgramConfig
     | AnpdConfig
     | AdedConfig
@@ -90,6 +125,7 @@ DrafterConfig = (
     | DraftModelConfig
 )
 DRAFTER_CONFIGS: dict[str, type] = {
+    "auto": AutoConfig,
     "none": NoDrafterConfig,
     "ngram": NgramConfig,
     "anpd": AnpdConfig,

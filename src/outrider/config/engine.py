@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from outrider.config.checks import Weights, check_int, check_weights, require
-from outrider.config.drafters import DrafterConfig
-from outrider.config.lookup import NgramConfig
+from outrider.config.drafters import AutoConfig, DrafterConfig
 
 Exactness = Literal["auto", "numerical", "bitwise"]
 CacheDtype = Literal["auto", "float32", "bfloat16", "int8"]
@@ -94,7 +93,7 @@ class EngineConfig:
     device: str = "cpu"
     exactness: Exactness = "auto"
     verification: str = "coupled"
-    drafter: DrafterConfig = field(default_factory=NgramConfig)
+    drafter: DrafterConfig = field(default_factory=AutoConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 

@@ -1,15 +1,15 @@
 """The planner: each step the drafter and the tree that pay, and plain decoding where none does.
 
-Drafters are asked in two rounds. Those that cost next to nothing always propose, and their proposals are weighed by what
-their confidences have been worth. The others (a draft model) are asked where their record promises more than that, or on
-trial: a bandit with a bounded cost. Of each request's proposals the best is taken, and over all of them the nodes that are
-worth their rows. What a row and a draft cost is measured as the steps run.
+Drafters are asked in two rounds. Those that cost next to nothing always propose, and their proposals are weighed by
+what their confidences have been worth. The others (a draft model) are asked where their record promises more than
+that, or on trial: a bandit with a bounded cost. Of each request's proposals the best is taken, and over all of them the
+nodes that are worth their rows. What a row and a draft cost is measured as the steps run.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from outrider.config import AutoConfig
@@ -21,9 +21,13 @@ from outrider.token_tree import TokenTree
 
 NEARLY_FREE = 0.01  # of a token: what all drafters of the first round together may cost a request's step
 ROW_STEP = 4  # rows over which the price of one more is taken
-FIRST_PAUSE, LONGEST_PAUSE = 8, 512  # a request's steps between trials of a drafter that does not pay
+PAUSE = (
+    4  # the least steps of a request between trials of a drafter that does not pay; their cost mostly asks for more
+)
 NEW_RECORD, RECENT = 0.25, 0.08  # weights of a new figure: in short records, and in long ones
-TRIAL_STEPS = 2.0  # plain steps that trials may cost before any time has passed
+LONGEST_SLEEP = 256
+OTHERS_WEIGHT = 8  # of a request's own trials that count as much as what other requests have found
+TRIAL_STEPS = 1.0  # plain steps that a drafter's trials may cost before any time has passed
 
 
 @dataclass
@@ -47,11 +51,9 @@ class _OwnRecord(_Record):
 
     Attributes:
         next_trial: the request's step from which on it may be tried although it does not pay.
-        pause: steps between trials; doubles while it does not.
     """
 
     next_trial: int = 0
-    pause: int = FIRST_PAUSE
 
 
 @dataclass(eq=False)
@@ -59,20 +61,31 @@ class _Arm:
     """A drafter and its price.
 
     Attributes:
-        seconds: of drafting, a request and step; None until measured.
+        seconds: of drafting, a request and step; None until measured. The first of a request, which reads its whole
+            prompt, is not counted.
         seconds_per_node: likewise a drafted node.
+        trials_s: what its trials have cost beyond what they won.
     """
 
     drafter: Drafter
     shared: _Record = field(default_factory=_Record)
     seconds: float | None = None
     seconds_per_node: float = 0.0
+    trials_s: float = 0.0
+
+    def expected(self, own: _Record | None) -> tuple[float, float]:
+        """Accepted tokens and rows that a proposal may be expected to come to, for a request with its own record."""
+        weight = own.num_trials / (own.num_trials + OTHERS_WEIGHT) if own is not None else 0.0
+        accepted, rows = self.shared.accepted, self.shared.rows
+        if own is None:
+            return accepted, rows
+        return accepted + weight * (own.accepted - accepted), rows + weight * (own.rows - rows)
 
     def measured(self, seconds: float, num_nodes: int) -> None:
         if self.seconds is None:
             self.seconds, self.seconds_per_node = seconds, seconds / max(1, num_nodes)
             return
-        seconds = min(seconds, 4 * self.seconds)  # a draft model's first step of a request reads the whole prompt
+        seconds = min(seconds, 4 * self.seconds)
         self.seconds += 0.1 * (seconds - self.seconds)
         if num_nodes:
             self.seconds_per_node += 0.1 * (seconds / num_nodes - self.seconds_per_node)
@@ -85,6 +98,7 @@ class _Proposal:
     Attributes:
         probs: ``[num_nodes]`` of reaching each node; None for a tree that must stay whole.
         worth: expected accepted tokens, less what its rows cost.
+        seconds: that drafting it took.
     """
 
     arm: _Arm
@@ -92,6 +106,7 @@ class _Proposal:
     probs: list[float] | None
     worth: float
     on_trial: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -135,7 +150,7 @@ class AutoDrafter:
         *,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._config, self._cost, self._clock = config, cost, clock
+        self._config, self._cost, self.clock = config, cost, clock
         self._arms = [_Arm(drafter) for drafter in drafters]
         self.max_nodes = max((min(config.max_nodes, drafter.max_nodes) for drafter in drafters), default=0)
         self.returns_probs = any(drafter.returns_probs for drafter in drafters)
@@ -143,46 +158,51 @@ class AutoDrafter:
         self._acceptance = AcceptanceEstimator()
         self._records: dict[str, dict[_Arm, _OwnRecord]] = {}
         self._steps: dict[str, int] = {}
+        self._wake: dict[str, int] = {}  # the step of a request up to which no drafter need be asked for it
         self._tokens, self._seconds = 0.0, 0.0  # of recent steps, the older ones worth less
-        self._total_s, self._trials_s = 0.0, 0.0
+        self._total_s, self._plain_s = 0.0, 0.0
         self._planned: dict[str, _Planned] = {}
         self._market: _Market | None = None
         self._draft_s, self._forward_start, self._num_step_rows = 0.0, 0.0, 0
         self.num_chosen = {drafter.name: 0 for drafter in drafters}
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
-        start = self._clock()
+        start = self.clock()
+        if self._all_asleep(contexts):
+            return [TokenTree.root_only(context.token_ids[-1]) for context in contexts]
         market = self._market = self._prices(contexts)
         planned = self._planned = {context.request_id: _Planned(None) for context in contexts}
         hopeful = [context for context in contexts if context.max_nodes > 0 and context.max_depth > 0]
         first_round = self._nearly_free(market)
         for arm in first_round:
             self._ask(arm, hopeful, market)
-        asked: dict[_Arm, list[DraftContext]] = {}
-        trials: set[str] = set()
+        promising: dict[_Arm, list[DraftContext]] = {}
+        on_trial: dict[_Arm, list[DraftContext]] = {}
         for context in hopeful:
-            arm, on_trial = self._choose_arm(context, planned[context.request_id], first_round, market)
-            if arm is not None:
-                asked.setdefault(arm, []).append(context)
-                if on_trial:
-                    trials.add(context.request_id)
-        for arm, some in asked.items():
-            self._ask(arm, some, market, trials)
+            best, due = self._choose_arms(context, planned[context.request_id], first_round, market)
+            if best is not None:
+                promising.setdefault(best, []).append(context)
+            if due is not None:
+                on_trial.setdefault(due, [context])  # one request is enough for a step
+        for arm, some in promising.items():
+            self._ask(arm, some, market)
+        for arm, some in on_trial.items():
+            self._ask(arm, some, market, on_trial=True)
         trees = self._allot(contexts, market)
         self._num_step_rows = market.num_rows + sum(tree.num_nodes - 1 for tree in trees)
         self.reads_logits = any(p.arm.drafter.reads_logits for plan in planned.values() for p in plan.proposals)
-        self._forward_start = self._clock()
+        self._forward_start = self.clock()
         self._draft_s = self._forward_start - start
         return trees
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
-        seconds = self._clock() - self._forward_start
-        market = self._market
-        if market is not None:
-            self._market = None
-            self._learn_prices(market, seconds, sum(len(outcome.new_tokens) for outcome in outcomes))
-            for outcome in outcomes:
-                self._learn(outcome, market)
+        market, now = self._market, self.clock()
+        if market is None:
+            return  # everybody sleeps
+        self._market = None
+        self._learn_prices(market, now - self._forward_start, sum(len(outcome.new_tokens) for outcome in outcomes))
+        for outcome in outcomes:
+            self._learn(outcome, market)
         for arm in self._arms:
             if outcomes[0].target_logits is not None or not arm.drafter.reads_logits:
                 arm.drafter.observe(outcomes)
@@ -193,6 +213,7 @@ class AutoDrafter:
         self._acceptance.release(request_id)
         self._records.pop(request_id, None)
         self._steps.pop(request_id, None)
+        self._wake.pop(request_id, None)
 
     def check_integrity(self) -> None:
         for arm in self._arms:
@@ -200,10 +221,22 @@ class AutoDrafter:
             if check is not None:
                 check()
 
+    def _all_asleep(self, contexts: Sequence[DraftContext]) -> bool:
+        """Whether nothing pays for any of the requests, and nothing is due for a trial: then a step costs nothing."""
+        steps, wake = self._steps, self._wake
+        if any(steps.get(context.request_id, 0) >= wake.get(context.request_id, 0) for context in contexts):
+            return False
+        for context in contexts:
+            steps[context.request_id] += 1
+        self._total_s += self._plain_s
+        self.reads_logits = False
+        return True
+
     def _prices(self, contexts: Sequence[DraftContext]) -> _Market:
         num_rows = max(len(contexts), contexts[0].num_step_rows)
         context = sum(len(c.token_ids) for c in contexts)
         seconds = self._cost.seconds(len(contexts), context)
+        self._plain_s = seconds
         tokens_per_s = max(len(contexts) / seconds, self._tokens / self._seconds if self._seconds else 0.0)
         marginal = self._cost.seconds(num_rows + ROW_STEP, context) - self._cost.seconds(num_rows, context)
         return _Market(num_rows, context, tokens_per_s, tokens_per_s * max(0.0, marginal) / ROW_STEP)
@@ -218,35 +251,29 @@ class AutoDrafter:
             found.append(arm)
         return found
 
-    def _ask(
-        self,
-        arm: _Arm,
-        contexts: Sequence[DraftContext],
-        market: _Market,
-        trials: set[str] | frozenset[str] = frozenset(),
-    ) -> None:
+    def _ask(self, arm: _Arm, contexts: Sequence[DraftContext], market: _Market, *, on_trial: bool = False) -> None:
         """Add a drafter's proposals to the plans."""
         if not contexts:
             return
         # Confidences may be modest, so what is left out unseen is far below what would pay.
-        threshold = 0.25 * (market.row_price + market.tokens_per_s * arm.seconds_per_node)
+        threshold = min(0.5, 0.25 * (market.row_price + market.tokens_per_s * arm.seconds_per_node))
         limited = [
             replace(
-                c,
-                max_nodes=min(c.max_nodes, self._config.max_nodes),
-                min_path_prob=min(0.5, max(c.min_path_prob, threshold)),
+                context,
+                max_nodes=min(context.max_nodes, self._config.max_nodes),
+                min_path_prob=max(context.min_path_prob, threshold),
             )
-            for c in contexts
+            for context in contexts
         ]
-        start = self._clock()
+        start = self.clock()
         trees = arm.drafter.propose(limited)
-        seconds = (self._clock() - start) / len(contexts)
-        arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees))
+        seconds = (self.clock() - start) / len(contexts)
+        if all(arm in self._own(context.request_id) for context in contexts):
+            arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees))
         for context, tree in zip(contexts, trees, strict=True):
-            plan = self._planned[context.request_id]
             proposal = self._weigh(arm, context.request_id, tree, market)
-            proposal.on_trial = context.request_id in trials
-            plan.proposals.append(proposal)
+            proposal.on_trial, proposal.seconds = on_trial, seconds
+            self._planned[context.request_id].proposals.append(proposal)
 
     def _weigh(self, arm: _Arm, request_id: str, tree: TokenTree, market: _Market) -> _Proposal:
         num_nodes = tree.num_nodes - 1
@@ -255,38 +282,44 @@ class AutoDrafter:
         if tree.draft is not None or tree.confidences is None:
             # Rejection rules forbid to leave a drawn token out because of what it is; without confidences nothing
             # tells the nodes apart. Then the record of such trees must do.
-            record = self._own(request_id).get(arm) or arm.shared
-            return _Proposal(arm, tree, None, record.accepted - market.row_price * num_nodes)
+            accepted, _ = arm.expected(self._own(request_id).get(arm))
+            rows = self._cost.seconds(market.num_rows + num_nodes, market.context)
+            price = market.tokens_per_s * (rows - self._cost.seconds(market.num_rows, market.context))
+            return _Proposal(arm, tree, None, accepted - price)
         probs = self._acceptance.path_probs(arm.drafter.name, request_id, tree)
         return _Proposal(arm, tree, probs, sum(p - market.row_price for p in probs[1:] if p > market.row_price))
 
-    def _choose_arm(
+    def _choose_arms(
         self, context: DraftContext, plan: _Planned, first_round: Sequence[_Arm], market: _Market
-    ) -> tuple[_Arm | None, bool]:
-        """The drafter of the second round to ask for a request, and whether only on trial."""
+    ) -> tuple[_Arm | None, _Arm | None]:
+        """Of the drafters of the second round the one that promises most, and one that is due for a trial."""
         best, best_worth = None, max((p.worth for p in plan.proposals), default=0.0)
-        own = self._own(context.request_id)
-        step = self._steps.get(context.request_id, 0)
         due: _Arm | None = None
+        own, step = self._own(context.request_id), self._steps.get(context.request_id, 0)
         for arm in self._arms:
             if arm in first_round:
                 continue
             record = own.get(arm)
-            known = record if record is not None and record.num_trials > 2 else arm.shared
-            if known.num_trials and arm.seconds is not None:
-                worth = known.accepted - market.row_price * known.rows - market.tokens_per_s * arm.seconds
+            if arm.shared.num_trials and arm.seconds is not None:
+                accepted, rows = arm.expected(record)
+                worth = accepted - market.row_price * rows - market.tokens_per_s * arm.seconds
                 if worth > best_worth:
                     best, best_worth = arm, worth
                     continue
-            if due is None and (record is None or step >= record.next_trial):
+            if due is None and (record is None or step >= record.next_trial) and self._debt(arm) <= 0.0:
                 due = arm
-        if due is not None and due is not best and self._may_try(market):
-            return due, True
-        return best, False
+        return best, due if due is not best else None
 
-    def _may_try(self, market: _Market) -> bool:
-        allowance = self._config.exploration * self._total_s + TRIAL_STEPS * self._cost.seconds(1, 0)
-        return self._trials_s < allowance
+    def _debt(self, arm: _Arm) -> float:
+        """Seconds that trials of a drafter have cost beyond what they may."""
+        share = self._config.exploration / len(self._arms)
+        return arm.trials_s - share * self._total_s - TRIAL_STEPS * self._plain_s
+
+    def _next_trial(self, arm: _Arm, own: Mapping[_Arm, _OwnRecord], step: int) -> int:
+        """The step of a request in which an arm is due again and can be afforded."""
+        debt, per_step = self._debt(arm), self._config.exploration / len(self._arms) * self._plain_s
+        wait = min(LONGEST_SLEEP, int(debt / per_step) + 1 if per_step else LONGEST_SLEEP) if debt > 0.0 else 0
+        return max(step + wait, own[arm].next_trial if arm in own else 0)
 
     def _allot(self, contexts: Sequence[DraftContext], market: _Market) -> list[TokenTree]:
         """Give every request its best proposal, and the batch's rows to the nodes that are worth them."""
@@ -330,27 +363,27 @@ class AutoDrafter:
         if plan is None:
             return
         step = self._steps[request_id] = self._steps.get(request_id, 0) + 1
+        own = self._own(request_id)
         for proposal in plan.proposals:
-            self._acceptance.observe(proposal.arm.drafter.name, request_id, proposal.tree, outcome.new_tokens)
             arm, taken = proposal.arm, proposal is plan.chosen
-            own = self._own(request_id).setdefault(arm, _OwnRecord())
+            self._acceptance.observe(arm.drafter.name, request_id, proposal.tree, outcome.new_tokens)
+            record = own.setdefault(arm, _OwnRecord())
             # A proposal that was not taken counts with what it would have come to, as far as is known.
             accepted = len(outcome.path.accepted_nodes) if taken else _num_common(proposal.tree, outcome.new_tokens)
             rows = plan.num_nodes if taken else proposal.tree.num_nodes - 1
-            own.add(accepted, rows)
+            record.add(accepted, rows)
             arm.shared.add(accepted, rows)
-            price = market.row_price * rows + market.tokens_per_s * (arm.seconds or 0.0)
             if proposal.on_trial:
-                spent = (arm.seconds or 0.0) + market.row_price * (
-                    plan.num_nodes if taken else 0
-                ) / market.tokens_per_s
+                spent = self._draft_s + market.row_price * (plan.num_nodes if taken else 0) / market.tokens_per_s
                 won = accepted / market.tokens_per_s if taken else 0.0
-                self._trials_s = max(0.0, self._trials_s + spent - won)
-            if own.accepted > price:
-                own.pause, own.next_trial = FIRST_PAUSE, step
-            elif proposal.on_trial:
-                own.pause = min(LONGEST_PAUSE, 2 * own.pause)
-                own.next_trial = step + own.pause
+                arm.trials_s = max(0.0, arm.trials_s + spent - won)
+            expected, expected_rows = arm.expected(record)
+            pays = expected > market.row_price * expected_rows + market.tokens_per_s * (arm.seconds or 0.0)
+            record.next_trial = step if pays or arm.seconds is None else step + PAUSE
+        if plan.chosen is None and all(p.on_trial for p in plan.proposals):
+            self._wake[request_id] = min(
+                step + LONGEST_SLEEP, *(self._next_trial(arm, own, step) for arm in self._arms)
+            )
 
     def _own(self, request_id: str) -> dict[_Arm, _OwnRecord]:
         return self._records.setdefault(request_id, {})

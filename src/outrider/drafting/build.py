@@ -7,6 +7,7 @@ from collections.abc import Callable
 from outrider.config import (
     AdedConfig,
     AnpdConfig,
+    AutoConfig,
     CopyConfig,
     DrafterConfig,
     DraftModelConfig,
@@ -20,10 +21,13 @@ from outrider.config import (
     NoDrafterConfig,
     RecyclingConfig,
     SourceConfig,
+    drafter_config,
     source_config,
 )
+from outrider.drafting.auto import AutoDrafter
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.jacobi import JacobiDrafter
 from outrider.drafting.lookahead import LookaheadDrafter
 from outrider.drafting.plain import PlainDrafter
@@ -44,6 +48,7 @@ def build_drafter(
     *,
     vocab_size: int,
     build_draft_model: Callable[[DraftModelConfig, DraftStyle], DraftModelDrafter],
+    forward_cost: Callable[[], ForwardCost],
 ) -> Drafter:
     """A drafter from its configuration.
 
@@ -51,11 +56,24 @@ def build_drafter(
         style: how the verification rule wants trees drawn.
         vocab_size: of the target.
         build_draft_model: loads a second model with a cache of its own; called only where one is needed.
+        forward_cost: what the target's forwards cost; called only by a planner.
 
     Raises:
         ConfigError: references that are not token ids.
     """
     match config:
+        case AutoConfig():
+            drafters = [
+                build_drafter(
+                    drafter_config(spec),
+                    style,
+                    vocab_size=vocab_size,
+                    build_draft_model=build_draft_model,
+                    forward_cost=forward_cost,
+                )
+                for spec in config.drafters or ()
+            ]
+            return AutoDrafter(config, drafters, forward_cost())
         case NoDrafterConfig():
             return PlainDrafter()
         case RecyclingConfig():

@@ -78,7 +78,11 @@ class DraftRunner:
         return True
 
     def catch_up(self, contexts: Sequence[DraftContext]) -> list[Row]:
-        """Read the committed tokens that the draft has not seen; log q after the last one of each context."""
+        """Read the committed tokens that the draft has not seen.
+
+        Returns:
+            ``[vocab]`` of each context: log q after its last token, up to a constant.
+        """
         rows: dict[str, Row] = {}
         pending = list(contexts)
         while pending:
@@ -107,7 +111,7 @@ class DraftRunner:
                 {c.request_id: SequenceCommit(range(end - start), c.token_ids[start:end]) for c, start, end in chunks}
             )
             paths = [(context, ()) for context in complete]
-            rows.update(zip([c.request_id for c in complete], _log_probs(logits, paths), strict=True))
+            rows.update(zip([c.request_id for c in complete], _log_weights(logits, paths), strict=True))
             pending = [context for context in pending if context.request_id not in rows]
         return [rows[context.request_id] for context in contexts]
 
@@ -145,9 +149,9 @@ class DraftRunner:
     def _read_families(self, families: Sequence[tuple[TreeRows, Sequence[int]]]) -> None:
         logits = self._forward([_sequence_rows(rows, family) for rows, family in families])
         nodes = [(rows.tree, node) for rows, family in families for node in family]
-        log_probs = _log_probs(logits, [(tree.context, tree.path_tokens(node)) for tree, node in nodes])
-        for (tree, node), row in zip(nodes, log_probs, strict=True):
-            tree.set_log_probs(node, row)
+        log_weights = _log_weights(logits, [(tree.context, tree.path_tokens(node)) for tree, node in nodes])
+        for (tree, node), row in zip(nodes, log_weights, strict=True):
+            tree.set_log_weights(node, row)
 
     def _forward(self, sequences: Sequence[SequenceRows]) -> Tensor:
         """The draft's logits, as wide as the target's: embeddings may be padded differently."""
@@ -191,12 +195,14 @@ def _sequence_rows(rows: TreeRows, family: Sequence[int]) -> SequenceRows:
     )
 
 
-def _log_probs(logits: Tensor, paths: Sequence[tuple[DraftContext, Sequence[int]]]) -> list[Row]:
-    """Log q of each row, after the request's processors, on the host.
+def _log_weights(logits: Tensor, paths: Sequence[tuple[DraftContext, Sequence[int]]]) -> list[Row]:
+    """Log q of each row up to a constant, after the request's processors, on the host.
 
     Args:
         paths: each row's request, and the draft tokens between its root and the row.
     """
+    if all(context.params.takes_argmax for context, _ in paths):  # nothing to process
+        return list(logits.float().cpu().numpy())
     contexts = [
         RowContext(
             rows=slice(row, row + 1),
@@ -209,11 +215,7 @@ def _log_probs(logits: Tensor, paths: Sequence[tuple[DraftContext, Sequence[int]
         )
         for row, (context, path) in enumerate(paths)
     ]
-    weights = process_logits(logits, contexts).cpu().numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):  # NaN logits are no candidates: see GrowingTree.draw
-        largest = weights.max(axis=-1, keepdims=True)
-        shifted = weights - largest
-        return list(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+    return list(process_logits(logits, contexts).cpu().numpy())
 
 
 def _looks_back(params: SamplingParams) -> bool:

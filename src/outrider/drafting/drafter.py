@@ -33,6 +33,7 @@ class DraftContext:
         seed: of the request's keyed noise.
         min_path_prob: draft tokens whose path is less likely than this to be accepted are not worth their rows, nor
             the time of drafting them; a drafter may ignore it.
+        num_step_rows: rows of the whole step without draft tokens, other requests' and prompts' included.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class DraftContext:
     seed: int
     stop_token_ids: frozenset[int]
     min_path_prob: float = 0.0
+    num_step_rows: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,14 +9,18 @@ from typing import Any
 
 from outrider.errors import ConfigError
 
-ADAPTATION = 0.05  # weight of a new measurement
-OUTLIER = 3.0  # a step that takes so many times its usual time was disturbed, and teaches nothing
+SCALE_ADAPTATION = 0.15  # weight of a new measurement in the speed of the whole machine, which may change at any time
+SHAPE_ADAPTATION = 0.03  # likewise in what a number of rows costs beside others, which does not
+OUTLIER = (
+    3.0  # a step that takes so many times its usual time was disturbed: it counts as if it had taken so many times
+)
 
 
 class ForwardCost:
     """Seconds of a forward, interpolated between measured numbers of rows and lengths of context.
 
-    The machine's speed changes with its load, so steps correct the table as they run, each around its number of rows.
+    A machine's speed changes with its load and its neighbours', so steps correct the table as they run: its scale at once,
+    its shape slowly, each around its number of rows.
 
     Args:
         rows: ``[R]`` numbers of rows, ascending from 1.
@@ -49,7 +53,16 @@ class ForwardCost:
         self.rows, self.contexts = tuple(rows), tuple(contexts)
         # More rows never cost less: what says otherwise is noise, and a planner would chase it.
         self.table = tuple(tuple(max(of[: i + 1]) for i in range(len(of))) for of in seconds)
+        self._scale = 1.0
         self._factors = [1.0] * len(rows)
+        self._is_guess = False
+
+    @staticmethod
+    def unknown() -> ForwardCost:
+        """Nothing measured: the first forward tells the scale, and rows are taken to cost something."""
+        cost = ForwardCost((1, 8, 16, 64), (0,), [(1.0, 1.3, 1.7, 4.0)])
+        cost._is_guess = True
+        return cost
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> ForwardCost:
@@ -71,11 +84,8 @@ class ForwardCost:
     def seconds(self, num_rows: int, context: int) -> float:
         """Expected seconds of a forward; linear between and beyond the measured points."""
         r, at_row = _between(self.rows, num_rows)
-        factor = (
-            self._factors[r] + at_row * (self._factors[r + 1] - self._factors[r])
-            if at_row <= 1
-            else self._factors[-1]
-        )
+        of_rows = self._factors[-1] if at_row > 1 else _line(self._factors, r, at_row)
+        factor = self._scale * of_rows
         if len(self.contexts) == 1:
             return factor * _line(self.table[0], r, at_row)
         c, at_context = _between(self.contexts, context)
@@ -84,14 +94,16 @@ class ForwardCost:
 
     def observe(self, num_rows: int, context: int, seconds: float) -> None:
         """Learn from a forward that took `seconds`."""
-        expected = self.seconds(num_rows, context)
-        if not expected / OUTLIER < seconds < expected * OUTLIER:
-            # Once is a disturbance; a machine that has really changed moves the factors there step by step.
-            seconds = expected * (OUTLIER if seconds > expected else 1 / OUTLIER)
+        change = seconds / self.seconds(num_rows, context)
+        if self._is_guess:
+            self._is_guess = False
+            self._scale = change
+            return
+        change = min(OUTLIER, max(1 / OUTLIER, change))
+        self._scale *= change**SCALE_ADAPTATION
         r, at_row = _between(self.rows, num_rows)
-        change = seconds / expected
         for point, weight in ((r, 1 - min(at_row, 1.0)), (r + 1, min(at_row, 1.0))):
-            self._factors[point] *= change ** (ADAPTATION * weight)
+            self._factors[point] *= change ** (SHAPE_ADAPTATION * weight)
 
 
 def _between(points: Sequence[int], at: int) -> tuple[int, float]:

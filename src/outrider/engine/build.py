@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 
 from outrider.cache.kv_cache import KVCache, LayerShape
-from outrider.config import CacheConfig, DraftModelConfig, EngineConfig, Exactness, SchedulerConfig
+from outrider.config import (
+    AutoConfig,
+    CacheConfig,
+    DrafterConfig,
+    DraftModelConfig,
+    EngineConfig,
+    Exactness,
+    NgramConfig,
+    SchedulerConfig,
+)
 from outrider.drafting.build import build_drafter
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
+from outrider.engine.calibration import Progress, forward_cost_of
 from outrider.engine.engine import Engine
 from outrider.engine.scheduler import Scheduler
 from outrider.errors import ConfigError, ExactnessError, VocabularyMismatchError
@@ -66,8 +78,13 @@ def load_target(config: EngineConfig) -> tuple[Model, Tokenizer, Exactness]:
     return model, tokenizer, "bitwise" if bitwise else "numerical"
 
 
-def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> Engine:
+def build_engine(
+    config: EngineConfig, model: Model, tokenizer: Tokenizer, *, on_calibration: Progress | None = None
+) -> Engine:
     """Put drafter, rule, caches and scheduler around a loaded target.
+
+    Args:
+        on_calibration: told how far measuring the target has come, where the planner needs it and nobody has done it yet.
 
     Raises:
         ConfigError: settings that do not go together.
@@ -105,11 +122,15 @@ def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> En
             max_batch_tokens=config.scheduler.max_batch_tokens,
         )
 
+    drafter_config = config.drafter
+    if isinstance(drafter_config, AutoConfig) and drafter_config.drafters is None:
+        drafter_config = replace(drafter_config, drafters=_drafters_for_any_text(config))
     drafter = build_drafter(
-        config.drafter,
+        drafter_config,
         DraftStyle(rule.draft_noise, rule.sibling_draws, rule.chains_only),
         vocab_size=model.vocab_size,
         build_draft_model=build_draft_model,
+        forward_cost=lambda: _forward_cost(config, model, on_calibration),
     )
     return Engine(
         model,
@@ -119,6 +140,27 @@ def build_engine(config: EngineConfig, model: Model, tokenizer: Tokenizer) -> En
         Scheduler(config.scheduler, cache, drafter.max_nodes),
         row_invariant=config.exactness == "bitwise",
     )
+
+
+def _drafters_for_any_text(config: EngineConfig) -> tuple[DrafterConfig, ...]:
+    """What the planner chooses from unless told otherwise."""
+    lookup = NgramConfig(depth=16, max_nodes=24)
+    if config.model is None:
+        return (lookup, DraftModelConfig(depth=16, max_nodes=24, min_path_prob=0.0))
+    return (lookup,)
+
+
+def _forward_cost(config: EngineConfig, model: Model, on_progress: Progress | None) -> ForwardCost:
+    if isinstance(config.drafter, AutoConfig) and not config.drafter.calibrate:
+        return ForwardCost.unknown()
+    path = Path(config.model or BUNDLED_TARGET)
+    identity = {
+        "model": str(path.resolve()) if path.is_dir() else config.model,
+        "changed": (path / "config.json").stat().st_mtime_ns if (path / "config.json").is_file() else None,
+        "revision": config.revision,
+        "weights": [config.weights, config.group_size, str(model.dtype), str(model.cache_dtype), config.device],
+    }
+    return forward_cost_of(model, identity, row_invariant=config.exactness == "bitwise", on_progress=on_progress)
 
 
 def build_cache(cache: CacheConfig, scheduler: SchedulerConfig, model: Model) -> KVCache:

@@ -72,7 +72,7 @@ class Engine:
                 return []
             drafting = [scheduled for scheduled in plan if scheduled.yields_token]
             with stats.timed("draft"):
-                trees = self._propose(drafting)
+                trees = self._propose(drafting, sum(scheduled.chunk_size for scheduled in plan))
             batch = self._build_batch(plan, trees)
             with stats.timed("target"):
                 target = self._run_target(drafting, batch)
@@ -84,7 +84,7 @@ class Engine:
                 self._observe(verified)
             return self._update(verified)
 
-    def _propose(self, drafting: Sequence[ScheduledSequence]) -> TokenTreeBatch:
+    def _propose(self, drafting: Sequence[ScheduledSequence], num_step_rows: int) -> TokenTreeBatch:
         for request_id in self.scheduler.preempted:
             self.drafter.release(request_id)
         contexts = [
@@ -97,6 +97,7 @@ class Engine:
                 params=request.params,
                 seed=request.seed,
                 stop_token_ids=request.stop_token_ids,
+                num_step_rows=num_step_rows,
             )
             for scheduled in drafting
             for request in (scheduled.request,)

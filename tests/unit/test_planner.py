@@ -1,0 +1,377 @@
+"""The planner: the best nodes by brute force, prices that follow the machine, never slower on a simulated clock."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from outrider.cache.kv_cache import KVCache
+from outrider.config import AutoConfig, drafter_config
+from outrider.drafting.acceptance import AcceptanceEstimator
+from outrider.drafting.auto import AutoDrafter
+from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.forward_cost import ForwardCost
+from outrider.drafting.planner import choose_nodes
+from outrider.engine.calibration import forward_cost_of, measure
+from outrider.errors import ConfigError
+from outrider.models.model import ForwardBatch
+from outrider.sampling.params import SamplingParams
+from outrider.token_tree import TokenTree
+from outrider.verification.coupled import follow_choices
+from tests.toy_model import ToyModel
+
+# Which nodes
+
+
+@st.composite
+def weighed_trees(draw: st.DrawFn) -> list[tuple[tuple[int, ...], list[float]]]:
+    """A batch of small trees: parents, and probabilities that fall along paths."""
+    batch = []
+    for _ in range(draw(st.integers(1, 3))):
+        parents, probs = [-1], [1.0]
+        for node in range(1, draw(st.integers(1, 4))):
+            parents.append(draw(st.integers(0, node - 1)))
+            probs.append(probs[parents[-1]] * draw(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9, 1.0])))
+        batch.append((tuple(parents), probs))
+    return batch
+
+
+@given(
+    weighed_trees(), st.lists(st.sampled_from([0.0, 0.1, 0.5, 3.0]), min_size=12, max_size=12), st.floats(0.1, 3.0)
+)
+def test_the_chosen_nodes_are_the_best_of_all_subtrees(batch, steps: list[float], tokens_per_s: float) -> None:
+    """Whatever the cost of rows looks like: flat stretches and cliffs included."""
+    num_rows = len(batch)
+
+    def seconds(rows: int) -> float:
+        return 1.0 + sum(steps[: rows - num_rows])
+
+    def worth(chosen: Sequence[Sequence[int]]) -> float:
+        gain = sum(probs[node] for (_, probs), nodes in zip(batch, chosen, strict=True) for node in nodes if node)
+        rows = num_rows + sum(len(nodes) - 1 for nodes in chosen)
+        return gain - tokens_per_s * (seconds(rows) - seconds(num_rows))
+
+    kept = choose_nodes([probs for _, probs in batch], seconds, num_rows, tokens_per_s)
+    for (parents, _), nodes in zip(batch, kept, strict=True):
+        assert nodes[0] == 0
+        assert all(parents[node] in nodes for node in nodes[1:]), "a node without its parent"
+    per_tree = []
+    for parents, _ in batch:
+        subsets = (
+            [0, *(n for n, bit in enumerate(bits, 1) if bit)] for bits in product([0, 1], repeat=len(parents) - 1)
+        )
+        per_tree.append([nodes for nodes in subsets if all(parents[node] in nodes for node in nodes[1:])])
+    assert worth(kept) == pytest.approx(max(worth(chosen) for chosen in product(*per_tree)))
+
+
+# What a forward costs
+
+
+def test_costs_are_interpolated_and_never_fall_with_more_rows() -> None:
+    cost = ForwardCost([1, 8, 16], [0, 100], [[1.0, 0.9, 3.0], [2.0, 3.0, 4.0]])
+    assert cost.seconds(1, 0) == cost.seconds(8, 0) == 1.0, "less for more rows is noise"
+    assert cost.seconds(12, 0) == pytest.approx(2.0)
+    assert cost.seconds(24, 0) == pytest.approx(5.0), "beyond the table it goes on as it ended"
+    assert cost.seconds(1, 50) == pytest.approx(1.5)
+    assert cost.seconds(1, 200) == pytest.approx(3.0)
+    again = ForwardCost.from_mapping(cost.as_mapping())
+    assert again.seconds(12, 30) == cost.seconds(12, 30)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rows": [1, 2], "contexts": [0], "seconds": [[1.0]]},
+        {"rows": [2, 4], "contexts": [0], "seconds": [[1.0, 2.0]]},
+        {"rows": [1, 1], "contexts": [0], "seconds": [[1.0, 2.0]]},
+        {"rows": [1, 2], "contexts": [0], "seconds": [[1.0, float("nan")]]},
+        {"rows": [1, 2], "contexts": [0], "seconds": [[0.0, 1.0]]},
+        {"rows": [1, 2]},
+        {"rows": 3, "contexts": [0], "seconds": [[1.0]]},
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(values: dict) -> None:
+    with pytest.raises(ConfigError):
+        ForwardCost.from_mapping(values)
+
+
+def test_costs_follow_a_machine_that_changes_its_speed() -> None:
+    cost = ForwardCost([1, 8], [0], [[1.0, 1.2]])
+    for _ in range(40):
+        cost.observe(1, 0, 2.0)
+    assert cost.seconds(1, 0) == pytest.approx(2.0, rel=0.05)
+    assert cost.seconds(8, 0) / cost.seconds(1, 0) < 1.25, "plain steps alone do not tell what rows cost"
+    for _ in range(300):
+        cost.observe(1, 0, 2.0)
+        cost.observe(8, 0, 6.0)
+    assert cost.seconds(8, 0) / cost.seconds(1, 0) == pytest.approx(3.0, rel=0.1)
+    before = cost.seconds(1, 0)
+    cost.observe(1, 0, 1000.0)
+    assert cost.seconds(1, 0) < 1.3 * before, "one disturbed step"
+
+
+def test_unknown_costs_take_their_scale_from_the_first_step() -> None:
+    cost = ForwardCost.unknown()
+    cost.observe(1, 0, 0.02)
+    assert cost.seconds(1, 0) == pytest.approx(0.02)
+
+
+# What confidences are worth
+
+
+def test_confidences_are_corrected_by_what_happens() -> None:
+    estimator = AcceptanceEstimator()
+    tree = TokenTree((0, 1, 2), (-1, 0, 0), confidences=(1.0, 0.8, 0.8))
+    assert estimator.path_probs("d", "a", tree)[1:] == pytest.approx([0.81, 0.81])
+    for _ in range(100):
+        estimator.observe("d", "a", tree, [3])
+    assert estimator.path_probs("d", "a", tree)[1] < 0.03, "never right, whatever it says"
+    assert estimator.path_probs("d", "b", tree)[1] < 0.1, "and other requests hear of it"
+    assert estimator.path_probs("other", "a", tree)[1] > 0.7, "but not other drafters"
+    for _ in range(30):
+        estimator.observe("d", "b", tree, [1])
+    assert estimator.path_probs("d", "b", tree)[1] > 0.4, "a request's own record counts more"
+    estimator.release("b")
+
+
+def test_only_nodes_below_the_path_are_counted() -> None:
+    """What hangs off a wrong node was never tried."""
+    estimator = AcceptanceEstimator()
+    tree = TokenTree((0, 1, 2), (-1, 0, 1), confidences=(1.0, 0.5, 0.95))
+    for _ in range(50):
+        estimator.observe("d", "a", tree, [9])
+    probs = estimator.path_probs("d", "a", tree)
+    assert probs[1] < 0.1
+    assert probs[2] / probs[1] > 0.9
+
+
+# Simulated decoding: a clock that only moves by what things cost
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SimulatedDrafter:
+    """A chain that is right with a probability that may change over time.
+
+    Attributes:
+        rates: of acceptance, by the request's step.
+        seconds: of a proposal.
+    """
+
+    returns_probs = False
+    reads_logits = False
+    max_nodes = 8
+
+    def __init__(self, name: str, clock: Clock, seconds: float, rates, confidence: float | None) -> None:
+        self.name, self.clock, self.cost, self.rates, self.confidence = name, clock, seconds, rates, confidence
+        self.rng = random.Random(3)
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
+        trees = []
+        for context in contexts:
+            self.clock.now += self.cost
+            position = len(context.token_ids)
+            depth = min(8, context.max_nodes)
+            tokens = [
+                true_token(position + d) + (0 if self.rng.random() < self.rates(position) else 1000)
+                for d in range(depth)
+            ]
+            confidences = None if self.confidence is None else (1.0, *[self.confidence] * depth)
+            trees.append(
+                TokenTree((context.token_ids[-1], *tokens), tuple(range(-1, depth)), confidences=confidences)
+            )
+        return trees
+
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        pass
+
+    def release(self, request_id: str) -> None:
+        pass
+
+
+def true_token(position: int) -> int:
+    return position % 997
+
+
+def decode(drafters, clock: Clock, num_tokens: int, *, plain_s: float = 1.0, row_s: float = 0.02, batch: int = 1):
+    """Seconds of decoding `num_tokens` for each of `batch` requests, and the planner."""
+    true_cost = ForwardCost([1, 64], [0], [[plain_s, plain_s + 63 * row_s]])
+    auto = AutoDrafter(AutoConfig(drafters=["none"]), drafters, true_cost, clock=clock)
+    texts = {f"r{i}": [true_token(p) for p in range(10)] for i in range(batch)}
+    while min(map(len, texts.values())) < num_tokens:
+        contexts = [
+            DraftContext(i, text, 10, 48, 48, SamplingParams(), 0, frozenset(), num_step_rows=batch)
+            for i, text in texts.items()
+        ]
+        trees = auto.propose(contexts)
+        clock.now += plain_s + row_s * (sum(tree.num_nodes for tree in trees) - 1)
+        outcomes = []
+        for (request_id, text), tree in zip(texts.items(), trees, strict=True):
+            choices = [true_token(len(text) + depth) for depth in tree.depths]
+            path = follow_choices(tree, choices)
+            outcomes.append(DraftOutcome(request_id, tree, path, None, choices))
+        auto.observe(outcomes)
+        for outcome in outcomes:
+            texts[outcome.request_id].extend(outcome.new_tokens)
+    produced = sum(len(text) - 10 for text in texts.values())
+    return clock.now / produced * batch, auto
+
+
+def always(rate: float):
+    return lambda position: rate
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("confidence", [None, 0.3, 0.99])
+@pytest.mark.parametrize("seconds", [0.001, 0.05, 0.5, 3.0])
+def test_a_worthless_drafter_costs_less_than_two_percent(
+    seconds: float, confidence: float | None, batch: int
+) -> None:
+    """Whatever it claims, whatever it costs."""
+    clock = Clock()
+    row_s = 0.02
+    drafters = [
+        SimulatedDrafter("bad", clock, seconds, always(0.02), confidence),
+        SimulatedDrafter("worse", clock, 2 * seconds, always(0.0), confidence),
+    ]
+    per_token, _ = decode(drafters, clock, 2000, row_s=row_s, batch=batch)
+    plain = 1.0 + row_s * (batch - 1)
+    assert per_token < 1.02 * plain
+
+
+@pytest.mark.parametrize("confidence", [None, 0.5])
+@pytest.mark.parametrize("seconds", [0.001, 0.1, 0.5])
+def test_a_good_drafter_is_used(seconds: float, confidence: float | None) -> None:
+    clock = Clock()
+    per_token, auto = decode([SimulatedDrafter("good", clock, seconds, always(0.9), confidence)], clock, 2000)
+    accepted = sum(0.9**d for d in range(1, 9))
+    ideal = (1.0 + seconds + 8 * 0.02) / (1 + accepted)
+    assert per_token < 1.1 * ideal
+    assert auto.num_chosen["good"] > 200
+
+
+def test_the_better_of_two_is_used_and_the_change_noticed() -> None:
+    clock = Clock()
+    first = SimulatedDrafter("first", clock, 0.2, lambda p: 0.9 if p < 2000 else 0.0, 0.7)
+    second = SimulatedDrafter("second", clock, 0.2, lambda p: 0.0 if p < 2000 else 0.9, 0.7)
+    per_token, auto = decode([first, second], clock, 4000)
+    ideal = (1.0 + 0.2 + 8 * 0.02) / (1 + sum(0.9**d for d in range(1, 9)))
+    assert per_token < 1.35 * ideal
+    assert min(auto.num_chosen.values()) > 200
+
+
+def test_an_expensive_drafter_is_left_alone_where_a_free_one_does_as_well() -> None:
+    clock = Clock()
+    free = SimulatedDrafter("free", clock, 0.0001, always(0.8), 0.8)
+    costly = SimulatedDrafter("costly", clock, 0.8, always(0.8), 0.8)
+    _, auto = decode([free, costly], clock, 4000)
+    assert auto.num_chosen["free"] > 20 * auto.num_chosen["costly"]
+
+
+def test_several_drafters_in_one_batch() -> None:
+    """Each request gets what works for it."""
+
+    class OnlyFor(SimulatedDrafter):
+        def __init__(self, request_id: str, clock: Clock) -> None:
+            super().__init__(f"for {request_id}", clock, 0.05, always(0.9), 0.7)
+            self.request_id = request_id
+
+        def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
+            trees = []
+            for context in contexts:
+                self.rates = always(0.9 if context.request_id == self.request_id else 0.0)
+                trees += super().propose([context])
+            return trees
+
+    clock = Clock()
+    per_token, auto = decode([OnlyFor("r0", clock), OnlyFor("r1", clock)], clock, 1500, batch=2)
+    assert per_token < 0.5, "far faster than plain decoding's 1.02"
+    assert min(auto.num_chosen.values()) > 100
+
+
+def test_prices_decide_the_size_of_a_tree() -> None:
+    sizes = {}
+    for row_s in (0.001, 0.6):
+        clock = Clock()
+        drafter = SimulatedDrafter("d", clock, 0.0, always(0.6), 0.6)
+        decode([drafter], clock, 500, row_s=row_s)
+        rows = []
+        auto = AutoDrafter(
+            AutoConfig(drafters=["none"]), [drafter], ForwardCost([1, 64], [0], [[1.0, 1 + 63 * row_s]]), clock=clock
+        )
+        context = DraftContext("x", [1, 2], 2, 48, 48, SamplingParams(), 0, frozenset())
+        for _ in range(3):
+            (tree,) = auto.propose([context])
+            rows.append(tree.num_nodes)
+            clock.now += 1.0
+            path = follow_choices(tree, [0] * tree.num_nodes)
+            auto.observe([DraftOutcome("x", tree, path, None, [0] * tree.num_nodes)])
+        sizes[row_s] = rows[0]
+    assert sizes[0.001] == 9
+    assert sizes[0.6] < 4
+
+
+def test_settings_are_checked() -> None:
+    assert drafter_config("auto") == AutoConfig()
+    for bad in (
+        {"drafters": []},
+        {"drafters": "ngram"},
+        {"drafters": ["auto"]},
+        {"exploration": 2},
+        {"max_nodes": 0},
+    ):
+        with pytest.raises(ConfigError):
+            drafter_config({"method": "auto", **bad})
+
+
+# Calibration
+
+
+class BlankModel(ToyModel):
+    """Does not mind that the context was never computed."""
+
+    def choose(self, batch: ForwardBatch, cache: KVCache) -> None:
+        return None
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        self.num_rows.append(len(batch.token_ids))
+        return torch.zeros(len(batch.token_ids), self.vocab_size)
+
+
+def test_calibration_is_kept_and_a_spoilt_one_made_again(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, seen = BlankModel(), []
+    cost = forward_cost_of(
+        model, {"model": "toy"}, row_invariant=False, on_progress=lambda done, of: seen.append((done, of))
+    )
+    assert seen[-1][0] == seen[-1][1]
+    num_forwards = len(model.num_rows)
+    again = forward_cost_of(model, {"model": "toy"}, row_invariant=False)
+    assert again.as_mapping() == cost.as_mapping()
+    assert len(model.num_rows) == num_forwards
+    (file,) = tmp_path.rglob("*.json")
+    for spoilt in ("{", "[]", '{"rows": [1]}', file.read_text()[:-20]):
+        file.write_text(spoilt)
+        forward_cost_of(model, {"model": "toy"}, row_invariant=False)
+        assert ForwardCost.from_mapping(json.loads(file.read_text()))
+    assert len(model.num_rows) > num_forwards
+    forward_cost_of(model, {"model": "another"}, row_invariant=False)
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def test_calibration_fits_into_a_short_context() -> None:
+    cost = measure(BlankModel(context_length=40), row_invariant=False)
+    assert cost.seconds(1, 0) > 0
