@@ -43,6 +43,10 @@ class VocabularyMismatchError(ConfigError):
     """A draft model whose token ids do not mean what the target's mean."""
 
 
+class LookupFileError(OutriderError, ValueError):
+    """A datastore or a history of outputs that is damaged, or a file that is something else."""
+
+
 class TokenTreeError(OutriderError, ValueError):
     """A proposal that is not a tree: parents after children, empty, or wider than the rule takes."""
 

@@ -21,7 +21,7 @@ import outrider.llm
 from outrider import LLM, SamplingParams, __version__
 from outrider.cli.app import app
 from outrider.cli.options import EngineOptions
-from outrider.engine.build import BUNDLED_TARGET
+from outrider.engine.bundled import BUNDLED_TARGET
 from outrider.kernels import native
 from outrider.losslessness.explain import Explanation
 from outrider.models.llama import LlamaModel

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from outrider import LLM, SamplingParams
-from outrider.engine.build import BUNDLED_DRAFT, BUNDLED_TARGET
+from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
 from outrider.errors import (
     CacheError,
     ConfigError,

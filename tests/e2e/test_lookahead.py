@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from outrider import LLM, SamplingParams
-from outrider.bench.workloads import held_out_prompts
+from outrider.bench.held_out import held_out_prompts
 from outrider.drafting.jacobi import JacobiDrafter
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from outrider.cli.app import app
-from outrider.engine.build import BUNDLED_TARGET
+from outrider.engine.bundled import BUNDLED_TARGET
 from outrider.kernels.packed import dequantize
 from outrider.quantization import calibrate, output_folder
 from outrider.quantization.weights import open_weights

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import random
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import (
+    AdedConfig,
+    AnpdConfig,
     AutoConfig,
+    CopyConfig,
+    DatastoreConfig,
     DrafterConfig,
     DraftModelConfig,
+    EditConfig,
+    HierarchyConfig,
+    HistoryConfig,
     JacobiConfig,
     LookaheadConfig,
+    MergeConfig,
     NgramConfig,
     NoDrafterConfig,
     RecyclingConfig,
     SchedulerConfig,
+    SelfDraftConfig,
+    SortedDraftConfig,
+    StagedConfig,
+    SuffixConfig,
+    UniversalDraftConfig,
+    drafter_config,
 )
 from outrider.drafting.auto import AutoDrafter
-from outrider.drafting.build import build_drafter
-from outrider.drafting.draft_model import DraftModelDrafter
-from outrider.drafting.drafter import DraftStyle
+from outrider.drafting.build import TargetParts, build_drafter
+from outrider.drafting.draft_kinds import DraftParts, plain_draft, sorted_draft, staged_draft, translated_draft
+from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
+from outrider.drafting.sources.datastore_build import DatastoreWriter
+from outrider.drafting.text_draft import TextDrafter
 from outrider.engine.detokenizer import IncrementalDetokenizer
 from outrider.engine.engine import Engine
 from outrider.engine.scheduler import Scheduler
@@ -28,12 +49,40 @@ from outrider.request import Request
 from outrider.sampling.params import SamplingParams
 from outrider.verification.build import build_rule
 from tests.toy_model import ToyModel
+from tests.toy_vocabulary import TARGET_SIDE, RenamedToyModel, draft_side, toy_translation
+
+VOCAB_FINGERPRINT = bytes(range(32))
+
+
+@functools.cache
+def toy_datastore(vocab_size: int) -> DatastoreConfig:
+    """Texts of a toy model's tokens, for as long as the process lives."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "store"
+    rng = random.Random(0)
+    with DatastoreWriter(
+        path, vocab_size=vocab_size, fingerprint=VOCAB_FINGERPRINT, max_memory_bytes=1 << 16
+    ) as writer:
+        for _ in range(50):
+            writer.add([rng.randrange(vocab_size) for _ in range(60)])
+            writer.end_document()
+    return DatastoreConfig(path=str(path))
+
 
 DRAFTERS: dict[str, DrafterConfig] = {
     "none": NoDrafterConfig(),
     "auto": AutoConfig(drafters=["ngram", "recycling", "draft_model"], exploration=1.0),
     "auto-sparing": AutoConfig(drafters=["draft_model", "merge"]),
     "ngram": NgramConfig(),
+    "anpd": AnpdConfig(),
+    "aded": AdedConfig(exploration=0.5, capacity=40),
+    "copy": CopyConfig(gammas=(2, 1), references=((3, 1, 0, 1, 2, 2, 3), (1, 2, 3, 1, 1))),
+    "edit": EditConfig(),
+    "edit-reference": EditConfig(references=((1, 2, 3, 0, 2, 1, 1, 3, 3, 2, 3),)),
+    "history": HistoryConfig(lengths=(2, 1), capacity=256, segment=8, depth=4),
+    "hierarchy": HierarchyConfig(levels=("ngram", {"method": "history", "lengths": (2, 1)}, "aded")),
+    "merge": MergeConfig(sources=("ngram", "anpd", "aded", "edit")),
     "recycling": RecyclingConfig(),
     "recycling-sequoia": RecyclingConfig(num_candidates=4, depth=6, max_nodes=20, shape="sequoia"),
     "jacobi": JacobiConfig(mode="jacobi", initial="last"),
@@ -48,6 +97,14 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "draft_model-rsd_s": DraftModelConfig(growth="rsd_s", depth=3, width=3, max_nodes=9, min_path_prob=0.0),
     "draft_model-dyspec": DraftModelConfig(growth="dyspec", max_nodes=10, max_expanded=2, min_path_prob=0.01),
     "draft_model-specexec": DraftModelConfig(growth="specexec", max_nodes=20, max_expanded=4, min_path_prob=0.0),
+    "self_draft": SelfDraftConfig(depth=4),
+    "universal_draft": UniversalDraftConfig(alignment="vocabulary", depth=3, width=2, max_expanded=2),
+    "universal_draft-text": UniversalDraftConfig(alignment="text", depth=5),
+    "staged": StagedConfig(depth=3, width=2, min_path_prob=0.0, drafter="ngram"),
+    "staged-models": StagedConfig(depth=5, min_path_prob=0.01, drafter={"method": "draft_model", "depth": 3}),
+    "sorted_draft": SortedDraftConfig(depth=4, layers=[1, 2], min_confidence=0.5),
+    "suffix": SuffixConfig(history_tokens=200),
+    "datastore": DatastoreConfig(),
 }
 
 
@@ -89,23 +146,39 @@ def make_engine(
             prefix_caching=prefix_caching,
         )
 
-    def build_draft_model(config: DraftModelConfig, style: DraftStyle) -> DraftModelDrafter:
-        draft = ToyModel(model.vocab_size, model.context_length, memory=0.3)
-        return DraftModelDrafter(
-            config,
-            style,
-            model=draft,
-            cache=cache(draft_blocks),
-            vocab_size=model.vocab_size,
-            max_batch_tokens=scheduler.max_batch_tokens,
-        )
+    def parts(draft: ToyModel) -> DraftParts:
+        return DraftParts(draft, cache(draft_blocks), model.vocab_size, scheduler.max_batch_tokens)
 
+    def toy(memory: float) -> DraftParts:
+        return parts(ToyModel(model.vocab_size, model.context_length, memory=memory))
+
+    def build_draft_model(config: DraftModelConfig, style: DraftStyle) -> Drafter:
+        match config:
+            case SelfDraftConfig():
+                return plain_draft(config, style, toy(0.8 * model.memory))
+            case StagedConfig():
+                inner_config = drafter_config(config.drafter)
+                inner = build_drafter(inner_config, style, target)
+                return staged_draft(config, style, toy(0.3), inner, inner_config)
+            case SortedDraftConfig():
+                return sorted_draft(config, style, [toy(0.1), toy(0.3)])
+            case UniversalDraftConfig(alignment="vocabulary"):
+                renamed = RenamedToyModel(model.vocab_size, model.context_length, memory=0.3)
+                return translated_draft(config, style, parts(renamed), toy_translation(model.vocab_size))
+            case UniversalDraftConfig():
+                renamed = RenamedToyModel(model.vocab_size, model.context_length, memory=0.3)
+                draft = plain_draft(config, DraftStyle(chains_only=True), parts(renamed))
+                sides = TARGET_SIDE, draft_side(model.vocab_size)
+                return TextDrafter(draft, *sides, depth=config.depth, max_nodes=config.max_nodes)
+            case _:
+                return plain_draft(config, style, toy(0.3))
+
+    target = TargetParts(model.vocab_size, lambda: VOCAB_FINGERPRINT, build_draft_model, CheapRows)
+    config = DRAFTERS[drafter]
     built = build_drafter(
-        DRAFTERS[drafter],
+        toy_datastore(model.vocab_size) if isinstance(config, DatastoreConfig) else config,
         DraftStyle(verification.draft_noise, verification.sibling_draws, verification.chains_only),
-        vocab_size=model.vocab_size,
-        build_draft_model=build_draft_model,
-        forward_cost=CheapRows,
+        target,
     )
     if isinstance(built, AutoDrafter):
         built.clock = lambda: 0.0  # drafting is free: it drafts as much as it can
@@ -133,8 +206,9 @@ def make_request(
 def check_engine(engine: Engine) -> None:
     """Nothing is left behind, and every structure is sound."""
     engine.cache.check_integrity()
-    if isinstance(engine.drafter, DraftModelDrafter | AutoDrafter):
-        engine.drafter.check_integrity()
+    check_integrity = getattr(engine.drafter, "check_integrity", None)
+    if check_integrity is not None:
+        check_integrity()
 
 
 def run(engine: Engine, requests: Sequence[Request], *, each_step: Callable[[], None] | None = None) -> None:

@@ -9,10 +9,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from outrider.bench import workloads
+from outrider.bench import held_out
+from outrider.bench.held_out import BUILT_IN_PROMPTS, held_out_prompts
 from outrider.bench.report import environment, speed_table, step_table, summarise
 from outrider.bench.runner import Results, Sample, _until_end, run_rounds
-from outrider.bench.workloads import BUILT_IN_PROMPTS, held_out_prompts, prompts_hash
+from outrider.bench.workloads import prompts_hash
 from outrider.engine.stats import EngineStats
 
 
@@ -20,14 +21,14 @@ def test_held_out_prompts_are_function_heads_and_always_the_same() -> None:
     prompts, source = held_out_prompts(24)
     assert len(set(prompts)) == 24
     assert all(prompt.startswith(("def ", "async def ")) for prompt in prompts)
-    assert all(prompt.count("\n") == workloads.LINES_PER_PROMPT for prompt in prompts)
+    assert all(prompt.count("\n") == held_out.LINES_PER_PROMPT for prompt in prompts)
     assert held_out_prompts(24) == (prompts, source)
     assert held_out_prompts(5)[0] == prompts[:5]
     assert "held-out" in source
 
 
 def test_built_in_prompts_where_there_is_no_library_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workloads, "_held_out_files", list)
+    monkeypatch.setattr(held_out, "held_out_files", list)
     prompts, source = held_out_prompts(6)
     assert prompts == [*BUILT_IN_PROMPTS, *BUILT_IN_PROMPTS[:2]]
     assert source == "built-in prompts"

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider.bench.replay import Recording, ReplayResult, replay
 from outrider.config import NgramConfig, drafter_config
-from outrider.drafting.build import build_drafter
-from outrider.drafting.drafter import DraftContext, Drafter, DraftStyle
+from outrider.drafting.build import TargetParts, build_drafter
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
+from outrider.drafting.sources.aded import DraftMaker, TrigramMatrix
+from outrider.drafting.sources.anpd import NgramModel
+from outrider.drafting.sources.calibration import CalibratedSource
+from outrider.drafting.sources.hash_index import HashIndex
+from outrider.drafting.sources.hierarchy import HierarchyDrafter
+from outrider.drafting.sources.history import HistoryStore
 from outrider.drafting.sources.matches import DISCOUNTS, MAX_LENGTH, NgramIndex, match_length, weighted_paths
 from outrider.drafting.sources.ngram import NgramSource
+from outrider.drafting.tree_merge import WeightedPath
+from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
-from outrider.token_tree import TokenTree
+from outrider.token_tree import TokenTree, VerifiedPath
 
 GREEDY = SamplingParams(temperature=0.0)
 CHAINS = DraftStyle(chains_only=True)
@@ -32,7 +43,7 @@ def drafter_of(spec: object, style: DraftStyle | None = None) -> Drafter:
         raise AssertionError("a lookup drafter has no model")
 
     config = drafter_config(spec)  # type: ignore[arg-type]
-    return build_drafter(config, style or DraftStyle(), vocab_size=100, build_draft_model=no_model)  # type: ignore[arg-type]
+    return build_drafter(config, style or DraftStyle(), TargetParts(100, lambda: bytes(32), no_model, ForwardCost.unknown))  # type: ignore[arg-type]
 
 
 def propose(drafter: Drafter, tokens: Sequence[int], **settings: object) -> TokenTree:
@@ -126,3 +137,381 @@ def test_ngram_forgets_released_requests() -> None:
     source.release("r")
     assert not source.continuations(context([4, 5]))
     assert not source._indexes.keys() - {"r"}
+
+
+# Adaptive n-grams
+
+
+def naive_prediction(text: Sequence[int], suffix: Sequence[int], levels: Sequence[int]) -> list[int]:
+    """All that followed the longest known suffix, the most frequent first, of equals the latest."""
+    for level in levels:
+        wanted = tuple(suffix[-level:])
+        seen = [text[i] for i in range(level, len(text)) if tuple(text[i - level : i]) == wanted]
+        if len(suffix) >= level and seen:
+            latest = {token: position for position, token in enumerate(seen)}
+            return sorted(latest, key=lambda token: (-seen.count(token), -latest[token]))
+    return []
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
+def test_anpd_predicts_by_the_longest_known_level(tokens: list[int], data: st.DataObject) -> None:
+    model, levels = NgramModel((3, 2, 1)), (3, 2, 1)
+    model.extend(tokens[: data.draw(st.integers(0, len(tokens)))])
+    model.extend(tokens)
+    predicted = model.predict(tuple(tokens[-3:]), 8)
+    expected = naive_prediction(tokens, tokens[-3:], levels)
+    assert [token for token, _ in predicted if token in expected] == expected
+    assert sum(probability for _, probability in predicted) <= 1 + 1e-9
+    assert all(first[1] >= second[1] > 0 for first, second in pairwise(predicted))
+
+
+def test_anpd_backs_off_with_the_discount() -> None:
+    model = NgramModel((2, 1))
+    model.extend([1, 2, 5, 3, 2, 6, 1, 2])
+    assert model.predict((1, 2), 8) == [
+        (5, pytest.approx(1 - DISCOUNTS[2])),
+        (6, pytest.approx(DISCOUNTS[2] * (1 - DISCOUNTS[1]))),
+    ]
+
+
+def test_anpd_predicts_every_token_anew_and_learns_what_was_generated() -> None:
+    """After 1 2 comes 3, after 2 3 comes 4: no single place in the text has 3 and 4 behind 1 2."""
+    drafter = drafter_of({"method": "anpd", "levels": [2], "num_candidates": 1, "depth": 2})
+    text = [1, 2, 3, 9, 8, 2, 3, 4, 7, 8, 2, 3, 4, 7, 1, 2]
+    assert paths(propose(drafter, text)) == {(3, 4)}
+    assert propose(drafter_of({"method": "anpd", "levels": [2]}), [5, 6, 7]).num_nodes == 1
+    assert paths(propose(drafter, [*text, 3, 5, 6, 3, 5])) == {(6, 3)}, "learnt online"
+
+
+# Tri-gram statistics
+
+
+def outcome_of(tree: TokenTree, accepted: tuple[int, ...], choices: tuple[int, ...]) -> DraftOutcome:
+    last = accepted[-1] if accepted else 0
+    return DraftOutcome("r", tree, VerifiedPath(accepted, choices[last]), None, choices)
+
+
+def test_aded_moves_probabilities_towards_what_is_seen() -> None:
+    matrix = TrigramMatrix(capacity=100, num_candidates=2, rate=0.5)
+    matrix.learn(1, 2, 3)
+    assert dict(matrix.predict(1, 2)) == {3: pytest.approx(0.5)}
+    matrix.learn(1, 2, 4)
+    assert dict(matrix.predict(1, 2)) == {4: pytest.approx(0.5), 3: pytest.approx(0.25)}
+    assert matrix.predict(9, 2)[0][0] == 4, "an unseen pair falls back on its last token"
+    matrix.learn(1, 2, 5)
+    assert set(dict(matrix.predict(1, 2))) == {4, 5}, "the least likely candidate made place"
+
+
+def test_aded_keeps_the_rows_updated_last() -> None:
+    matrix = TrigramMatrix(capacity=4, num_candidates=2, rate=0.5)
+    for token in range(50):
+        matrix.learn(token, token + 1, token + 2)
+    assert len(matrix) == 4
+    assert matrix.predict(49, 50)
+    assert not matrix.predict(0, 1)
+
+
+def test_aded_without_exploration_takes_the_likeliest_nodes() -> None:
+    """Against the whole tree of what the matrix knows, the likeliest nodes taken."""
+    matrix = TrigramMatrix(capacity=1000, num_candidates=3, rate=0.4)
+    text = [(i * i + i // 3) % 7 for i in range(60)]
+    for position in range(2, len(text)):
+        matrix.learn(text[position - 2], text[position - 1], text[position])
+    every: dict[tuple[int, ...], float] = {}
+
+    def expand(path: tuple[int, ...], probability: float) -> None:
+        before, last = (text[-2:] + list(path))[-2:]
+        for token, confidence in matrix.predict(before, last) if len(path) < 4 else ():
+            every[(*path, token)] = probability * confidence
+            expand((*path, token), probability * confidence)
+
+    expand((), 1.0)
+    best = sorted(every.values(), reverse=True)[:12]
+    found = DraftMaker(matrix, 0.0).paths(text[-2], text[-1], 12, 4, 0.0)
+    nodes = {tuple(path.tokens[:n]) for path in found for n in range(1, len(path.tokens) + 1)}
+    assert len(nodes) == 12
+    assert sorted((every[node] for node in nodes), reverse=True) == pytest.approx(best)
+
+
+def test_aded_explores_more_with_a_greater_weight() -> None:
+    matrix = TrigramMatrix(capacity=1000, num_candidates=8, rate=0.3)
+    for token in (5, 6, 7, 8, 9):
+        matrix.learn(1, 2, token)
+        for below in range(9):  # what follows each of them is all but sure
+            for _ in range(9):
+                matrix.learn(
+                    2 if below == 0 else token + 10 * (below - 1), token + 10 * below, token + 10 * below + 10
+                )
+
+    def first_tokens(exploration: float) -> int:
+        found = DraftMaker(matrix, exploration).paths(1, 2, 10, 8, 0.0)
+        return len({path.tokens[0] for path in found})
+
+    assert 1 < first_tokens(0.0) < first_tokens(5.0)
+
+
+def test_aded_learns_choices_at_rejected_nodes_and_keeps_them_after_the_request() -> None:
+    drafter = drafter_of({"method": "aded", "depth": 1})
+    tree = TokenTree((1, 2, 3), (-1, 0, 0))
+    drafter.observe([outcome_of(tree, (1,), (2, 7, 9))])
+    drafter.release("r")
+    assert paths(propose(drafter, [4, 1, 3], request="b")) == {(9,)}
+    assert propose(drafter, [4, 1, 2], request="c").num_nodes == 1, "accepted tokens are learnt from the context"
+
+
+def test_aded_begins_with_a_corpus() -> None:
+    drafter = drafter_of({"method": "aded", "references": [[1, 2, 3, 4]], "depth": 2})
+    assert (3, 4) in paths(propose(drafter, [1, 2]))
+
+
+# Copying
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
+def test_a_hash_index_grown_in_pieces_equals_a_scan(tokens: list[int], data: st.DataObject) -> None:
+    index = HashIndex((3, 1))
+    length = 0
+    while length < len(tokens):
+        length = data.draw(st.integers(length + 1, len(tokens)))
+        index.extend(tokens[:length])
+    expected: list[tuple[int, int]] = []
+    for n in (3, 1):
+        suffix = tokens[-n:] if n <= len(tokens) else None
+        ends = [e for e in range(len(tokens) - 1, n - 1, -1) if tokens[e - n : e] == suffix]
+        expected += [(end, n) for end in ends if end not in [seen for seen, _ in expected]]
+    assert list(index.ends(index.suffix_hashes(), 100)) == expected
+
+
+def test_copy_takes_a_block_from_a_reference() -> None:
+    reference = [1, 2, 3, 4, 5, 6, 7]
+    spec = {"method": "copy", "gammas": [2], "references": [reference, [3, 3, 9]], "depth": 3, "history": False}
+    drafter = drafter_of(spec)
+    assert paths(propose(drafter, [8, 2, 3])) == {(4, 5, 6)}
+    assert paths(propose(drafter, [8, 6, 7], request="b")) == set(), "nothing of the next reference"
+    assert paths(propose(drafter, [3, 1, 2, 3, 1], request="c")) == set(), "one token is no match, history is off"
+
+
+def test_copy_takes_a_block_from_the_history() -> None:
+    drafter = drafter_of({"method": "copy", "gammas": [3], "depth": 4})
+    assert paths(propose(drafter, [1, 2, 3, 4, 5, 6, 1, 2, 3])) == {(4, 5, 6, 1)}
+    assert propose(drafter, [7, 2, 3, 4, 5, 9, 2, 3], request="b").num_nodes == 1
+
+
+def test_copy_is_not_fooled_by_equal_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outrider.drafting.sources.hash_index.MODULUS", 2)
+    drafter = drafter_of({"method": "copy", "gammas": [2], "depth": 2, "num_candidates": 64})
+    assert paths(propose(drafter, [1, 2, 9, 9, 3, 4, 5, 1, 2])) == {(9, 9)}
+
+
+# Edits
+
+
+def edited(spec: Mapping[str, object], prompt: list[int], output: list[int]) -> ReplayResult:
+    return replay(drafter_of(spec), [Recording(prompt, output)])
+
+
+def test_edit_copies_a_whole_reference() -> None:
+    source = list(range(10, 90))
+    result = edited({"method": "edit", "references": [source], "lookup": False, "max_nodes": 32}, [1, 2], source)
+    assert result.num_steps <= 3
+    assert result.num_accepted == result.num_tokens - result.num_steps
+
+
+@pytest.mark.parametrize(
+    ("change", "num_steps"),
+    [(lambda s: [*s[:40], 5, *s[41:]], 6), (lambda s: [*s[:40], 5, 6, *s[40:]], 7), (lambda s: s[:40] + s[43:], 6)],
+    ids=["replaced", "inserted", "deleted"],
+)
+@pytest.mark.parametrize("given", ["reference", "prompt"])
+def test_edit_aligns_again_after_a_change(
+    change: Callable[[list[int]], list[int]], num_steps: int, given: str
+) -> None:
+    source = list(range(10, 90))
+    spec = {"method": "edit", "lookup": False, "max_nodes": 32}
+    if given == "reference":
+        result = edited({**spec, "references": [source]}, [1, 2], change(source))
+    else:  # the first tokens of the output say where it begins
+        result = edited(spec, [1, *source, 2, *source[:4]], change(source)[4:])
+    assert result.num_steps <= num_steps
+
+
+def test_edit_prefers_the_place_near_the_last_alignment() -> None:
+    """The same four tokens stand in three places; the copy goes on behind the nearest."""
+    block = [1, 2, 3, 4]
+    source = [*block, 20, 21, 22, 23, 24, *block, 30, 31, 32, 33, 34, *block, 40, 41, 42]
+    drafter = drafter_of({"method": "edit", "references": [source], "lookup": False, "depth": 3})
+    output = [*block, 20, 21, 22, 99, 98, *block]
+    for length in range(1, len(output) + 1):
+        tree = propose(drafter, [7, *output[:length]], prompt=1)
+    assert (30, 31, 32) in paths(tree)
+
+
+def test_edit_makes_a_change_again() -> None:
+    source = [10, 11, 50, 12, 13, 14, 15, 50, 16, 17, 18, 19]
+    drafter = drafter_of({"method": "edit", "references": [source], "lookup": False, "depth": 8})
+    output = [10, 11, 60, 61, 12, 13, 14]
+    for length in range(1, len(output) + 1):
+        tree = propose(drafter, [7, *output[:length]], prompt=1)
+    assert paths(tree) == {(15, 60, 61, 16, 17, 18, 19), (15, 50, 16, 17, 18, 19)}
+
+
+# History and hierarchy
+
+
+def feed(drafter: Drafter, request: str, tokens: Sequence[int]) -> None:
+    for before, after in pairwise(tokens):
+        tree = TokenTree.root_only(before)
+        drafter.observe([DraftOutcome(request, tree, VerifiedPath((), after), None)])
+
+
+def test_history_proposes_what_another_request_generated() -> None:
+    drafter = drafter_of({"method": "history", "lengths": [2], "depth": 3})
+    feed(drafter, "a", [1, 2, 3, 4, 5, 6])
+    assert propose(drafter, [9, 2, 3], request="b").num_nodes == 1, "not before it ends"
+    drafter.release("a")
+    assert paths(propose(drafter, [9, 2, 3], request="b")) == {(4, 5, 6)}
+    assert propose(drafter, [9, 9, 3], request="b").num_nodes == 1
+    long = drafter_of({"method": "history", "lengths": [2], "depth": 3, "segment": 4})
+    feed(long, "a", range(20))
+    assert (8, 9, 10) in paths(propose(long, [6, 7], request="b")), "a long one is stored as it goes"
+
+
+def test_history_is_bounded_and_forgets_the_oldest() -> None:
+    store = HistoryStore((2,), capacity=100)
+    for start in range(0, 1000, 10):
+        store.add(range(start, start + 10))
+        assert len(store) <= 100
+    assert store.candidates([994, 995], 3, 4)
+    assert not store.candidates([4, 5], 3, 4)
+    store.add(range(5000))
+    assert len(store) <= 100
+
+
+def test_hierarchy_asks_the_nearest_level_first_and_counts_hits() -> None:
+    spec = {
+        "method": "hierarchy",
+        "levels": [
+            {"method": "ngram", "min_ngram": 2, "depth": 2},
+            {
+                "method": "copy",
+                "references": [[1, 2, 8, 9], [6, 7, 5, 5]],
+                "gammas": [2],
+                "history": False,
+                "depth": 2,
+            },
+        ],
+        "max_nodes": 2,
+    }
+    drafter = drafter_of(spec)
+    assert isinstance(drafter, HierarchyDrafter)
+    near, far = drafter.statistics
+    tree = propose(drafter, [1, 2, 3, 4, 1, 2])
+    assert paths(tree) == {(3, 4)}
+    assert (near.num_asked, far.num_asked) == (1, 0), "the first level filled the tree"
+    drafter.observe([outcome_of(tree, (1,), (3, 0, 0))])
+    assert (near.num_drafted, near.num_accepted) == (2, 1)
+    tree = propose(drafter, [1, 2, 3, 4, 6, 7], request="b")
+    assert paths(tree) == {(5, 5)}
+    drafter.observe([DraftOutcome("b", tree, VerifiedPath((1, 2), 0), None)])
+    assert (near.num_asked, near.num_answered, far.num_asked, far.num_answered) == (2, 1, 1, 1)
+    assert (near.num_drafted, far.num_drafted, far.num_accepted) == (2, 2, 2)
+
+
+def test_hierarchy_statistics_count_only_what_was_verified() -> None:
+    drafter = drafter_of({"method": "hierarchy", "levels": ["ngram"]})
+    assert isinstance(drafter, HierarchyDrafter)
+    tree = propose(drafter, [1, 2, 3, 1])
+    drafter.observe([outcome_of(tree.restricted_to([0, 1]), (1,), (2, 3))])
+    assert (drafter.statistics[0].num_drafted, drafter.statistics[0].num_accepted) == (1, 1)
+
+
+# Merging
+
+
+def test_merge_takes_the_likeliest_of_all_sources() -> None:
+    sources = [
+        {"method": "ngram", "min_ngram": 1, "depth": 2},
+        {"method": "copy", "references": [[8, 1, 2, 5, 6]], "gammas": [3], "history": False, "depth": 2},
+    ]
+    text = [2, 7, 7, 8, 1, 2]
+    both = propose(drafter_of({"method": "merge", "sources": sources, "max_nodes": 4}), text)
+    assert paths(both) == {(7, 7), (5, 6)}
+    assert both.tokens[1] == 5, "three tokens matched, against one"
+    assert paths(propose(drafter_of({"method": "merge", "sources": sources, "max_nodes": 2}), text)) == {(5, 6)}
+    chain = propose(drafter_of({"method": "merge", "sources": sources}, CHAINS), text)
+    assert paths(chain) == {(5, 6)}, "the best chain is not the first source's"
+
+
+@pytest.mark.parametrize("method", ["ngram", "anpd", "aded", "copy", "edit", "history", "merge", "hierarchy"])
+def test_limits_are_kept(method: str) -> None:
+    text = [(i * i + i // 5) % 9 for i in range(120)]
+    drafter = drafter_of({"method": method, "depth": 3, "max_nodes": 7})
+    for max_nodes, max_depth in ((64, 64), (5, 64), (64, 2), (0, 64), (64, 0)):
+        tree = propose(drafter, text, prompt=60, max_nodes=max_nodes, max_depth=max_depth)
+        assert tree.num_nodes - 1 <= min(7, max_nodes)
+        assert max(tree.depths) <= min(3, max_depth)
+        assert tree.confidences is not None
+        assert all(0 <= confidence <= 1 for confidence in tree.confidences)
+    chain = propose(drafter_of({"method": method}, CHAINS), text, prompt=60)
+    assert all(parent == node - 1 for node, parent in enumerate(chain.parents))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": "merge", "sources": ["ngram", "recycling"]},
+        {"method": "merge", "sources": []},
+        {"method": "merge", "sources": "ngram"},
+        {"method": "hierarchy", "levels": [{"method": "ngram", "dept": 3}]},
+        {"method": "copy", "gammas": [2, 3]},
+        {"method": "copy", "references": [[-1]]},
+        {"method": "copy", "references": [[1, 2, 3]], "max_reference_tokens": 2},
+        {"method": "edit", "reference_files": "one.txt"},
+        {"method": "aded", "rate": 1.0},
+        {"method": "history", "capacity": 3},
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(spec: Mapping[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        drafter_config(spec)
+
+
+def test_untokenised_references_are_refused() -> None:
+    with pytest.raises(ConfigError, match="token ids"):
+        drafter_of({"method": "copy", "references": ["text"]})
+
+
+class Claims:
+    """A source that says the same all the time, as sure as it is told to be."""
+
+    name, reads_logits = "claims", False
+
+    def __init__(self, confidence: float) -> None:
+        self.confidence = confidence
+
+    def continuations(self, context: DraftContext) -> list[WeightedPath]:
+        return [WeightedPath([5, 6], [self.confidence] * 2), WeightedPath([8], [0.25])]
+
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        pass
+
+    def release(self, request_id: str) -> None:
+        pass
+
+
+def test_confidences_are_corrected_by_what_came_true() -> None:
+    """A source that is right in one of four cases about its first token, and then about the second, says 0.9."""
+    source = CalibratedSource(Claims(0.9))
+    first = source.continuations(context([1]))
+    assert first[0].confidences == pytest.approx([0.9, 0.9]), "its own word counts until something was seen"
+    for step in range(400):
+        source.continuations(context([1]))
+        tree = TokenTree.chain(1, (5,) if step % 4 == 0 else (9,))
+        source.observe([DraftOutcome("r", tree, VerifiedPath((1,), 6), None)])
+    right, other = source.continuations(context([1]))
+    # Of the claims of 0.9 a fifth come from the second token, where they are always right.
+    assert right.confidences == pytest.approx([2 / 5, 2 / 5], abs=0.05)
+    assert other.confidences == pytest.approx([0.0], abs=0.01), "another bin, never right"
+    source.release("r")
+    assert not source._proposed

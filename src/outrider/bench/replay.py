@@ -1,14 +1,14 @@
 """Replaying recorded outputs: what a drafter would have got accepted, without running a model.
 
-A drafter that reads only tokens proposes the same trees for the same tokens, whoever chose them. So feeding it a known
-output counts exactly what it would save a model that generates this output.
+A drafter that reads only tokens proposes the same trees for the same tokens, whoever chose them. So feeding it a
+known output counts exactly what it would save a model that generates this output.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -93,35 +93,27 @@ def replay(
         raise ConfigError("replay", got=f"{drafter.name}, which reads logits", expected="a drafter that reads tokens")
     result = ReplayResult()
     for index, recording in enumerate(recordings):
-        request_id = f"recording-{index}"
-        _replay_one(drafter, recording, request_id, result, max_nodes or drafter.max_nodes, min_path_prob)
-        drafter.release(request_id)
-    return result
-
-
-def _replay_one(
-    drafter: Drafter,
-    recording: Recording,
-    request_id: str,
-    result: ReplayResult,
-    max_nodes: int,
-    min_path_prob: float,
-) -> None:
-    known = [*recording.prompt_token_ids, *recording.output_token_ids]
-    num_prompt_tokens = len(recording.prompt_token_ids)
-    token_ids = known[:num_prompt_tokens]
-    while len(token_ids) < len(known):
-        context = DraftContext(
-            request_id=request_id,
-            token_ids=token_ids,
-            num_prompt_tokens=num_prompt_tokens,
-            max_nodes=max_nodes,
-            max_depth=len(known) - len(token_ids) - 1,
+        blank = DraftContext(
+            request_id=f"recording-{index}",
+            token_ids=(),
+            num_prompt_tokens=len(recording.prompt_token_ids),
+            max_nodes=drafter.max_nodes if max_nodes is None else max_nodes,
+            max_depth=0,
             params=SamplingParams(temperature=0.0),
             seed=0,
             stop_token_ids=frozenset(),
             min_path_prob=min_path_prob,
         )
+        _replay_one(drafter, recording, blank, result)
+        drafter.release(blank.request_id)
+    return result
+
+
+def _replay_one(drafter: Drafter, recording: Recording, blank: DraftContext, result: ReplayResult) -> None:
+    known = [*recording.prompt_token_ids, *recording.output_token_ids]
+    token_ids = known[: blank.num_prompt_tokens]
+    while len(token_ids) < len(known):
+        context = replace(blank, token_ids=token_ids, max_depth=len(known) - len(token_ids) - 1)
         start = time.perf_counter()
         (tree,) = drafter.propose([context])
         result.propose_s.append(time.perf_counter() - start)
@@ -129,7 +121,7 @@ def _replay_one(
         # Along the accepted path the recorded tokens are the choices; what would be chosen off it is not known, and
         # not asked for: a node below a rejected one is never reached.
         path = follow_choices(tree, [future[depth] if depth < len(future) else -1 for depth in tree.depths])
-        outcome = DraftOutcome(request_id, tree, path, None)
+        outcome = DraftOutcome(blank.request_id, tree, path, None)
         start = time.perf_counter()
         drafter.observe([outcome])
         result.observe_s.append(time.perf_counter() - start)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from outrider.engine.build import BUNDLED_DRAFT, BUNDLED_TARGET
+from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
 from outrider.engine.stats import EngineStats
 from outrider.errors import OutriderError
 from outrider.llm import LLM

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from outrider.bench.synthetic import SyntheticWeights, parse_params, sizes_for, synthetic_config
-from outrider.engine.build import BUNDLED_TARGET
+from outrider.engine.bundled import BUNDLED_TARGET
 from outrider.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from outrider.kernels import native
 from outrider.kernels.packed import WeightFormat, num_panels, panel_bytes

@@ -1,80 +1,112 @@
-"""Prompts to measure and verify with: code that the bundled model has not seen."""
+"""Prompts to measure and verify with, by kind of work: what drafts well in one kind may not in another."""
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
-import sysconfig
-import textwrap
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice, zip_longest
-from pathlib import Path
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
-HELD_OUT = Path(__file__).resolve().parent.parent / "bundled" / "held_out.json"
-LINES_PER_PROMPT = 8
-MIN_FUNCTION_LINES = 16  # so that a prompt is the beginning of something
+from outrider.bench.data_sets import DATA_SETS, data_set_prompts
+from outrider.bench.editing import edit_prompts
+from outrider.bench.held_out import held_out_prompts
+from outrider.errors import ConfigError, PromptError
 
-# Where a Python comes without its library's source.
-BUILT_IN_PROMPTS = (
-    "def quicksort(items):\n    if len(items) <= 1:\n        return items\n",
-    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n',
-    "import unittest\n\n\nclass TestQueue(unittest.TestCase):\n    def setUp(self):\n",
-    'def read_lines(path):\n    """Yield the lines of a file."""\n    with open(path) as file:\n',
-)
+NUM_RANDOM_TOKENS = 64
+RANDOM_TEMPERATURE = 1.5
+WORKLOADS = ("code", "edit", "random", *DATA_SETS)
 
 
-def held_out_prompts(count: int) -> tuple[list[str], str]:
-    """The first lines of `count` functions, spread over the modules kept out of the bundled model's training.
+@dataclass(frozen=True)
+class Workload:
+    """Prompts of one kind.
+
+    Attributes:
+        name: one of WORKLOADS, or "file".
+        source: where they are from, in words.
+        count: how many are wanted.
+        prompts: texts or token ids, perhaps more than wanted, because a model may not have room for some; empty where
+            they are random tokens of the model's vocabulary.
+        temperature: what the workload is meant for.
+    """
+
+    name: str
+    source: str
+    count: int
+    prompts: Sequence[str | Sequence[int]] = ()
+    temperature: float = 0.0
+
+    def encode(
+        self, encode: Callable[[str], list[int]], *, vocab_size: int, room: int, special: Sequence[int] = ()
+    ) -> list[list[int]]:
+        """Token ids of the prompts for one model.
+
+        Args:
+            room: positions that a prompt may take; longer ones of a data set are passed over, a user's own are not.
+            special: token ids that random prompts do without.
+
+        Raises:
+            PromptError: fewer prompts than wanted have room.
+        """
+        if self.name == "random":
+            return random_prompts(self.count, NUM_RANDOM_TOKENS, vocab_size, special)
+        encoded = (encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in self.prompts)
+        if self.name not in DATA_SETS:
+            return list(islice(encoded, self.count))
+        fitting = list(islice((ids for ids in encoded if len(ids) <= room), self.count))
+        if len(fitting) < self.count:
+            raise PromptError(
+                f"prompts of {self.name} with at most {room} tokens",
+                got=len(fitting),
+                expected=f"{self.count}",
+                remedy="ask for fewer by --prompts, or for fewer tokens by --max-tokens",
+            )
+        return fitting
+
+    def record(self, prompt_ids: Sequence[Sequence[int]]) -> dict[str, object]:
+        """As a JSON object; the hash is of the token ids."""
+        return {
+            "workload": self.name,
+            "source": self.source,
+            "count": len(prompt_ids),
+            "num_tokens": [len(ids) for ids in prompt_ids],
+            "sha256": prompts_hash(prompt_ids),
+        }
+
+
+def open_workload(name: str, count: int, data: str | None = None) -> Workload:
+    """The workload that users call `name`.
 
     Args:
-        count: at least 1; the built-in prompts repeat where they must.
+        count: of prompts, at least 1.
+        data: the file of a data set; only those need one.
 
-    Returns:
-        The prompts, the same for the same Python, and a description of their source.
+    Raises:
+        ConfigError: unknown name, or a data set without its file.
+        PromptError: a file that is not that data set.
     """
-    files = _held_out_files()
-    tests = [path for path in files if "test" in path.parts]
-    modules = [path for path in files if path not in tests]
-    # Tests come last, and are read only where the modules are too few: they are long.
-    turns = chain.from_iterable(chain(_take_turns(modules), _take_turns(tests)))
-    prompts = list(islice((head for head in turns if head is not None), count))
-    if len(prompts) == count:
-        return prompts, f"first {LINES_PER_PROMPT} lines of functions of held-out standard library modules"
-    return [BUILT_IN_PROMPTS[i % len(BUILT_IN_PROMPTS)] for i in range(count)], "built-in prompts"
+    if name not in WORKLOADS:
+        raise ConfigError("--workload", got=repr(name), expected=f"one of {', '.join(WORKLOADS)}")
+    if name in DATA_SETS:
+        texts, source = data_set_prompts(name, data)
+        return Workload(name, source, count, texts)
+    if data is not None:
+        raise ConfigError("--data", got=f"workload {name!r}", expected=f"one of {', '.join(DATA_SETS)}")
+    if name == "random":
+        source = f"{NUM_RANDOM_TOKENS} random tokens of the vocabulary each"
+        return Workload(name, source, count, temperature=RANDOM_TEMPERATURE)
+    texts, source = edit_prompts(count) if name == "edit" else held_out_prompts(count)
+    return Workload(name, source, count, texts)
+
+
+def random_prompts(count: int, num_tokens: int, vocab_size: int, special: Sequence[int] = ()) -> list[list[int]]:
+    """Prompts that nothing can be learnt from: uniform tokens, the same for the same vocabulary."""
+    allowed = sorted(set(range(vocab_size)) - set(special))
+    return [random.Random(index).choices(allowed, k=num_tokens) for index in range(count)]
 
 
 def prompts_hash(prompts: Sequence[object]) -> str:
     """SHA-256 of the prompts as JSON, so that two results can be told to be of the same ones."""
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-
-
-def _take_turns(files: Sequence[Path]) -> Iterator[tuple[str | None, ...]]:
-    """The first function's head of each file, then the second one's, and so on; None where a file has no more."""
-    yield from zip_longest(*map(_function_heads, files))
-
-
-def _held_out_files() -> list[Path]:
-    """Held-out files of the running Python's library."""
-    library = Path(sysconfig.get_path("stdlib"))
-    modules = json.loads(HELD_OUT.read_text())["modules"] if HELD_OUT.is_file() else []
-    found = (
-        [path] if (path := library / f"{module}.py").is_file() else sorted((library / module).rglob("*.py"))
-        for module in sorted(modules)
-    )
-    return [path for paths in found for path in paths]
-
-
-def _function_heads(path: Path) -> Iterator[str]:
-    """The first lines of each long function of a file, without their common indentation."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text)
-    except (OSError, SyntaxError, ValueError):
-        return
-    lines = text.splitlines(keepends=True)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
-            start = node.lineno - 1
-            if node.end_lineno - start >= MIN_FUNCTION_LINES:
-                yield textwrap.dedent("".join(lines[start : start + LINES_PER_PROMPT]))

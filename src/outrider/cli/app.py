@@ -14,8 +14,10 @@ import typer
 from typer.core import TyperGroup
 
 from outrider.cli.bench import bench_app
+from outrider.cli.datastore import datastore_app
 from outrider.cli.demo import demo
 from outrider.cli.generate import generate
+from outrider.cli.methods import methods
 from outrider.cli.quantize import quantize
 from outrider.cli.verify import verify
 from outrider.errors import OutriderError
@@ -63,6 +65,8 @@ app.command()(generate)
 app.command()(verify)
 app.add_typer(bench_app, name="bench")
 app.command()(quantize)
+app.add_typer(datastore_app, name="datastore")
+app.command()(methods)
 app.command()(demo)
 
 

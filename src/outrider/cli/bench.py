@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outrider.bench.workloads import prompts_hash
 from outrider.cli import options as opt
+from outrider.cli.bench_acceptance import acceptance, encode_for
 from outrider.cli.bench_kernels import forward, kernels
 from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
-from outrider.cli.options import EngineOptions, base_seed
-from outrider.cli.prompts import Prompt, prompts_or_held_out
+from outrider.cli.options import MEASURING, EngineOptions, base_seed
+from outrider.cli.prompts import chosen_workload
 from outrider.config import CacheConfig, EngineConfig, SchedulerConfig
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from outrider.llm import LLM
 
 DEFAULT_NUM_PROMPTS = 8
-MEASURING = "Measuring"
 
 bench_app = typer.Typer(
     help="Measure speed; every figure stands beside the equality of its output.", no_args_is_help=True
@@ -34,6 +33,7 @@ bench_app = typer.Typer(
 
 bench_app.command()(kernels)
 bench_app.command()(forward)
+bench_app.command()(acceptance)
 
 
 @bench_app.callback()
@@ -54,10 +54,9 @@ def decode(
     draft_model: opt.DraftModel = None,
     drafter_settings: opt.DrafterSettings = None,
     verification: opt.Verification = EngineConfig.verification,
-    prompts: Annotated[
-        str | None,
-        typer.Option("--prompts", "-p", help="A file of prompts, or how many pieces of held-out code."),
-    ] = None,
+    workload: opt.WorkloadName = None,
+    prompts: opt.Prompts = None,
+    data: opt.DataFile = None,
     batch_size: Annotated[
         int, opt.option("--batch-size", "-b", help="Prompts that run together.", panel=MEASURING)
     ] = 1,
@@ -73,7 +72,7 @@ def decode(
         ),
     ] = True,
     max_tokens: opt.MaxTokens = 128,
-    temperature: opt.Temperature = 0.0,
+    temperature: opt.WorkloadTemperature = None,
     seed: opt.Seed = None,
     exactness: opt.ExactnessMode = EngineConfig.exactness,
     cache_gb: opt.CacheGb = CacheConfig.memory_gb,
@@ -87,10 +86,11 @@ def decode(
 
     The contenders take turns; an interruption prints what there is.
     """
-    wanted, source = prompts_or_held_out(prompts, DEFAULT_NUM_PROMPTS)
+    wanted = chosen_workload(workload, prompts, data, DEFAULT_NUM_PROMPTS)
     for name, value in (("--batch-size", batch_size), ("--repeats", repeats)):
         if not 1 <= value <= 1000:
             raise ConfigError(name, got=value, expected="1 to 1000")
+    temperature = wanted.temperature if temperature is None else temperature
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=base_seed(seed, 1))
     engine = EngineOptions(
         model=model,
@@ -114,7 +114,7 @@ def decode(
     specs = opt.drafter_specs(names, engine)
     check_writable(output)
     llm = engine.load("none")
-    prompt_ids = _encode(llm, wanted)
+    prompt_ids = encode_for(llm, wanted, max_tokens)
     contenders = _contenders(
         llm, specs, params, batch_size, draft_model=draft_model, with_transformers=with_transformers
     )
@@ -131,21 +131,12 @@ def decode(
         "batch_size": batch_size,
         "repeats": repeats,
         "warm_up": "8 tokens of another prompt before every run, after a fresh start of the drafter",
-        "prompts": {
-            "source": source,
-            "count": len(prompt_ids),
-            "num_tokens": [len(ids) for ids in prompt_ids],
-            "sha256": prompts_hash(prompt_ids),
-        },
+        "prompts": wanted.record(prompt_ids),
     }
     try:
         _measure(contenders, prompt_ids, repeats, results)
     finally:
         _report(results, contenders, settings, json_out=json_out, output=output)
-
-
-def _encode(llm: LLM, prompts: list[Prompt]) -> list[list[int]]:
-    return [llm.tokenizer.encode(p) if isinstance(p, str) else p["prompt_token_ids"] for p in prompts]
 
 
 def _contenders(
@@ -213,7 +204,7 @@ def _report(
     config = settings["config"]
     title = (
         f"{config['model'] or 'bundled model'}, {settings['dtype']}, weights {config['weights']}, "
-        f"{config['exactness']}, "
+        f"{config['exactness']}, workload {prompts['workload']}, "
         f"temperature {settings['sampling']['temperature']:g}, batch {settings['batch_size']}, "
         f"{prompts['count']} prompts, up to {settings['sampling']['max_tokens']} tokens, "
         f"{settings['repeats']} repeats; {machine['cpu']}, {machine['torch_threads']} threads"

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from outrider.bench.workloads import WORKLOADS
 from outrider.config import (
     DRAFTER_CONFIGS,
     CacheConfig,
+    DraftModelConfig,
     EngineConfig,
     SchedulerConfig,
     drafter_config,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from outrider.llm import LLM
 
 MODEL, DRAFTING, SAMPLING, ENGINE, OUTPUT = "Model", "Drafting", "Sampling", "Engine", "Output"
+MEASURING = "Measuring"
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
@@ -100,6 +103,23 @@ Threads = Annotated[
     int | None, option("--threads", help="CPU threads; without it torch decides (OMP_NUM_THREADS).", panel=ENGINE)
 ]
 
+WorkloadName = Annotated[
+    str | None,
+    option("--workload", help=f"Kind of prompts: {', '.join(WORKLOADS)}. Default: code.", panel=MEASURING),
+]
+Prompts = Annotated[
+    str | None,
+    option("--prompts", "-p", help="How many prompts of the workload, or a file of prompts.", panel=MEASURING),
+]
+DataFile = Annotated[
+    str | None,
+    option("--data", help="File of the data set, for the workloads spec_bench and humaneval.", panel=MEASURING),
+]
+WorkloadTemperature = Annotated[
+    float | None,
+    option("--temperature", "-t", help="0 is greedy decoding. Default: 0; for random prompts 1.5.", panel=SAMPLING),
+]
+
 MaxTokens = Annotated[int, option("--max-tokens", help="Most tokens to generate per sequence.", panel=SAMPLING)]
 Temperature = Annotated[float, option("--temperature", "-t", help="0 is greedy decoding.", panel=SAMPLING)]
 Seed = Annotated[
@@ -159,8 +179,9 @@ class EngineOptions:
             raise ConfigError("--drafter-config", got="a method", expected="settings", remedy="name it by --drafter")
         spec = {"method": name, **settings}
         if self.draft_model is not None:
-            if name != "draft_model":
-                raise ConfigError("--draft-model", got=f"drafter {name!r}", expected="drafter 'draft_model'")
+            if not _has_draft_model(name):
+                known = ", ".join(filter(_has_draft_model, DRAFTER_CONFIGS))
+                raise ConfigError("--draft-model", got=f"drafter {name!r}", expected=f"one of {known}")
             spec["model"] = self.draft_model
         drafter_config(spec)
         return spec
@@ -231,7 +252,10 @@ def drafter_names(values: Sequence[str] | None, options: EngineOptions) -> list[
         ConfigError: an unknown name.
     """
     has_draft = options.model is None or options.draft_model is not None
-    every = [name for name in DRAFTER_CONFIGS if name != "none" and (has_draft or name != "draft_model")]
+    # Of the methods that load a second model `all` has the plain one: the others are asked for by name.
+    loaded = {name for name, config in DRAFTER_CONFIGS.items() if issubclass(config, DraftModelConfig)}
+    left_out = {"none", "datastore", *loaded} - ({"draft_model"} if has_draft else set())
+    every = [name for name in DRAFTER_CONFIGS if name not in left_out]
     names: list[str] = []
     for name in (part.strip() for value in values or ["all"] for part in value.split(",")):
         if name != "all" and name not in DRAFTER_CONFIGS:
@@ -259,7 +283,7 @@ def drafter_specs(names: Sequence[str], options: EngineOptions) -> dict[str, dic
     specs: dict[str, dict[str, Any]] = {}
     for name in names:
         spec = {"method": name, **settings.get(name, {})}
-        if name == "draft_model" and options.draft_model is not None:
+        if options.draft_model is not None and _has_draft_model(name):
             spec["model"] = options.draft_model
         drafter_config(spec)
         specs[name] = spec
@@ -283,6 +307,12 @@ def base_seed(seed: int | None, num_prompts: int) -> int:
     """The seed of the first of `num_prompts` prompts, each of which takes the next one; 0 without a wish."""
     SamplingParams(seed=seed)
     return min(seed or 0, MAX_SEED - num_prompts)
+
+
+def _has_draft_model(name: str) -> bool:
+    """Whether a method runs a draft model that users name."""
+    config = DRAFTER_CONFIGS.get(name)
+    return config is not None and issubclass(config, DraftModelConfig) and name != "self_draft"
 
 
 def _json_object(text: str | None, name: str) -> dict[str, Any]:

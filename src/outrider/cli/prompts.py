@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from outrider.bench.workloads import held_out_prompts
+from outrider.bench.held_out import held_out_prompts
+from outrider.bench.workloads import Workload, open_workload
 from outrider.errors import ConfigError, PromptError
 
 STDIN = "-"
@@ -64,13 +65,44 @@ def prompts_or_held_out(spec: str | None, default_count: int) -> tuple[list[Prom
         ConfigError: a count below one.
         PromptError: the file holds no prompts.
     """
-    if spec is None or spec.lstrip("-").isdecimal():
-        count = default_count if spec is None else int(spec)
-        if not 1 <= count <= 1000:
-            raise ConfigError("--prompts", got=count, expected="a file, or a number from 1 to 1000")
+    count = _count(spec, default_count)
+    if count is not None:
         prompts, source = held_out_prompts(count)
         return list(prompts), source
-    return prompts_from_file(spec), "standard input" if spec == STDIN else Path(spec).name
+    assert spec is not None, "no prompts given are a count"
+    return prompts_from_file(spec), _name_of(spec)
+
+
+def chosen_workload(name: str | None, spec: str | None, data: str | None, default_count: int) -> Workload:
+    """What `--workload`, `--prompts` and `--data` ask for: a file's prompts, or as many as `spec` says of a workload.
+
+    Raises:
+        ConfigError: a count below one, an unknown workload, or both a workload and a file of prompts.
+        PromptError: the file holds no prompts.
+    """
+    count = _count(spec, default_count)
+    if count is not None:
+        return open_workload(name or "code", count, data)
+    assert spec is not None, "no prompts given are a count"
+    if name is not None or data is not None:
+        raise ConfigError("--prompts", got=f"the file {spec} and a workload", expected="one of them")
+    prompts = prompts_from_file(spec)
+    texts = [prompt if isinstance(prompt, str) else prompt["prompt_token_ids"] for prompt in prompts]
+    return Workload("file", _name_of(spec), len(texts), texts)
+
+
+def _count(spec: str | None, default_count: int) -> int | None:
+    """How many prompts are asked for; None where `spec` is a file."""
+    if spec is not None and not spec.lstrip("-").isdecimal():
+        return None
+    count = default_count if spec is None else int(spec)
+    if not 1 <= count <= 1000:
+        raise ConfigError("--prompts", got=count, expected="a file, or a number from 1 to 1000")
+    return count
+
+
+def _name_of(source: str) -> str:
+    return "standard input" if source == STDIN else Path(source).name
 
 
 def _read_utf8(source: str) -> str:

@@ -1,7 +1,13 @@
 """Every setting and its default: one frozen dataclass per component, unknown keys rejected."""
 
 from outrider.config.checks import GROUP_SIZES, Weights, from_mapping
-from outrider.config.draft_models import DraftModelConfig
+from outrider.config.draft_models import (
+    DraftModelConfig,
+    SelfDraftConfig,
+    SortedDraftConfig,
+    StagedConfig,
+    UniversalDraftConfig,
+)
 from outrider.config.drafters import (
     DRAFTER_CONFIGS,
     AutoConfig,
@@ -20,11 +26,13 @@ from outrider.config.lookup import (
     AdedConfig,
     AnpdConfig,
     CopyConfig,
+    DatastoreConfig,
     EditConfig,
     HistoryConfig,
     NgramConfig,
     RecyclingConfig,
     ReferenceConfig,
+    SuffixConfig,
 )
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "CacheConfig",
     "CacheDtype",
     "CopyConfig",
+    "DatastoreConfig",
     "DraftModelConfig",
     "DrafterConfig",
     "EditConfig",
@@ -52,8 +61,13 @@ __all__ = [
     "RecyclingConfig",
     "ReferenceConfig",
     "SchedulerConfig",
+    "SelfDraftConfig",
+    "SortedDraftConfig",
     "SourceConfig",
     "SourceSpec",
+    "StagedConfig",
+    "SuffixConfig",
+    "UniversalDraftConfig",
     "Weights",
     "drafter_config",
     "from_mapping",

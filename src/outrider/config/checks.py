@@ -43,6 +43,15 @@ def check_int(name: str, value: object, low: int, high: int) -> None:
     require(valid, name, value, f"an integer in [{low}, {high}]")
 
 
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    require(valid, name, value, f"a number in [{low:g}, {high:g}]")
+
+
+def check_path(name: str, value: object) -> None:
+    require(value is None or (isinstance(value, str) and value != ""), name, value, "a path, or none")
+
+
 def require(condition: bool, name: str, got: object, expected: str) -> None:
     if not condition:
         raise ConfigError(name, got=repr(got), expected=expected)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from outrider.config.checks import Weights, check_int, check_tree_limits, check_weights, require
 
@@ -55,7 +55,7 @@ class DraftModelConfig:
         weights, group_size: of the draft's linear layers, as in `EngineConfig`.
     """
 
-    method: Literal["draft_model"] = "draft_model"
+    method: Literal["draft_model", "self_draft", "universal_draft", "staged", "sorted_draft"] = "draft_model"
     model: str | None = None
     revision: str | None = None
     growth: GrowthName = "beam"
@@ -101,3 +101,92 @@ def _check_fraction(name: str, value: object) -> None:
 def _check_list(name: str, values: object, most: int) -> None:
     valid = isinstance(values, list | tuple) and 1 <= len(values) <= most
     require(valid, f"draft_model.{name}", values, f"a list of 1 to {most} numbers")
+
+
+@dataclass(frozen=True)
+class SelfDraftConfig(DraftModelConfig):
+    """The target itself as its draft, with its linear layers rounded to fewer bits; its vocabulary is the same.
+
+    All settings of a draft model but `model` and `revision`, which are the target's.
+
+    Attributes:
+        weights: "int4" or "int8".
+    """
+
+    method: Literal["self_draft"] = "self_draft"
+    weights: Weights = "int4"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.weights in ("int4", "int8"), "self_draft.weights", self.weights, "int4 or int8")
+        own = "nothing: the draft is the target's own checkpoint"
+        require(self.model is None, "self_draft.model", self.model, own)
+        require(self.revision is None, "self_draft.revision", self.revision, own)
+
+
+Alignment = Literal["auto", "vocabulary", "text"]
+
+
+@dataclass(frozen=True)
+class UniversalDraftConfig(DraftModelConfig):
+    """A draft model with any tokenizer; all settings of a draft model.
+
+    Attributes:
+        alignment: "vocabulary" drafts with the tokens that both models have, "text" reads the draft's text with the
+            target's tokenizer; "auto" is "vocabulary" if both share enough tokens.
+        min_overlap: which part of the target's tokens "auto" asks to be shared.
+    """
+
+    method: Literal["universal_draft"] = "universal_draft"
+    alignment: Alignment = "auto"
+    min_overlap: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = get_args(Alignment)
+        require(self.alignment in known, "universal_draft.alignment", self.alignment, f"one of {', '.join(known)}")
+        require_fraction("universal_draft.min_overlap", self.min_overlap)
+
+
+@dataclass(frozen=True)
+class StagedConfig(DraftModelConfig):
+    """A draft model with a drafter of its own; all settings of a draft model.
+
+    Attributes:
+        drafter: any drafter's name, or a mapping with key ``method``, for what the draft model will say.
+    """
+
+    method: Literal["staged"] = "staged"
+    drafter: str | Mapping[str, Any] | Any = "ngram"
+
+
+@dataclass(frozen=True)
+class SortedDraftConfig(DraftModelConfig):
+    """A draft model whose first layers are draft models too; all settings of a draft model.
+
+    LLMs that name the same draft in the same form share its weights.
+
+    Attributes:
+        layers: of the sub-models, ascending; None is half of the draft's layers and all of them.
+        min_confidence: probability of the likeliest token from which on a sub-model's word counts.
+    """
+
+    method: Literal["sorted_draft"] = "sorted_draft"
+    layers: Sequence[int] | None = None
+    min_confidence: float = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            valid = (
+                isinstance(self.layers, list | tuple)
+                and len(self.layers) > 0
+                and all(isinstance(n, int) and n > 0 for n in self.layers)
+                and list(self.layers) == sorted(set(self.layers))
+            )
+            require(valid, "sorted_draft.layers", self.layers, "ascending numbers of layers")
+        require_fraction("sorted_draft.min_confidence", self.min_confidence)
+
+
+def require_fraction(name: str, value: object) -> None:
+    require(isinstance(value, int | float) and 0 <= value <= 1, name, value, "a number in [0, 1]")

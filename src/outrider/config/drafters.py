@@ -7,16 +7,24 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from outrider.config.checks import check_int, check_tree_limits, from_mapping, require
-from outrider.config.draft_models import DraftModelConfig
+from outrider.config.draft_models import (
+    DraftModelConfig,
+    SelfDraftConfig,
+    SortedDraftConfig,
+    StagedConfig,
+    UniversalDraftConfig,
+)
 from outrider.config.jacobi import JacobiConfig, LookaheadConfig
 from outrider.config.lookup import (
     AdedConfig,
     AnpdConfig,
     CopyConfig,
+    DatastoreConfig,
     EditConfig,
     HistoryConfig,
     NgramConfig,
     RecyclingConfig,
+    SuffixConfig,
 )
 from outrider.errors import ConfigError
 
@@ -29,7 +37,9 @@ class NoDrafterConfig:
 
 
 # Drafters that are one source of continuations each, and may stand together in a merge or a hierarchy.
-SourceConfig = NgramConfig | AnpdConfig | AdedConfig | CopyConfig | EditConfig | HistoryConfig
+SourceConfig = (
+    NgramConfig | AnpdConfig | AdedConfig | CopyConfig | EditConfig | HistoryConfig | SuffixConfig | DatastoreConfig
+)
 SourceSpec = str | Mapping[str, Any] | SourceConfig
 
 
@@ -44,7 +54,7 @@ class MergeConfig:
     """
 
     method: Literal["merge"] = "merge"
-    sources: Sequence[SourceSpec] = ("ngram", "anpd", "aded")
+    sources: Sequence[SourceSpec] = ("ngram", "aded")
     depth: int = 16
     max_nodes: int = 12
 
@@ -117,12 +127,18 @@ DrafterConfig = (
     | CopyConfig
     | EditConfig
     | HistoryConfig
+    | SuffixConfig
+    | DatastoreConfig
     | MergeConfig
     | HierarchyConfig
     | RecyclingConfig
     | JacobiConfig
     | LookaheadConfig
     | DraftModelConfig
+    | SelfDraftConfig
+    | UniversalDraftConfig
+    | StagedConfig
+    | SortedDraftConfig
 )
 DRAFTER_CONFIGS: dict[str, type] = {
     "auto": AutoConfig,
@@ -139,6 +155,12 @@ DRAFTER_CONFIGS: dict[str, type] = {
     "jacobi": JacobiConfig,
     "lookahead": LookaheadConfig,
     "draft_model": DraftModelConfig,
+    "self_draft": SelfDraftConfig,
+    "universal_draft": UniversalDraftConfig,
+    "staged": StagedConfig,
+    "sorted_draft": SortedDraftConfig,
+    "suffix": SuffixConfig,
+    "datastore": DatastoreConfig,
 }
 
 
@@ -156,7 +178,10 @@ def drafter_config(spec: str | Mapping[str, Any] | DrafterConfig) -> DrafterConf
     method = values.get("method")
     if not isinstance(method, str) or method not in DRAFTER_CONFIGS:
         raise ConfigError("unknown drafter", got=repr(method), expected=f"one of {', '.join(DRAFTER_CONFIGS)}")
-    return from_mapping(DRAFTER_CONFIGS[method], values, f"{method} drafter")
+    config = from_mapping(DRAFTER_CONFIGS[method], values, f"{method} drafter")
+    if isinstance(config, StagedConfig):
+        drafter_config(config.drafter)  # said now, before anything is loaded
+    return config
 
 
 def source_config(spec: SourceSpec) -> SourceConfig:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
-from outrider.config.checks import check_int, check_tree_limits, require
+from outrider.config.checks import check_int, check_number, check_path, check_tree_limits, require
 
 RecyclingShape = Literal["best_first", "sequoia"]
 MAX_REFERENCE_TOKENS = 1 << 20  # of all references of a drafter together; an index takes some 200 bytes each
@@ -62,22 +62,20 @@ class AnpdConfig:
     """Adaptive n-grams: every draft token predicted by the longest n-gram that the request has shown so far.
 
     Attributes:
-        max_ngram, min_ngram: tokens that a prediction is made from, the longest level first.
+        levels: how many tokens predictions are made from, the longest first.
         num_candidates: the most children of a node.
         depth: the longest path.
         max_nodes: the most draft tokens in a tree.
     """
 
     method: Literal["anpd"] = "anpd"
-    max_ngram: int = 5
-    min_ngram: int = 1
-    num_candidates: int = 3
+    levels: Sequence[int] = (16, 8, 4, 3, 2, 1)
+    num_candidates: int = 4
     depth: int = 16
     max_nodes: int = 12
 
     def __post_init__(self) -> None:
-        check_int("anpd.max_ngram", self.max_ngram, 1, 16)
-        check_int("anpd.min_ngram", self.min_ngram, 1, self.max_ngram)
+        check_lengths("anpd.levels", self.levels)
         check_tree_limits("anpd", self.depth, self.max_nodes)
         check_int("anpd.num_candidates", self.num_candidates, 1, 64)
 
@@ -183,6 +181,7 @@ class HistoryConfig:
     Attributes:
         lengths: how many last tokens are looked for, the longest first.
         capacity: the most tokens kept; the older half is forgotten when they are reached.
+        segment: output tokens of a running request that are stored together; the rest when it ends.
         num_candidates: the most places copied from.
         depth: tokens copied from each place.
         max_nodes: the most draft tokens in a tree.
@@ -191,13 +190,15 @@ class HistoryConfig:
     method: Literal["history"] = "history"
     lengths: Sequence[int] = (6, 3, 2, 1)
     capacity: int = 1 << 17
+    segment: int = 64
     num_candidates: int = 8
     depth: int = 16
     max_nodes: int = 12
 
     def __post_init__(self) -> None:
         check_lengths("history.lengths", self.lengths)
-        check_int("history.capacity", self.capacity, 256, 1 << 24)
+        check_int("history.capacity", self.capacity, 64, 1 << 24)
+        check_int("history.segment", self.segment, 1, 4096)
         check_tree_limits("history", self.depth, self.max_nodes)
         check_int("history.num_candidates", self.num_candidates, 1, 64)
 
@@ -257,3 +258,67 @@ class RecyclingConfig:
         check_int("recycling.num_candidates", self.num_candidates, 1, 8)
         shapes = get_args(RecyclingShape)
         require(self.shape in shapes, "recycling.shape", self.shape, f"one of {', '.join(shapes)}")
+
+
+@dataclass(frozen=True)
+class SuffixConfig:
+    """SuffixDecoding: what most often followed the longest match in the request or in past outputs.
+
+    Attributes:
+        max_match: longest substring that the suffix trees tell apart: a match and what follows it.
+        max_spec_factor: the most draft tokens for each token that matches (alpha of MAX_SPEC).
+        num_matches: how many lengths of match are tried in each of the two trees.
+        depth: longest path of the tree.
+        max_nodes: the most draft tokens in a tree.
+        request_tokens: of a longer request only this many of the newest tokens are searched; about 230 bytes each.
+        history_tokens: the most tokens of past outputs that are kept, about 230 bytes each; 0 keeps none.
+        history_file: where past outputs are kept between runs; None forgets them.
+    """
+
+    method: Literal["suffix"] = "suffix"
+    max_match: int = 64
+    max_spec_factor: float = 8.0
+    num_matches: int = 3
+    depth: int = 16
+    max_nodes: int = 16
+    request_tokens: int = 65536
+    history_tokens: int = 131072
+    history_file: str | None = None
+
+    def __post_init__(self) -> None:
+        check_tree_limits("suffix", self.depth, self.max_nodes)
+        check_int("suffix.max_match", self.max_match, self.depth + 1, 1024)
+        check_number("suffix.max_spec_factor", self.max_spec_factor, 1.0, 1024.0)
+        check_int("suffix.num_matches", self.num_matches, 1, 64)
+        check_int("suffix.request_tokens", self.request_tokens, 2 * self.max_match, 2**24)
+        check_int("suffix.history_tokens", self.history_tokens, 0, 2**28)
+        check_path("suffix.history_file", self.history_file)
+
+
+@dataclass(frozen=True)
+class DatastoreConfig:
+    """REST: what followed the longest suffix of the context in a corpus on disk.
+
+    Attributes:
+        path: of what `outrider datastore build` wrote; without one no such drafter can be built.
+        max_match: longest suffix to look for.
+        num_lengths: lengths of suffix to look at: the longest that occurs, then shorter ones with more matches.
+        num_samples: matches looked at for each length; of more, some at equal distances in the order of what follows.
+        depth: longest path of the tree.
+        max_nodes: the most draft tokens in a tree.
+    """
+
+    method: Literal["datastore"] = "datastore"
+    path: str | None = None
+    max_match: int = 16
+    num_lengths: int = 2
+    num_samples: int = 32
+    depth: int = 10
+    max_nodes: int = 16
+
+    def __post_init__(self) -> None:
+        check_path("datastore.path", self.path)
+        check_int("datastore.max_match", self.max_match, 1, 32)
+        check_int("datastore.num_lengths", self.num_lengths, 1, 32)
+        check_int("datastore.num_samples", self.num_samples, 1, 4096)
+        check_tree_limits("datastore", self.depth, self.max_nodes)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from outrider.config import (
     AdedConfig,
     AnpdConfig,
     AutoConfig,
     CopyConfig,
+    DatastoreConfig,
     DrafterConfig,
     DraftModelConfig,
     EditConfig,
@@ -21,11 +23,11 @@ from outrider.config import (
     NoDrafterConfig,
     RecyclingConfig,
     SourceConfig,
+    SuffixConfig,
     drafter_config,
     source_config,
 )
 from outrider.drafting.auto import AutoDrafter
-from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.jacobi import JacobiDrafter
@@ -35,68 +37,74 @@ from outrider.drafting.recycling import RecyclingDrafter
 from outrider.drafting.source import Source, SourceDrafter
 from outrider.drafting.sources.aded import AdedSource
 from outrider.drafting.sources.anpd import AnpdSource
+from outrider.drafting.sources.calibration import CalibratedSource
 from outrider.drafting.sources.copy import CopySource
+from outrider.drafting.sources.datastore import DatastoreSource
 from outrider.drafting.sources.edit import EditSource
 from outrider.drafting.sources.hierarchy import HierarchyDrafter
 from outrider.drafting.sources.history import HistorySource
 from outrider.drafting.sources.ngram import NgramSource
+from outrider.drafting.sources.suffix_tree import SuffixSource
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """What drafters need of the target and of what is built around it.
+
+    Attributes:
+        vocab_size: width of its logits.
+        vocab_fingerprint: digest of what its token ids mean, 32 bytes; asked for only where a file holds token ids.
+        build_draft_model: loads a second model of any kind, with a cache of its own; called only where one is needed.
+        forward_cost: what its forwards cost; called only by a planner.
+    """
+
+    vocab_size: int
+    vocab_fingerprint: Callable[[], bytes]
+    build_draft_model: Callable[[DraftModelConfig, DraftStyle], Drafter]
+    forward_cost: Callable[[], ForwardCost]
 
 
 def build_drafter(
     config: DrafterConfig,
     style: DraftStyle,
-    *,
-    vocab_size: int,
-    build_draft_model: Callable[[DraftModelConfig, DraftStyle], DraftModelDrafter],
-    forward_cost: Callable[[], ForwardCost],
+    target: TargetParts,
 ) -> Drafter:
     """A drafter from its configuration.
 
     Args:
         style: how the verification rule wants trees drawn.
-        vocab_size: of the target.
-        build_draft_model: loads a second model with a cache of its own; called only where one is needed.
-        forward_cost: what the target's forwards cost; called only by a planner.
 
     Raises:
-        ConfigError: references that are not token ids.
+        ConfigError: references that are not token ids, or files that do not fit the target.
     """
     match config:
         case AutoConfig():
-            drafters = [
-                build_drafter(
-                    drafter_config(spec),
-                    style,
-                    vocab_size=vocab_size,
-                    build_draft_model=build_draft_model,
-                    forward_cost=forward_cost,
-                )
-                for spec in config.drafters or ()
-            ]
-            return AutoDrafter(config, drafters, forward_cost())
+            drafters = [build_drafter(drafter_config(spec), style, target) for spec in config.drafters or ()]
+            return AutoDrafter(config, drafters, target.forward_cost())
         case NoDrafterConfig():
             return PlainDrafter()
         case RecyclingConfig():
-            return RecyclingDrafter(config, style, vocab_size)
+            return RecyclingDrafter(config, style, target.vocab_size)
         case JacobiConfig():
-            return JacobiDrafter(config, style, vocab_size)
+            return JacobiDrafter(config, style, target.vocab_size)
         case LookaheadConfig():
-            return LookaheadDrafter(config, style, vocab_size)
+            return LookaheadDrafter(config, style, target.vocab_size)
         case DraftModelConfig():
-            return build_draft_model(config, style)
+            return target.build_draft_model(config, style)
         case HierarchyConfig():
-            levels = [build_source(source_config(spec)) for spec in config.levels]
+            levels = [CalibratedSource(build_source(source_config(spec), target)) for spec in config.levels]
             return HierarchyDrafter(levels, max_nodes=config.max_nodes, max_depth=config.depth, style=style)
         case MergeConfig():
-            sources = [build_source(source_config(spec)) for spec in config.sources]
+            sources = [CalibratedSource(build_source(source_config(spec), target)) for spec in config.sources]
         case EditConfig(lookup=True):
-            sources = [build_source(config), NgramSource(NgramConfig(depth=config.depth))]
+            lookup = NgramSource(NgramConfig(depth=config.depth))
+            sources = [CalibratedSource(build_source(config, target)), CalibratedSource(lookup)]
         case _:
-            sources = [build_source(config)]
+            sources = [build_source(config, target)]
     return SourceDrafter(config.method, sources, max_nodes=config.max_nodes, max_depth=config.depth, style=style)
 
 
-def build_source(config: SourceConfig) -> Source:
+def build_source(config: SourceConfig, target: TargetParts) -> Source:
     """A source of continuations from the configuration of the drafter that it is by itself.
 
     Raises:
@@ -115,3 +123,7 @@ def build_source(config: SourceConfig) -> Source:
             return EditSource(config)
         case HistoryConfig():
             return HistorySource(config)
+        case SuffixConfig():
+            return SuffixSource(config, vocab_size=target.vocab_size, vocab_fingerprint=target.vocab_fingerprint)
+        case DatastoreConfig():
+            return DatastoreSource(config, vocab_size=target.vocab_size, vocab_fingerprint=target.vocab_fingerprint)

@@ -7,11 +7,11 @@ to the same choice; under rejection rules the noise is independent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import DraftModelConfig
-from outrider.drafting.draft_runner import DraftRunner, TreeRows, accepted_rows
+from outrider.drafting.draft_runner import DraftRunner, TreeReader, TreeRows, accepted_rows
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.growth.build import build_growth
 from outrider.drafting.growth.tree import GrowingTree
@@ -20,7 +20,6 @@ from outrider.token_tree import TokenTree
 
 
 class DraftModelDrafter:
-    name = "draft_model"
     reads_logits = False
 
     def __init__(
@@ -32,9 +31,11 @@ class DraftModelDrafter:
         cache: KVCache,
         vocab_size: int,
         max_batch_tokens: int,
+        make_runner: Callable[..., TreeReader] = DraftRunner,
     ) -> None:
+        self.name: str = config.method
         self._growth = build_growth(config, style)
-        self._runner = DraftRunner(model, cache, vocab_size=vocab_size, max_batch_tokens=max_batch_tokens)
+        self._runner = make_runner(model, cache, vocab_size=vocab_size, max_batch_tokens=max_batch_tokens)
         self.returns_probs = style.noise == "independent" and self._growth.draws.siblings is not None
         self.max_nodes = self._growth.limits.num_nodes
         self._rows: dict[str, TreeRows] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,6 +43,24 @@ class TreeRows:
     @property
     def num_left(self) -> int:
         return len(self.slots) - self.num_context - len(self.row_of)
+
+
+class TreeReader(Protocol):
+    """What a draft model's drafter needs: someone who reads tokens and says what follows; see `DraftRunner`."""
+
+    def has_room(self, context: DraftContext, num_rows: int, depth: int) -> bool: ...
+
+    def catch_up(self, contexts: Sequence[DraftContext]) -> list[Row]: ...
+
+    def rows_for(self, tree: GrowingTree, num_rows: int) -> TreeRows: ...
+
+    def read(self, wanted: Sequence[tuple[TreeRows, Sequence[int]]]) -> None: ...
+
+    def commit(self, request_id: str, rows: Sequence[int], token_ids: Sequence[int]) -> None: ...
+
+    def release(self, request_id: str) -> None: ...
+
+    def check_integrity(self) -> None: ...
 
 
 class DraftRunner:
@@ -78,42 +97,11 @@ class DraftRunner:
         return True
 
     def catch_up(self, contexts: Sequence[DraftContext]) -> list[Row]:
-        """Read the committed tokens that the draft has not seen.
-
-        Returns:
-            ``[vocab]`` of each context: log q after its last token, up to a constant.
-        """
-        rows: dict[str, Row] = {}
-        pending = list(contexts)
-        while pending:
-            budget = self._max_batch_tokens
-            chunks: list[tuple[DraftContext, int, int]] = []
-            for context in pending:
-                start = self._cache.num_computed(context.request_id)
-                end = min(len(context.token_ids), start + budget)
-                if end > start:
-                    chunks.append((context, start, end))
-                    budget -= end - start
-            complete = [context for context, _, end in chunks if end == len(context.token_ids)]
-            logits = self._forward(
-                [
-                    SequenceRows(
-                        token_ids=context.token_ids[start:end],
-                        parents=range(-1, end - start - 1),
-                        num_context=start,
-                        slots=self._cache.reserve(context.request_id, end - start),
-                        logits_rows=[end - start - 1] if end == len(context.token_ids) else [],
-                    )
-                    for context, start, end in chunks
-                ]
-            )
-            self._cache.commit(
-                {c.request_id: SequenceCommit(range(end - start), c.token_ids[start:end]) for c, start, end in chunks}
-            )
-            paths = [(context, ()) for context in complete]
-            rows.update(zip([c.request_id for c in complete], _log_weights(logits, paths), strict=True))
-            pending = [context for context in pending if context.request_id not in rows]
-        return [rows[context.request_id] for context in contexts]
+        """Read the committed tokens that the draft has not seen; log q, up to a constant, after each context."""
+        if not contexts:
+            return []
+        logits = self._read_committed({context.request_id: context.token_ids for context in contexts})
+        return log_weights_of(torch.cat([logits[c.request_id] for c in contexts]), [(c, ()) for c in contexts])
 
     def rows_for(self, tree: GrowingTree, num_rows: int) -> TreeRows:
         """Rows for the draft tokens of a request that has caught up."""
@@ -146,12 +134,51 @@ class DraftRunner:
     def check_integrity(self) -> None:
         self._cache.check_integrity()
 
+    def _read_committed(self, sequences: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Read what is missing of the given tokens, and keep it; logits ``[1, vocab]`` after the last of each."""
+        found: dict[str, Tensor] = {}
+        pending = dict(sequences)
+        while pending:
+            budget = self._max_batch_tokens
+            chunks: list[tuple[str, Sequence[int], int, int]] = []
+            for request_id, token_ids in pending.items():
+                start = self._cache.num_computed(request_id)
+                end = min(len(token_ids), start + budget)
+                if end > start:
+                    chunks.append((request_id, token_ids, start, end))
+                    budget -= end - start
+            complete = [request_id for request_id, token_ids, _, end in chunks if end == len(token_ids)]
+            logits = self._forward(
+                [
+                    SequenceRows(
+                        token_ids=token_ids[start:end],
+                        parents=range(-1, end - start - 1),
+                        num_context=start,
+                        slots=self._cache.reserve(request_id, end - start),
+                        logits_rows=[end - start - 1] if end == len(token_ids) else [],
+                    )
+                    for request_id, token_ids, start, end in chunks
+                ]
+            )
+            self._cache.commit(
+                {
+                    request_id: SequenceCommit(range(end - start), token_ids[start:end])
+                    for request_id, token_ids, start, end in chunks
+                }
+            )
+            found.update({request_id: logits[row : row + 1] for row, request_id in enumerate(complete)})
+            pending = {request_id: tokens for request_id, tokens in pending.items() if request_id not in found}
+        return found
+
     def _read_families(self, families: Sequence[tuple[TreeRows, Sequence[int]]]) -> None:
-        logits = self._forward([_sequence_rows(rows, family) for rows, family in families])
+        logits = self._forward([self._sibling_rows(rows, family) for rows, family in families])
         nodes = [(rows.tree, node) for rows, family in families for node in family]
-        log_weights = _log_weights(logits, [(tree.context, tree.path_tokens(node)) for tree, node in nodes])
+        log_weights = log_weights_of(logits, [(tree.context, tree.path_tokens(node)) for tree, node in nodes])
         for (tree, node), row in zip(nodes, log_weights, strict=True):
             tree.set_log_weights(node, row)
+
+    def _sibling_rows(self, rows: TreeRows, family: Sequence[int]) -> SequenceRows:
+        return sibling_rows(rows, family)
 
     def _forward(self, sequences: Sequence[SequenceRows]) -> Tensor:
         """The draft's logits, as wide as the target's: embeddings may be padded differently."""
@@ -170,7 +197,7 @@ def _families(tree: GrowingTree, nodes: Sequence[int]) -> list[list[int]]:
     return list(families.values())
 
 
-def _sequence_rows(rows: TreeRows, family: Sequence[int]) -> SequenceRows:
+def sibling_rows(rows: TreeRows, family: Sequence[int]) -> SequenceRows:
     """Siblings as rows behind the context and their ancestors; they take the next reserved rows."""
     tree, num_context = rows.tree, rows.num_context
     ancestors: list[int] = []
@@ -195,7 +222,7 @@ def _sequence_rows(rows: TreeRows, family: Sequence[int]) -> SequenceRows:
     )
 
 
-def _log_weights(logits: Tensor, paths: Sequence[tuple[DraftContext, Sequence[int]]]) -> list[Row]:
+def log_weights_of(logits: Tensor, paths: Sequence[tuple[DraftContext, Sequence[int]]]) -> list[Row]:
     """Log q of each row up to a constant, after the request's processors, on the host.
 
     Args:

@@ -19,24 +19,22 @@ from outrider.config import (
     NgramConfig,
     SchedulerConfig,
 )
-from outrider.drafting.build import build_drafter
-from outrider.drafting.draft_model import DraftModelDrafter
+from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
+from outrider.engine.bundled import BUNDLED_TARGET
 from outrider.engine.calibration import Progress, forward_cost_of
+from outrider.engine.draft_models import DraftModels
 from outrider.engine.engine import Engine
+from outrider.engine.references import with_token_references
 from outrider.engine.scheduler import Scheduler
-from outrider.errors import ConfigError, ExactnessError, VocabularyMismatchError
+from outrider.errors import ConfigError, ExactnessError
 from outrider.inputs.tokenizer import Tokenizer
 from outrider.kernels import native
 from outrider.models.loader import load_model, load_tokenizer
 from outrider.models.model import Model
 from outrider.models.row_invariance import check_row_invariance
 from outrider.verification.build import build_rule
-
-BUNDLED = Path(__file__).resolve().parent.parent / "bundled"
-BUNDLED_TARGET = str(BUNDLED / "target")
-BUNDLED_DRAFT = str(BUNDLED / "draft")
 
 
 def load_target(config: EngineConfig) -> tuple[Model, Tokenizer, Exactness]:
@@ -84,53 +82,31 @@ def build_engine(
     """Put drafter, rule, caches and scheduler around a loaded target.
 
     Args:
-        on_calibration: told how far measuring the target has come, where the planner needs it and nobody has done it yet.
+        on_calibration: told how far measuring the target has come, where a planner needs it and it is not known yet.
 
     Raises:
-        ConfigError: settings that do not go together.
+        ConfigError: settings that do not go together, or references that cannot be read.
         ModelLoadError: the draft model cannot be loaded.
         VocabularyMismatchError: the draft's token ids are not the target's.
     """
     rule = build_rule(config.verification)
     cache = build_cache(config.cache, config.scheduler, model)
 
-    def build_draft_model(drafter: DraftModelConfig, style: DraftStyle) -> DraftModelDrafter:
-        if drafter.model is None and config.model is not None:
-            raise ConfigError(
-                "draft_model drafter",
-                got="no draft model",
-                expected="a folder or hub id",
-                remedy="pass drafter={'method': 'draft_model', 'model': ...}, or --draft-model",
-            )
-        path = drafter.model or BUNDLED_DRAFT
-        draft = load_model(
-            path,
-            revision=drafter.revision,
-            dtype=drafter.dtype,
-            weights=drafter.weights,
-            group_size=drafter.group_size,
-            cache_dtype=config.cache.dtype,
-            device=config.device,
-        )
-        check_same_vocabulary(tokenizer, Tokenizer(load_tokenizer(path, revision=drafter.revision)))
-        return DraftModelDrafter(
-            drafter,
-            style,
-            model=draft,
-            cache=build_cache(config.cache, config.scheduler, draft),
-            vocab_size=model.vocab_size,
-            max_batch_tokens=config.scheduler.max_batch_tokens,
-        )
-
     drafter_config = config.drafter
     if isinstance(drafter_config, AutoConfig) and drafter_config.drafters is None:
         drafter_config = replace(drafter_config, drafters=_drafters_for_any_text(config))
+    draft_models = DraftModels(
+        config, model, tokenizer, lambda draft: build_cache(config.cache, config.scheduler, draft)
+    )
     drafter = build_drafter(
-        drafter_config,
+        with_token_references(drafter_config, tokenizer, model.vocab_size),
         DraftStyle(rule.draft_noise, rule.sibling_draws, rule.chains_only),
-        vocab_size=model.vocab_size,
-        build_draft_model=build_draft_model,
-        forward_cost=lambda: _forward_cost(config, model, on_calibration),
+        TargetParts(
+            vocab_size=model.vocab_size,
+            vocab_fingerprint=lambda: tokenizer.fingerprint,
+            build_draft_model=draft_models.build,
+            forward_cost=lambda: _forward_cost(config, model, on_calibration),
+        ),
     )
     return Engine(
         model,
@@ -180,23 +156,6 @@ def build_cache(cache: CacheConfig, scheduler: SchedulerConfig, model: Model) ->
         dtype=model.cache_dtype,
         device=model.device,
         prefix_caching=cache.prefix_caching,
-    )
-
-
-def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
-    """Token ids must mean the same to both models; padding of the embedding beyond the tokenizer may differ.
-
-    Raises:
-        VocabularyMismatchError: a token has another id, or is missing.
-    """
-    if target.vocab == draft.vocab:
-        return
-    differing = sorted(target.vocab.items() ^ draft.vocab.items())[:2]
-    raise VocabularyMismatchError(
-        f"draft vocabulary of {len(draft.vocab)} tokens differs from the target's {len(target.vocab)}",
-        got=f"tokens such as {differing}",
-        expected="the same token ids in both",
-        remedy="use a draft with the target's tokenizer, or drafter='ngram' or 'recycling'",
     )
 
 

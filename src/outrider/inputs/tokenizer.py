@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -13,6 +14,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from outrider.errors import ConfigError, PromptError
+from outrider.inputs.vocabulary import Piece, pieces_of, special_ids_of
 
 MAX_TEMPLATE_OUTPUT = 4_000_000
 
@@ -27,6 +29,28 @@ class Tokenizer:
     @cached_property
     def vocab(self) -> dict[str, int]:
         return dict(self._backend.get_vocab())
+
+    @cached_property
+    def pieces(self) -> dict[int, Piece]:
+        """What each token stands for, in bytes that compare across tokenizers."""
+        return pieces_of(self._backend)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        return special_ids_of(self._backend)
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._backend.eos_token_id
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """SHA-256 of what every token id means: files of token ids fit models with the same one."""
+        digest = hashlib.sha256()
+        for token, token_id in sorted(self.vocab.items(), key=lambda of: (of[1], of[0])):
+            digest.update(f"{token_id} {len(token)} {token}\n".encode("utf-8", "surrogatepass"))
+        return digest.digest()
 
     def __len__(self) -> int:
         return len(self._backend)

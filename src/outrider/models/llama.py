@@ -6,6 +6,8 @@ every row is computed as if it were alone (the bitwise mode is what this path al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -81,24 +83,39 @@ class LlamaModel:
         self.vocab_size = config.vocab_size
         self.context_length = context_length_of(config)
         self.eos_token_ids = eos_token_ids_of(config)
-        head_dim, kv_heads = head_dim_of(config), config.num_key_value_heads
-        width = native.cache_width(head_dim, cache_dtype)
-        self.layer_shapes = (LayerShape(kv_heads, width, width),) * config.num_hidden_layers
+        width = native.cache_width(head_dim_of(config), cache_dtype)
+        self.layer_shapes = (LayerShape(config.num_key_value_heads, width, width),) * config.num_hidden_layers
         reader = _Reader(config, weights, format, group_size)
-        rope = _rotary_embedding(config)
-        self._llama = native.Llama(
-            [reader.layer(index) for index in range(config.num_hidden_layers)],
-            embedding=reader.embedding(),
-            final_norm=reader.tensor("model.norm.weight"),
-            lm_head=reader.lm_head(),
+        self._final_norm = reader.tensor("model.norm.weight")
+        layers = [reader.layer(index) for index in range(config.num_hidden_layers)]
+        self._llama = self._assemble(layers, reader.embedding(), reader.lm_head())
+        self._caches: WeakKeyDictionary[KVCache, native.LlamaCaches] = WeakKeyDictionary()
+
+    def with_layers(self, num_layers: int) -> LlamaModel:
+        """The sub-model of the first layers, with the same final norm and output layer, over the same weights."""
+        twin = copy(self)
+        twin.layer_shapes = self.layer_shapes[:num_layers]
+        llama = self._llama
+        twin._llama = self._assemble(llama.layers[:num_layers], llama.embedding, llama.lm_head)
+        twin._caches = WeakKeyDictionary()  # which name as many layers
+        return twin
+
+    def _assemble(
+        self, layers: Sequence[native.LlamaLayerWeights], embedding: Tensor, lm_head: native.Linear
+    ) -> native.Llama:
+        config, rope = self.config, _rotary_embedding(self.config)
+        return native.Llama(
+            layers,
+            embedding=embedding,
+            final_norm=self._final_norm,
+            lm_head=lm_head,
             num_heads=config.num_attention_heads,
-            num_kv_heads=kv_heads,
-            head_dim=head_dim,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim_of(config),
             norm_eps=config.rms_norm_eps,
             inverse_frequencies=rope.inv_freq,
             rope_scaling=rope.attention_scaling,
         )
-        self._caches: WeakKeyDictionary[KVCache, native.LlamaCaches] = WeakKeyDictionary()
 
     @property
     def embedding(self) -> Tensor:

@@ -204,6 +204,13 @@ class TransformersModel:
         )
         return twin
 
+    def share_embeddings(self, other: TransformersModel) -> None:
+        """Use the input embeddings of `other`, a model of the same checkpoint, if it has them in the same form."""
+        own, others = self.module.get_input_embeddings(), other.module.get_input_embeddings()
+        ours, theirs = own.weight, others.weight
+        if (ours.dtype, ours.shape, ours.device) == (theirs.dtype, theirs.shape, theirs.device):
+            self.module.set_input_embeddings(others)
+
     def _twin(self) -> TransformersModel:
         twin = object.__new__(TransformersModel)
         twin.__dict__.update(self.__dict__)

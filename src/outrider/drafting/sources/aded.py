@@ -1,14 +1,14 @@
 """Tri-gram statistics searched with an exploration bonus (ADED; Liu et al., arXiv 2407.12021).
 
-A matrix from token pairs to what follows them stands for the model's output distribution; it is shared by all requests
-and updated with every token, and with the target's choices at rejected nodes too. The draft maker searches it by PUCT:
-what is likely, plus a bonus for what was visited little. Where the paper averages the values of its random walks, the
+A matrix from token pairs to what follows them stands for the model's output distribution; all requests share it, and
+it is updated with every token, and with the target's choices at rejected nodes too. The draft maker searches it by
+PUCT: what is likely, plus a bonus for what was visited little. Where the paper averages the values of its walks, the
 best one that is left counts here, so the search is deterministic, and without the bonus it is best-first search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import sqrt
 
 from outrider.config import AdedConfig
@@ -17,10 +17,11 @@ from outrider.drafting.sources.references import token_references
 from outrider.drafting.tree_merge import WeightedPath
 
 MIN_PATH_PROB = 0.01  # less likely nodes are not worth looking for
+SINGLE_RATE = 0.5  # of the rate of pairs: what followed a token alone is less likely to follow it again
 
 
 class TrigramMatrix:
-    """What follows each pair of tokens, and each single one for unseen pairs, as probabilities that favour the recent.
+    """What follows each pair of tokens, and each token by itself, as probabilities that favour the recent.
 
     Args:
         capacity: the most rows; the row that was updated longest ago makes place for a new one.
@@ -37,18 +38,17 @@ class TrigramMatrix:
 
     def learn(self, before: int | None, last: int, token: int) -> None:
         """`token` followed `last`, which followed `before`."""
-        self._update((last,), token)
+        self._update((last,), token, self._rate * SINGLE_RATE)
         if before is not None:
-            self._update((before, last), token)
+            self._update((before, last), token, self._rate)
 
-    def _update(self, key: tuple[int, ...], token: int) -> None:
+    def _update(self, key: tuple[int, ...], token: int, rate: float) -> None:
         row = self._rows.pop(key, None)  # and in again, as the latest
         if row is None:
             row = {}
             if len(self._rows) >= self._capacity:
                 del self._rows[next(iter(self._rows))]
         self._rows[key] = row
-        rate = self._rate
         for other in row:
             row[other] *= 1.0 - rate
         if token not in row and len(row) >= self._num_candidates:
@@ -92,18 +92,17 @@ class DraftMaker:
     def paths(
         self, before: int | None, last: int, max_nodes: int, max_depth: int, min_path_prob: float
     ) -> list[WeightedPath]:
-        """The tree's nodes as the paths to them, in the order in which they were added."""
+        """The tree as the paths to its leaves."""
         if max_nodes <= 0 or max_depth <= 0:
             return []
         root = _State(self._matrix.predict(before, last))
-        paths: list[WeightedPath] = []
-        while len(paths) < max_nodes and root.best >= min_path_prob:
-            paths.append(self._add_node(root, before, last, max_depth, min_path_prob))
-        return paths
+        num_nodes = 0
+        while num_nodes < max_nodes and root.best >= min_path_prob:
+            self._add_node(root, before, last, max_depth, min_path_prob)
+            num_nodes += 1
+        return list(_leaves(root, (), ()))
 
-    def _add_node(
-        self, root: _State, before: int | None, last: int, max_depth: int, min_path_prob: float
-    ) -> WeightedPath:
+    def _add_node(self, root: _State, before: int | None, last: int, max_depth: int, min_path_prob: float) -> None:
         walk: list[tuple[_State, int]] = []
         state, product = root, 1.0
         while True:
@@ -121,9 +120,6 @@ class DraftMaker:
             state.values[index] = state.confidences[index] * value
             state.visits[index] += 1
             value = state.best = max(state.values)
-        return WeightedPath(
-            [state.tokens[index] for state, index in walk], [state.confidences[index] for state, index in walk]
-        )
 
     def _select(self, state: _State, least: float) -> int:
         """The child with the greatest value and bonus among those below which something worthwhile is left."""
@@ -136,6 +132,16 @@ class DraftMaker:
                     chosen, greatest = index, score
         assert chosen >= 0, "nothing left below a node that promised something"
         return chosen
+
+
+def _leaves(state: _State, tokens: tuple[int, ...], confidences: tuple[float, ...]) -> Iterator[WeightedPath]:
+    is_leaf = True
+    for token, confidence, below in zip(state.tokens, state.confidences, state.states, strict=True):
+        if below is not None:
+            is_leaf = False
+            yield from _leaves(below, (*tokens, token), (*confidences, confidence))
+    if is_leaf and tokens:
+        yield WeightedPath(tokens, confidences)
 
 
 class AdedSource:

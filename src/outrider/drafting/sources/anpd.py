@@ -1,4 +1,4 @@
-"""Adaptive n-grams (ANPD; Ou et al., arXiv 2404.08698): a model of n-grams of several levels, learnt from the request.
+"""Adaptive n-grams (ANPD; Ou et al., arXiv 2404.08698): n-grams of several levels, learnt from the request.
 
 The table starts with the prompt and takes in every generated token. Unlike prompt lookup it does not copy one span:
 each draft token is predicted anew from the tokens before it, by the longest level that knows them, and by shorter
@@ -22,8 +22,8 @@ MIN_PATH_PROB = 0.01  # less likely nodes are not worth looking for
 class NgramModel:
     """Counts of what followed each n-gram of one growing text: O(levels) per new token."""
 
-    def __init__(self, min_ngram: int, max_ngram: int) -> None:
-        self._lengths = range(max_ngram, min_ngram - 1, -1)
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = tuple(lengths)
         self._counts: dict[tuple[int, ...], dict[int, int]] = {}
         self._num_learnt = 0
 
@@ -50,8 +50,7 @@ class NgramModel:
             row = self._counts.get(suffix[-length:]) if length <= len(suffix) else None
             if row is None:
                 continue
-            new = [item for item in reversed(row.items()) if item[0] not in found] if found else reversed(row.items())
-            new = list(new)
+            new = [item for item in reversed(row.items()) if item[0] not in found]
             total = sum(count for _, count in new)
             if not total:
                 continue
@@ -76,28 +75,28 @@ class AnpdSource:
         config = self._config
         model = self._models.get(context.request_id)
         if model is None:
-            model = self._models[context.request_id] = NgramModel(config.min_ngram, config.max_ngram)
+            model = self._models[context.request_id] = NgramModel(config.levels)
         model.extend(context.token_ids)
         max_nodes, max_depth = min(config.max_nodes, context.max_nodes), min(config.depth, context.max_depth)
         threshold = max(MIN_PATH_PROB, context.min_path_prob)
-        leaves: list[WeightedPath] = []
+        taken: dict[tuple[int, ...], tuple[float, ...]] = {}
         # (-probability, order of discovery, path, confidences): the most likely node is expanded next.
         heap: list[tuple[float, int, tuple[int, ...], tuple[float, ...]]] = [(-1.0, 0, (), ())]
-        suffix = tuple(context.token_ids[-config.max_ngram :])
-        num_taken = num_found = 0
-        while heap and num_taken <= max_nodes and max_depth > 0:
+        longest = config.levels[0]
+        suffix = tuple(context.token_ids[-longest:])
+        num_found = 0
+        while heap and len(taken) <= max_nodes and max_depth > 0:
             negative, _, path, confidences = heapq.heappop(heap)
-            num_taken += 1  # the root is taken first
-            if path:
-                leaves.append(WeightedPath(path, confidences))
+            taken[path] = confidences
             if len(path) == max_depth:
                 continue
-            for token, confidence in model.predict((suffix + path)[-config.max_ngram :], config.num_candidates):
+            for token, confidence in model.predict((suffix + path)[-longest:], config.num_candidates):
                 if -negative * confidence >= threshold:
                     num_found += 1
                     entry = (negative * confidence, num_found, (*path, token), (*confidences, confidence))
                     heapq.heappush(heap, entry)
-        return leaves
+        inner = {path[:-1] for path in taken}
+        return [WeightedPath(path, confidences) for path, confidences in taken.items() if path not in inner]
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass  # the accepted tokens are read from the next context

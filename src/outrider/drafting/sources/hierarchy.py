@@ -6,7 +6,7 @@ of a corpus. A level is asked only while the levels before it have not filled th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
@@ -36,6 +36,37 @@ class LevelStatistics:
     num_accepted: int = 0
 
 
+class _Proposal:
+    """Which level was the first to propose each path of one request's tree."""
+
+    def __init__(self) -> None:
+        self._children: dict[tuple[int, int], int] = {}  # (node, token) -> node; the root is 0
+        self._levels = [0]  # [node]; the root's means nothing
+
+    def add(self, path: WeightedPath, level: int, threshold: float) -> int:
+        """Take in a level's path; returns how many of its nodes are new, and at least as likely as the threshold."""
+        node, product, num_likely = 0, 1.0, 0
+        for token, confidence in zip(path.tokens, path.confidences, strict=True):
+            product *= confidence
+            child = self._children.get((node, token))
+            if child is None:
+                child = self._children[node, token] = len(self._levels)
+                self._levels.append(level)
+                num_likely += product >= threshold
+            node = child
+        return num_likely
+
+    def levels_of(self, tree: TokenTree) -> Iterator[tuple[int, int]]:
+        """The tree's nodes that were proposed here, with their levels; the others are another drafter's."""
+        found: list[int | None] = [0]
+        for node in range(1, tree.num_nodes):
+            above = found[tree.parents[node]]
+            here = None if above is None else self._children.get((above, tree.tokens[node]))
+            found.append(here)
+            if here is not None:
+                yield node, self._levels[here]
+
+
 class HierarchyDrafter:
     """Asks sources in turn until the tree is full.
 
@@ -56,9 +87,7 @@ class HierarchyDrafter:
         self._chains_only = style.chains_only
         self._max_depth = max_depth
         self.max_nodes = min(max_nodes, max_depth) if style.chains_only else max_nodes
-        self._level_of: dict[
-            str, dict[tuple[int, ...], int]
-        ] = {}  # the first to propose each path of a request's tree
+        self._proposals: dict[str, _Proposal] = {}
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         return [self._propose(context) for context in contexts]
@@ -67,7 +96,7 @@ class HierarchyDrafter:
         depth = min(self._max_depth, context.max_depth)
         max_nodes = min(self.max_nodes, context.max_nodes)
         threshold = max(MIN_PATH_PROB, context.min_path_prob)
-        level_of: dict[tuple[int, ...], int] = {}
+        proposal = _Proposal()
         paths: list[WeightedPath] = []
         num_likely = 0
         for number, (level, statistics) in enumerate(zip(self._levels, self.statistics, strict=True)):
@@ -79,15 +108,8 @@ class HierarchyDrafter:
             ]
             statistics.num_answered += bool(found)
             paths += found
-            for path in found:
-                product = 1.0
-                for length, confidence in enumerate(path.confidences, 1):
-                    product *= confidence
-                    prefix = tuple(path.tokens[:length])
-                    if prefix not in level_of:
-                        level_of[prefix] = number
-                        num_likely += product >= threshold
-        self._level_of[context.request_id] = level_of
+            num_likely += sum(proposal.add(path, number, threshold) for path in found)
+        self._proposals[context.request_id] = proposal
         if self._chains_only:
             paths = best_chain(paths)
         return merge_paths(context.token_ids[-1], paths, max_nodes, min_path_prob=context.min_path_prob)
@@ -99,19 +121,15 @@ class HierarchyDrafter:
             level.observe(outcomes)
 
     def _count(self, outcome: DraftOutcome) -> None:
-        level_of = self._level_of.pop(outcome.request_id, None)
-        if level_of is None:
+        proposal = self._proposals.pop(outcome.request_id, None)
+        if proposal is None:
             return
-        tree, accepted = outcome.tree, set(outcome.path.accepted_nodes)
-        paths: list[tuple[int, ...]] = [()]
-        for node in range(1, tree.num_nodes):
-            paths.append((*paths[tree.parents[node]], tree.tokens[node]))
-            number = level_of.get(paths[node])
-            if number is not None:  # else another drafter's
-                self.statistics[number].num_drafted += 1
-                self.statistics[number].num_accepted += node in accepted
+        accepted = set(outcome.path.accepted_nodes)
+        for node, number in proposal.levels_of(outcome.tree):
+            self.statistics[number].num_drafted += 1
+            self.statistics[number].num_accepted += node in accepted
 
     def release(self, request_id: str) -> None:
-        self._level_of.pop(request_id, None)
+        self._proposals.pop(request_id, None)
         for level in self._levels:
             level.release(request_id)

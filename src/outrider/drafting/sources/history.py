@@ -1,4 +1,4 @@
-"""What the model generated before, in any request: the model-dependent database of hierarchy drafting (2502.05609)."""
+"""What the model generated before, in any request: the model-dependent database of arXiv 2502.05609."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from outrider.drafting.drafter import DraftContext, DraftOutcome
 from outrider.drafting.sources.hash_index import HashIndex
 from outrider.drafting.sources.matches import END_OF_TEXT, continuation, match_length, weighted_paths
 from outrider.drafting.tree_merge import WeightedPath
-
-SEGMENT = 64  # output tokens of a request that are stored together
 
 
 class HistoryStore:
@@ -65,7 +63,9 @@ class HistorySource:
     def __init__(self, config: HistoryConfig) -> None:
         self._config = config
         self.store = HistoryStore(config.lengths, config.capacity)
-        self._outputs: dict[str, list[int]] = {}  # not stored yet, with the tokens before for their matches
+        # Stretches of a request overlap, so that every place but the last has a match and all that follows in one.
+        self._overlap = config.lengths[0] + config.depth
+        self._outputs: dict[str, list[int]] = {}  # the overlap and what is not stored yet
 
     def continuations(self, context: DraftContext) -> list[WeightedPath]:
         depth = min(self._config.depth, context.max_depth, context.max_nodes)
@@ -80,9 +80,9 @@ class HistorySource:
             if output is None:
                 output = self._outputs[outcome.request_id] = [outcome.tree.tokens[0]]
             output += outcome.new_tokens
-            if len(output) >= SEGMENT + self._config.lengths[0]:
+            if len(output) >= self._overlap + self._config.segment:
                 self.store.add(output)
-                self._outputs[outcome.request_id] = output[-self._config.lengths[0] :]
+                self._outputs[outcome.request_id] = output[-self._overlap :]
 
     def release(self, request_id: str) -> None:
         output = self._outputs.pop(request_id, None)

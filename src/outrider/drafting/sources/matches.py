@@ -16,6 +16,7 @@ MAX_MATCHES = 16  # looked at in a step: periodic text matches everywhere, with 
 # et al. 1994). Measured on 2,900 recorded matches of code, chat, summaries and edits: after a lone match of n tokens
 # the next one was right in 1 - DISCOUNTS[n] of all cases, and (votes - DISCOUNTS[n]) / matches fitted the others.
 DISCOUNTS = (1.0, 0.68, 0.45, 0.37, 0.3, 0.25, 0.24, 0.2, 0.16, 0.14, 0.14, 0.13, 0.11, 0.1, 0.09, 0.07, 0.05)
+LATER_DISCOUNTS = DISCOUNTS + DISCOUNTS[-1:] * 128  # of matches that grow with the path
 VOTES = tuple(2.0**length for length in range(MAX_LENGTH + 1))  # a match one token longer counts twice
 
 
@@ -37,7 +38,7 @@ class NgramIndex:
         self._num_indexed = len(text)
 
     def matches(self, sequence: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Where suffixes of the sequence stand in the text with a token behind them: the longest, then the latest first.
+        """Where suffixes of the sequence stand with a token behind them: the longest, then the latest first.
 
         Yields:
             The position behind an occurrence, and how many tokens of the n-gram matched.
@@ -90,14 +91,6 @@ def continuation(text: Sequence[int], end: int, depth: int, *, periodic: bool) -
     return path
 
 
-class _Node:
-    __slots__ = ("children", "length", "votes")
-
-    def __init__(self) -> None:
-        self.length, self.votes = 0, 0.0
-        self.children: dict[int, _Node] = {}
-
-
 def weighted_paths(candidates: Iterable[tuple[Sequence[int], int]], max_paths: int) -> list[WeightedPath]:
     """Distinct continuations with the confidence that their matches' length and agreement give them.
 
@@ -110,31 +103,37 @@ def weighted_paths(candidates: Iterable[tuple[Sequence[int], int]], max_paths: i
     for path, length in candidates:
         key = tuple(path)
         votes[key] = votes.get(key, 0.0) + VOTES[length]
-        lengths.setdefault(key, length)
-    top = _Node()
-    kept: list[tuple[int, ...]] = []
-    for path, votes_for in votes.items():
-        node, length, is_new = top, lengths[path], False
-        for token in path:
-            child = node.children.get(token)
-            if child is None:
-                is_new = True
-                child = node.children[token] = _Node()
-                child.length = length  # of all who share it the longest: they come first
-            child.votes += votes_for
-            node = child
-        if is_new and len(kept) < max_paths:
-            kept.append(path)
-    return [WeightedPath(path, _confidences(top, path)) for path in kept]
+        lengths.setdefault(key, length)  # of all who share it the longest: they come first
+    found: dict[tuple[int, ...], list[float]] = {}
+    _weigh(list(votes), votes, lengths, [], found)
+    return [WeightedPath(path, found[path]) for path in votes if path in found][:max_paths]
 
 
-def _confidences(node: _Node, path: Sequence[int]) -> list[float]:
-    confidences: list[float] = []
-    for depth, token in enumerate(path):
-        child = node.children[token]
-        total = child.votes if len(node.children) == 1 else sum(other.votes for other in node.children.values())
+def _weigh(
+    paths: Sequence[tuple[int, ...]],
+    votes: dict[tuple[int, ...], float],
+    lengths: dict[tuple[int, ...], int],
+    shared: list[float],
+    found: dict[tuple[int, ...], list[float]],
+) -> None:
+    """Find the confidences of paths whose first ``len(shared)`` tokens are equal; `shared` holds those of these."""
+    depth = len(shared)
+    if len(paths) == 1:
+        (path,) = paths
         # Once the path so far is right, the match is longer by it.
-        discount = DISCOUNTS[min(child.length + depth, MAX_LENGTH)] * VOTES[child.length] / child.votes
-        confidences.append(child.votes / total * (1.0 - discount))
-        node = child
-    return confidences
+        share, length = VOTES[lengths[path]] / votes[path], lengths[path] + depth
+        found[path] = [
+            *shared,
+            *(1.0 - share * discount for discount in LATER_DISCOUNTS[length : lengths[path] + len(path)]),
+        ]
+        return
+    groups: dict[int, list[tuple[int, ...]]] = {}
+    for path in paths:
+        if len(path) > depth:  # else the others hold all of it
+            groups.setdefault(path[depth], []).append(path)
+    totals = {token: sum(votes[path] for path in group) for token, group in groups.items()}
+    total = sum(totals.values())
+    for token, group in groups.items():
+        length = lengths[group[0]]
+        discount = LATER_DISCOUNTS[length + depth] * VOTES[length] / totals[token]
+        _weigh(group, votes, lengths, [*shared, totals[token] / total * (1.0 - discount)], found)

@@ -12,12 +12,12 @@ def token_references(config: ReferenceConfig) -> list[tuple[int, ...]]:
     Raises:
         ConfigError: a text or a file is left, which no drafter can read.
     """
-    texts = [reference for reference in config.references if isinstance(reference, str)]
-    if texts or config.reference_files:
+    references = [tuple(reference) for reference in config.references if not isinstance(reference, str)]
+    if len(references) < len(config.references) or config.reference_files:
         raise ConfigError(
             f"{config.method} references",
             got="text or files",
             expected="token ids",
             remedy="build the drafter through LLM or build_engine, which tokenise them",
         )
-    return [tuple(reference) for reference in config.references]
+    return references

@@ -1,0 +1,78 @@
+"""Confidences made comparable between sources: each is corrected by how often its source was right.
+
+Where sources agree on a token the merge takes the greatest confidence, so one that overrates itself would take the
+others' nodes. Corrected, the greatest is the best choice measured: on recorded code, chat, summaries and edits at 16
+nodes, prompt lookup with tri-grams got 4.13 tokens a step; uncorrected the greatest 4.07, the noisy or 4.05 (sources
+have read the same text, so their agreement says little more than one of them), the mean 4.04.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.source import Source
+from outrider.drafting.tree_merge import WeightedPath
+
+NUM_BINS = 10  # of confidences below 1; 1 itself has a bin of its own
+NUM_BELIEVED = 8  # observations that a source's own word counts for, in each bin
+MAX_OBSERVED = 200  # in a bin; then all of its observations count half
+
+
+class CalibratedSource:
+    """A source whose confidences are corrected, bin by bin, by the share of its guesses that came true."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.name, self.reads_logits = source.name, source.reads_logits
+        self._promised = [min((index + 0.5) / NUM_BINS, 1.0) * NUM_BELIEVED for index in range(NUM_BINS + 1)]
+        self._right = list(self._promised)
+        self._num_observed = [float(NUM_BELIEVED)] * (NUM_BINS + 1)
+        self._proposed: dict[str, Sequence[WeightedPath]] = {}  # by request, with the source's own confidences
+
+    def continuations(self, context: DraftContext) -> list[WeightedPath]:
+        paths = self._source.continuations(context)
+        self._proposed[context.request_id] = paths
+        factors = [right / promised for right, promised in zip(self._right, self._promised, strict=True)]
+        return [
+            WeightedPath(
+                path.tokens,
+                [
+                    corrected if (corrected := confidence * factors[int(confidence * NUM_BINS)]) < 1.0 else 1.0
+                    for confidence in path.confidences
+                ],
+            )
+            for path in paths
+        ]
+
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        for outcome in outcomes:
+            self._judge(self._proposed.pop(outcome.request_id, ()), outcome.new_tokens)
+        self._source.observe(outcomes)
+
+    def _judge(self, paths: Sequence[WeightedPath], new_tokens: Sequence[int]) -> None:
+        """Count the guesses whose path was right so far, verified or not: what came is known."""
+        for depth, token in enumerate(new_tokens):
+            paths = [path for path in paths if len(path.tokens) > depth]
+            guesses: dict[int, float] = {}
+            for path in paths:
+                guesses[path.tokens[depth]] = max(guesses.get(path.tokens[depth], 0.0), path.confidences[depth])
+            for guess, confidence in guesses.items():
+                self._count(confidence, guess == token)
+            paths = [path for path in paths if path.tokens[depth] == token]
+            if not paths:
+                return
+
+    def _count(self, confidence: float, right: bool) -> None:
+        index = int(confidence * NUM_BINS)
+        self._promised[index] += confidence
+        self._right[index] += right
+        self._num_observed[index] += 1
+        if self._num_observed[index] > MAX_OBSERVED:
+            self._promised[index] /= 2
+            self._right[index] /= 2
+            self._num_observed[index] /= 2
+
+    def release(self, request_id: str) -> None:
+        self._proposed.pop(request_id, None)
+        self._source.release(request_id)

@@ -1,0 +1,89 @@
+"""Trees of guesses grown from counts, the most probable node next."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+from typing import TypeVar
+
+from outrider.drafting.tree_merge import WeightedPath
+
+# Weight of a token never seen after a match of one token; it falls with the match's length. With 2, what the ratios
+# promise is what held-out code keeps: 0.32 for a single match of one token, 0.50 of two, 0.67 of four, 0.89 of ten.
+ESCAPE = 2.0
+State = TypeVar("State")
+
+
+@dataclass(eq=False)
+class GuessTree:
+    """Guesses below a match, nodes in the order in which they were taken.
+
+    Attributes:
+        tokens, parents, probs: of each node; parent -1 is the root, a prob that of the node once its parent is right.
+        score: sum over the nodes of the product of probs on the way to each: tokens expected to be accepted.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    probs: list[float] = field(default_factory=list)
+    score: float = 0.0
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from below the root down to `node`; none for the root."""
+        nodes = []
+        while node >= 0:
+            nodes.append(node)
+            node = self.parents[node]
+        nodes.reverse()
+        return nodes
+
+    def paths(self) -> list[WeightedPath]:
+        """From the root to each leaf, the one with the most expected tokens first."""
+        inner = set(self.parents)
+        ranked: list[tuple[float, WeightedPath]] = []
+        for leaf in range(len(self.tokens)):
+            if leaf not in inner:
+                nodes = self.path(leaf)
+                path = WeightedPath([self.tokens[n] for n in nodes], [self.probs[n] for n in nodes])
+                ranked.append((sum(accumulate(path.confidences, mul)), path))
+        ranked.sort(key=lambda of: -of[0])
+        return [path for _, path in ranked]
+
+
+def grow(
+    root: State,
+    successors: Callable[[GuessTree, int, int, State], Iterable[tuple[int, float, State]]],
+    *,
+    max_nodes: int,
+    max_depth: int,
+    min_path_prob: float = 0.0,
+) -> GuessTree:
+    """The tree with the greatest score.
+
+    Args:
+        successors: of a node in a tree at a depth (-1 and 0 for the root) with its state: tokens, their probs and
+            states, at most `max_nodes`, the most probable first.
+        min_path_prob: nodes with a smaller product are left out.
+    """
+    made = GuessTree()
+    heap: list[tuple[float, int, int, int, float, int, State]] = []
+    product, node, depth, state, order = 1.0, -1, 0, root, 0
+    while True:
+        if depth < max_depth:
+            for token, prob, below in successors(made, node, depth, state):
+                if product * prob < min_path_prob:
+                    break
+                order += 1
+                heapq.heappush(heap, (-product * prob, order, node, depth + 1, prob, token, below))
+        if not heap or len(made.tokens) >= max_nodes:
+            return made
+        product, _, parent, depth, prob, token, state = heapq.heappop(heap)
+        product = -product
+        node = len(made.tokens)
+        made.tokens.append(token)
+        made.parents.append(parent)
+        made.probs.append(prob)
+        made.score += product

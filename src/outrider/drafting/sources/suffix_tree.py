@@ -1,0 +1,173 @@
+"""SuffixDecoding (Oliaro et al., arXiv 2411.04975): what most often followed the longest match, here or before.
+
+The trees are compressed: a token of code costs 1.3 microseconds and 230 bytes at depth 64, where a plain trie would
+make 64 nodes of it. An automaton finds matches as fast, but cannot take one output's counts back.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from outrider.config import SuffixConfig
+from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.sources.guess_tree import ESCAPE, GuessTree, grow
+from outrider.drafting.sources.past_outputs import PastOutputs
+from outrider.drafting.sources.suffix_index import Cursor, Node, SuffixTree
+from outrider.drafting.tree_merge import WeightedPath
+
+PROMPT_TAIL = 8  # tokens of the prompt that stand before an output in the history, so that its beginning is found
+
+
+@dataclass(frozen=True)
+class Place:
+    """A match: a point on an edge.
+
+    Attributes:
+        length: tokens that match.
+        num_pending: of the suffixes that have entered the edge, those that nothing follows yet.
+    """
+
+    tree: SuffixTree
+    node: Node
+    offset: int
+    length: int
+    num_pending: int = 0
+
+
+def speculate(place: Place, *, max_nodes: int, max_depth: int, min_path_prob: float = 0.0) -> GuessTree:
+    """SuffixDecoding's greedy tree below a match; its score is the paper's SCORE, the sum of D(N) over the nodes.
+
+    A token's probability is its count in proportion to the counts of all that followed, with an escape to what never
+    did. The escape grows with the number of different successors and falls with the match's length: method C of
+    prediction by partial matching (Moffat 1990) with `ESCAPE` / length where that has 1.
+
+    Args:
+        max_nodes: MAX_SPEC.
+        min_path_prob: nodes with a smaller product are left out.
+    """
+    tree = place.tree
+
+    def successors(
+        made: GuessTree, guess: int, depth: int, state: tuple[Node, int, int]
+    ) -> Iterable[tuple[int, float, tuple[Node, int, int]]]:
+        node, offset, count = state
+        escape = ESCAPE / (place.length + depth)
+        if offset < node.length:
+            beyond = offset - tree.known_length(node)
+            # A match that reaches the end of the text goes on with what was guessed there.
+            token = tree.token_at(node, offset) if beyond < 0 else made.tokens[made.path(guess)[beyond]]
+            return ((token, count / (count + escape), (node, offset + 1, count)),)
+        children = node.children
+        total = escape * len(children) + sum([child.count for child in children.values()])
+        best = heapq.nlargest(max_nodes, children.items(), key=_by_count_and_recency)
+        return [(token, child.count / total, (child, 1, child.count)) for token, child in best]
+
+    root = (place.node, place.offset, place.node.count - place.num_pending)
+    return grow(root, successors, max_nodes=max_nodes, max_depth=max_depth, min_path_prob=min_path_prob)
+
+
+def _by_count_and_recency(child: tuple[int, Node]) -> tuple[int, int]:
+    return child[1].count, child[1].start
+
+
+class _Request:
+    """The tree over a request's own tokens, and where they stand in the tree of past outputs."""
+
+    def __init__(self, context: DraftContext, config: SuffixConfig, history: SuffixTree) -> None:
+        self._config = config
+        self._num_followed = 0
+        self.tree = SuffixTree(config.max_match)
+        self.cursor = Cursor(history)
+        self.stop_token_ids = context.stop_token_ids
+        # What stood there before was recorded when the request lost its place, or is the prompt.
+        self.output = list(context.token_ids[-PROMPT_TAIL:])
+        self.num_context = len(self.output)
+        self.unread: Sequence[int] = ()  # accepted, and not yet in a context
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        new = token_ids[self._num_followed :]
+        limit = self._config.request_tokens
+        if self._num_followed:
+            self.output += new
+        if len(self.tree) + len(new) > limit:  # begin again with the newer half: now and then, not for every token
+            self.tree = SuffixTree(self._config.max_match)
+            self.tree.extend(token_ids[-(limit // 2) :])
+        else:
+            self.tree.extend(new)
+        self.cursor.follow(token_ids, len(new))
+        self._num_followed = len(token_ids)
+        self.unread = ()
+
+    def finished_output(self) -> list[int]:
+        """Tail of the prompt and all output since the request came; empty if there is none."""
+        output = self.output
+        for token in self.unread:
+            output.append(token)
+            if token in self.stop_token_ids:
+                break
+        return output if len(output) > self.num_context else []
+
+
+class SuffixSource:
+    """Proposes the best-scoring tree of guesses, from the request's own tokens or from past outputs.
+
+    Raises:
+        LookupFileError: the history file is damaged or is something else.
+        VocabularyMismatchError: it was written with another vocabulary.
+        OSError: it cannot be read, or its folder does not exist.
+    """
+
+    name = "suffix"
+    reads_logits = False
+
+    def __init__(self, config: SuffixConfig, *, vocab_size: int, vocab_fingerprint: Callable[[], bytes]) -> None:
+        self._config = config
+        self._history = PastOutputs(config, vocab_size=vocab_size, vocab_fingerprint=vocab_fingerprint)
+        self._requests: dict[str, _Request] = {}
+
+    def continuations(self, context: DraftContext) -> Sequence[WeightedPath]:
+        config = self._config
+        request = self._requests.get(context.request_id)
+        if request is None:
+            request = self._requests[context.request_id] = _Request(context, config, self._history.tree)
+        request.follow(context.token_ids)
+        best: GuessTree | None = None
+        for place in self._matches(request):
+            made = speculate(
+                place,
+                max_nodes=min(context.max_nodes, config.max_nodes, int(config.max_spec_factor * place.length)),
+                max_depth=min(context.max_depth, config.depth),
+                min_path_prob=context.min_path_prob,
+            )
+            if best is None or made.score > best.score:
+                best = made
+        return best.paths() if best else []
+
+    def _matches(self, request: _Request) -> Iterator[Place]:
+        """The longest matches with different sets of occurrences, in both trees."""
+        for tree, (nodes, offsets), num_pending in (
+            (request.tree, request.tree.places, 1),  # the end of the text itself
+            (self._history.tree, request.cursor.places, 0),
+        ):
+            found = last_count = 0
+            deepest = self._config.max_match - self._config.depth  # so that the tree still knows what follows
+            for k in range(max(0, len(nodes) - deepest), len(nodes)):
+                if nodes[k].count != last_count:
+                    last_count = nodes[k].count
+                    yield Place(tree, nodes[k], offsets[k], len(nodes) - k, num_pending)
+                    found += 1
+                    if found == self._config.num_matches:
+                        break
+
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        for outcome in outcomes:
+            request = self._requests.get(outcome.request_id)
+            if request is not None:
+                request.unread = outcome.new_tokens
+
+    def release(self, request_id: str) -> None:
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._history.add(request.finished_output())

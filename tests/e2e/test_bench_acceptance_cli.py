@@ -1,0 +1,138 @@
+"""`outrider bench acceptance` and the workloads of `bench decode`, on the bundled model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import outrider.llm
+from outrider.bench.acceptance import AcceptanceRuns, with_budget
+from outrider.bench.runner import OutriderContender
+from outrider.cli.app import app
+from outrider.errors import ConfigError
+
+SMALL = ("--prompts", "2", "--max-tokens", "12")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_load() -> Iterator[None]:
+    """Load each model once for all commands that run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outrider.llm, "load_target", functools.cache(outrider.llm.load_target))
+        yield
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_a_row_for_every_rule_drafter_budget_and_workload(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    options = ("--workload", "code,random", "--drafter", "ngram,recycling", "--budget", "2,6")
+    result = run(
+        "acceptance", *options, "--verification", "coupled,rejection", "-t", "0,0.8", *SMALL, "-o", str(output)
+    )
+    assert result.exit_code == 0, result.output
+    record = json.loads(output.read_text())
+    rows = record["results"]
+    assert len(rows) == 2 * 2 * 2 * 2 * 2
+    for row in rows:
+        assert 1.0 <= row["acceptance_length"] <= 1 + row["budget"]
+        assert row["draft_tokens_per_step"] <= row["budget"]
+        assert row["draft_ms"] > 0
+        assert row["num_outputs"] == 2
+        sampled_otherwise = row["rule"] == "rejection" and row["temperature"] > 0
+        assert row["num_equal"] == (None if sampled_otherwise else 2)
+    assert [of["workload"] for of in record["workloads"]] == ["code", "random"]
+    assert all(of["sha256"] for of in record["workloads"])
+    assert {"versions", "machine", "commit", "command", "config"} <= record.keys()
+    assert "code t=0.8" in result.stdout
+    assert result.stdout.count("recycling") == 4
+
+
+def test_json_alone_and_the_temperature_of_the_workload() -> None:
+    record = json.loads(
+        run("acceptance", "--workload", "edit,random", "--drafter", "ngram", "--budget", "8", *SMALL, "--json").stdout
+    )
+    assert [(row["workload"], row["temperature"]) for row in record["results"]] == [("edit", 0.0), ("random", 1.5)]
+
+
+def test_an_interruption_prints_the_finished_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, runs = OutriderContender.run, iter(range(100))
+
+    def interrupted(self, prompts):
+        if next(runs) == 2:
+            raise KeyboardInterrupt
+        return right(self, prompts)
+
+    monkeypatch.setattr(OutriderContender, "run", interrupted)
+    options = ("--workload", "code", "--drafter", "ngram", "--budget", "2,4,6", *SMALL, "--json")
+    result = run("acceptance", *options)
+    assert result.exit_code == 130
+    assert [row["budget"] for row in json.loads(result.stdout)["results"]] == [2]
+    assert result.stderr == "interrupted\n"
+
+
+def test_a_drafter_without_a_budget_keeps_its_own() -> None:
+    assert with_budget({"method": "none"}, 8) is None
+    assert with_budget({"method": "ngram", "depth": 3}, 8) == {"method": "ngram", "depth": 3, "max_nodes": 8}
+    with pytest.raises(ConfigError, match="max_nodes"):
+        with_budget({"method": "ngram"}, 0)
+    specs = {"none": {"method": "none"}, "ngram": {"method": "ngram"}}
+    runs = AcceptanceRuns(None, specs, [4, 8], max_tokens=1, seed=0)  # type: ignore[arg-type]
+    assert [(name, budget) for name, budget, _ in runs.contenders()] == [("none", None), ("ngram", 4), ("ngram", 8)]
+
+
+@pytest.mark.parametrize("workload", ["edit", "random"])
+def test_bench_decode_records_its_workload(workload: str) -> None:
+    options = ("--workload", workload, *SMALL, "--repeats", "1", "--drafters", "ngram", "--no-transformers", "--json")
+    result = run("decode", *options)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["prompts"]["workload"] == workload
+    assert len(record["prompts"]["sha256"]) == 64
+    assert record["sampling"]["temperature"] == (1.5 if workload == "random" else 0.0)
+    assert all(summary["num_equal"] == 2 for summary in record["results"])
+
+
+def test_bench_decode_on_a_data_set(tmp_path: Path) -> None:
+    path = tmp_path / "question.jsonl"
+    path.write_text(json.dumps({"category": "qa", "turns": ["def f("]}) + "\n")
+    options = ("--workload", "spec_bench", "--data", str(path), "--prompts", "1", "--max-tokens", "4")
+    result = run("decode", *options, "--repeats", "1", "--drafters", "none", "--no-transformers")
+    assert result.exit_code == 0, result.output
+    assert "workload spec_bench" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("decode --workload poetry", ("--workload", "poetry")),
+        ("decode --workload spec_bench", ("spec_bench", "--data")),
+        ("decode --workload humaneval --data /no/such/file", ("/no/such/file",)),
+        ("decode --data x", ("--data",)),
+        ("acceptance --workload poetry", ("--workload", "poetry")),
+        ("acceptance --data x", ("--data", "humaneval")),
+        ("acceptance --budget 0", ("--budget",)),
+        ("acceptance --budget many", ("--budget", "integers")),
+        ("acceptance --verification hope", ("--verification", "hope")),
+        ("acceptance --temperature hot", ("--temperature",)),
+        ("acceptance --temperature -1", ("temperature",)),
+        ("acceptance --drafter none", ("--drafter",)),
+        ("acceptance --drafter telepathy", ("telepathy",)),
+        ("acceptance --prompts 0", ("--prompts",)),
+        ("acceptance --batch-size 0", ("--batch-size",)),
+        ("acceptance --output /no/such/folder/file", ("/no/such/folder/file",)),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments: str, words: tuple[str, ...]) -> None:
+    result = run(*arguments.split())
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert all(word in line for word in words)

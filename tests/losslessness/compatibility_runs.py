@@ -1,0 +1,95 @@
+"""Tiny models of every model path and the drafters over them, for the compatibility matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from outrider import LLM
+from outrider.config import DrafterConfig, SelfDraftConfig, drafter_config
+from outrider.kernels import native
+from outrider.losslessness.compatibility import PathRuns, parameter_settings, run_matrix
+from outrider.losslessness.matrix import Matrix
+from outrider.verification.build import RULE_NAMES
+from tests.losslessness.engine_harness import DRAFTERS
+from tests.tiny_models import make_tiny
+
+FAMILIES = {"lean": "llama", "universal": "gpt2"}
+MODES = ("numerical", "bitwise")
+PATHS = tuple(f"{kind} {mode}" for kind in FAMILIES for mode in MODES)
+PROMPTS = ([5, 9, 5, 9, 5, 9, 7, 5, 9, 5], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 1, 4])
+SETTINGS = parameter_settings(max_tokens=16, vocab_size=128, stop="t1")
+DRAFT_NOISE = 0.05  # of the draft's weights: right often, but not always
+
+
+def available_paths() -> tuple[str, ...]:
+    """Without compiled kernels there is no lean path."""
+    return tuple(path for path in PATHS if native.is_available() or not path.startswith("lean"))
+
+
+def make_models(folder: Path) -> None:
+    """Write a target and a draft of each family into `folder`."""
+    for kind, family in FAMILIES.items():
+        make_tiny(family, folder / kind)
+        draft = make_tiny(family, folder / f"{kind}-draft")
+        model = AutoModelForCausalLM.from_pretrained(draft)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(DRAFT_NOISE * parameter.std() * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(draft)
+
+
+def path_runs(folder: Path, path: str) -> PathRuns:
+    kind, mode = path.split()
+    llm = LLM(
+        folder / kind,
+        drafter="none",
+        exactness="bitwise" if mode == "bitwise" else "numerical",
+        cache={"block_size": 4},
+        scheduler={"max_num_seqs": 64, "max_batch_tokens": 1024},
+    )
+    return PathRuns(path, llm, PROMPTS, SETTINGS)
+
+
+def on_path(config: DrafterConfig, folder: Path, path: str) -> DrafterConfig:
+    """A drafter as a path runs it: second models are the path's draft, and nothing is measured beforehand."""
+    draft = str(folder / f"{path.split(maxsplit=1)[0]}-draft")
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name == "model" and not isinstance(config, SelfDraftConfig):
+            changes["model"] = draft
+        elif field.name == "calibrate":
+            changes["calibrate"] = False
+        elif field.name == "drafter":
+            changes["drafter"] = on_path(drafter_config(value), folder, path)
+        elif field.name == "drafters" and value is not None:
+            changes["drafters"] = [on_path(drafter_config(inner), folder, path) for inner in value]
+    return dataclasses.replace(config, **changes)
+
+
+def measure(
+    folder: Path,
+    *,
+    paths: Sequence[str] = PATHS,
+    drafters: Sequence[str] = tuple(DRAFTERS),
+    rules: Sequence[str] = RULE_NAMES,
+    advance: Callable[[str], None] = lambda name: None,
+) -> Matrix:
+    """Run the matrix, or a part of it, on models written to `folder`."""
+    if not (folder / "lean").exists():
+        make_models(folder)
+    return run_matrix(
+        [path_runs(folder, path) for path in paths],
+        {name: DRAFTERS[name] for name in drafters},
+        lambda config, path: on_path(config, folder, path),
+        rules=rules,
+        parameters=list(SETTINGS),
+        advance=advance,
+    )
