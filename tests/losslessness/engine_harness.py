@@ -38,7 +38,7 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "draft_model": DraftModelConfig(),
     "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),
     "draft_model-tree": DraftModelConfig(depth=3, width=3, max_expanded=2, max_nodes=12, min_path_prob=0.0),
-    "self_draft": SelfDraftConfig(depth=4),
+    "self_draft": SelfDraftConfig(depth=2),
     "universal_draft": UniversalDraftConfig(alignment="vocabulary", depth=3, width=2, max_expanded=2),
     "universal_draft-text": UniversalDraftConfig(alignment="text", depth=5),
     "staged": StagedConfig(depth=3, width=2, min_path_prob=0.0, drafter="ngram"),

@@ -31,8 +31,8 @@ class Guesser:
     """Asks a drafter for trees behind committed tokens, and behind those that a draft model has drafted.
 
     Drafters learn a request's tokens as they are committed. Behind drafted tokens, which may be rejected, they are
-    asked under another id, with the end of the text, and forget it after the step; or else under the same id, with all
-    of the text, and forget it where the text goes on in another way.
+    asked under another id, with the end of the text, and forget it after the step; or else under the same id, with
+    all of the text, and forget it where the text goes on in another way.
 
     Args:
         window: how many tokens of the text that is; None is all, for drafters that begin again at little cost.
