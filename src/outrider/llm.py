@@ -47,8 +47,8 @@ class LLM:
 
     Args:
         model: a local folder or hub id (safetensors); None is the bundled model.
-        drafter: a method's name, such as "ngram", "recycling", "draft_model" or "none"; a mapping with key "method" and its
-            settings; or a config.
+        drafter: a method's name, such as "ngram", "recycling", "draft_model" or "none"; a mapping with key "method"
+            and its settings; or a config.
         verification: "coupled" (the output is what plain decoding gives with the same seed), "rejection",
             "tree_rejection" or "multi_candidate" (exact in distribution).
         exactness: "numerical", "bitwise", or "auto": bitwise on a CPU with compiled kernels.
