@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from outrider.config import DraftModelConfig, NgramConfig, RecyclingConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.growth.tree import GREEDY_SHARPNESS
 from outrider.drafting.ngram import NgramDrafter, NgramIndex
 from outrider.drafting.recycling import RecyclingDrafter
 from outrider.drafting.tree_shape import best_first_shape
@@ -146,7 +147,7 @@ def test_unlikely_paths_are_not_drafted_further() -> None:
     config = DraftModelConfig()
     expected, probability = [], 1.0
     while len(expected) < config.depth and (not expected or probability >= config.min_path_prob):
-        p = torch.from_numpy(model._logits((*tokens, *expected))).softmax(-1)
+        p = torch.from_numpy(GREEDY_SHARPNESS * model._logits((*tokens, *expected))).softmax(-1)
         expected.append(int(p.argmax()))
         probability *= float(p.max())
     assert paths(tree) == {tuple(expected)}

@@ -44,9 +44,9 @@ class DraftModelDrafter:
         active = [context for context in contexts if self._has_room(context)]
         rows: dict[str, TreeRows] = {}
         growing: list[tuple[TreeRows, Iterator[Sequence[int]]]] = []
-        for context, log_probs in zip(active, self._runner.catch_up(active), strict=True):
+        for context, log_weights in zip(active, self._runner.catch_up(active), strict=True):
             tree = GrowingTree(context, self._growth.draws, self._growth.limits)
-            tree.set_log_probs(0, log_probs)
+            tree.set_log_weights(0, log_weights)
             rows[context.request_id] = self._runner.rows_for(tree, self._growth.num_rows)
             growing.append((rows[context.request_id], self._growth.grow(tree)))
         while growing:

@@ -97,11 +97,15 @@ class DraftRunner:
         return True
 
     def catch_up(self, contexts: Sequence[DraftContext]) -> list[Row]:
-        """Read the committed tokens that the draft has not seen; log q after the last one of each context."""
+        """Read the committed tokens that the draft has not seen.
+
+        Returns:
+            ``[vocab]`` of each context: log q after its last token, up to a constant.
+        """
         if not contexts:
             return []
         logits = self._read_committed({context.request_id: context.token_ids for context in contexts})
-        return log_probs_of(torch.cat([logits[c.request_id] for c in contexts]), [(c, ()) for c in contexts])
+        return log_weights_of(torch.cat([logits[c.request_id] for c in contexts]), [(c, ()) for c in contexts])
 
     def rows_for(self, tree: GrowingTree, num_rows: int) -> TreeRows:
         """Rows for the draft tokens of a request that has caught up."""
@@ -173,9 +177,9 @@ class DraftRunner:
     def _read_families(self, families: Sequence[tuple[TreeRows, Sequence[int]]]) -> None:
         logits = self._forward([self._sibling_rows(rows, family) for rows, family in families])
         nodes = [(rows.tree, node) for rows, family in families for node in family]
-        log_probs = log_probs_of(logits, [(tree.context, tree.path_tokens(node)) for tree, node in nodes])
-        for (tree, node), row in zip(nodes, log_probs, strict=True):
-            tree.set_log_probs(node, row)
+        log_weights = log_weights_of(logits, [(tree.context, tree.path_tokens(node)) for tree, node in nodes])
+        for (tree, node), row in zip(nodes, log_weights, strict=True):
+            tree.set_log_weights(node, row)
 
     def _sibling_rows(self, rows: TreeRows, family: Sequence[int]) -> SequenceRows:
         return sibling_rows(rows, family)
@@ -222,12 +226,14 @@ def sibling_rows(rows: TreeRows, family: Sequence[int]) -> SequenceRows:
     )
 
 
-def log_probs_of(logits: Tensor, paths: Sequence[tuple[DraftContext, Sequence[int]]]) -> list[Row]:
-    """Log q of each row, after the request's processors, on the host.
+def log_weights_of(logits: Tensor, paths: Sequence[tuple[DraftContext, Sequence[int]]]) -> list[Row]:
+    """Log q of each row up to a constant, after the request's processors, on the host.
 
     Args:
         paths: each row's request, and the draft tokens between its root and the row.
     """
+    if all(context.params.takes_argmax for context, _ in paths):  # nothing to process
+        return list(logits.float().cpu().numpy())
     contexts = [
         RowContext(
             rows=slice(row, row + 1),
@@ -240,11 +246,7 @@ def log_probs_of(logits: Tensor, paths: Sequence[tuple[DraftContext, Sequence[in
         )
         for row, (context, path) in enumerate(paths)
     ]
-    weights = process_logits(logits, contexts).cpu().numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):  # NaN logits are no candidates: see GrowingTree.draw
-        largest = weights.max(axis=-1, keepdims=True)
-        shifted = weights - largest
-        return list(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+    return list(process_logits(logits, contexts).cpu().numpy())
 
 
 def _looks_back(params: SamplingParams) -> bool:

@@ -13,7 +13,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from outrider.drafting.draft_runner import DraftRunner, TreeRows, accepted_rows, log_probs_of
+from outrider.drafting.draft_runner import DraftRunner, TreeRows, accepted_rows, log_weights_of
 from outrider.drafting.drafter import DraftContext
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.models.batch import SequenceRows
@@ -30,7 +30,7 @@ class SubModelRunner(DraftRunner):
             Log q after each node.
         """
         logits = self._forward([_path_rows(rows, node) for rows, node in wanted])
-        return log_probs_of(logits, [(rows.tree.context, rows.tree.path_tokens(node)) for rows, node in wanted])
+        return log_weights_of(logits, [(rows.tree.context, rows.tree.path_tokens(node)) for rows, node in wanted])
 
     def rows_when_caught_up(self, tree: GrowingTree, num_rows: int) -> TreeRows:
         context = tree.context
@@ -58,7 +58,7 @@ class SortedRunner:
     def __init__(self, levels: Sequence[SubModelRunner], min_confidence: float, whole: Model | None) -> None:
         self._levels = levels
         self._whole = whole
-        self._min_log = float(np.log(min_confidence)) if min_confidence > 0 else -np.inf
+        self._min_confidence = min_confidence
         self._num_rows: dict[str, int] = {}
         self._rows: dict[str, list[TreeRows | None]] = {}
         self.num_exits = [0] * len(levels)
@@ -119,7 +119,7 @@ class SortedRunner:
                 if self._is_unsure(number, row):
                     unsure.append((tree, node))
                 else:
-                    tree.set_log_probs(node, row)
+                    tree.set_log_weights(node, row)
             pending = unsure
 
     def _rows_at(self, number: int, tree: GrowingTree) -> TreeRows:
@@ -132,10 +132,16 @@ class SortedRunner:
 
     def _is_unsure(self, number: int, row: Row) -> bool:
         """Whether a larger sub-model is to be asked."""
-        if number < len(self._levels) - 1 and not row.max() >= self._min_log:
+        if number < len(self._levels) - 1 and not _confidence(row) >= self._min_confidence:
             return True
         self.num_exits[number] += 1
         return False
+
+
+def _confidence(row: Row) -> float:
+    """Probability of the likeliest token; NaN where none can be chosen."""
+    with np.errstate(invalid="ignore"):
+        return float(1.0 / np.exp(row - row.max()).sum())
 
 
 def _path_rows(rows: TreeRows, node: int) -> SequenceRows:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from outrider.cache.kv_cache import KVCache
-from outrider.drafting.draft_runner import DraftRunner, TreeRows, log_probs_of, sibling_rows
+from outrider.drafting.draft_runner import DraftRunner, TreeRows, log_weights_of, sibling_rows
 from outrider.drafting.drafter import DraftContext
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.models.batch import SequenceRows, build_forward_batch
@@ -61,7 +61,7 @@ class TranslatedRunner(DraftRunner):
         if not contexts:
             return []
         logits = self._read_committed({c.request_id: self._texts[c.request_id][0] for c in contexts})
-        return log_probs_of(torch.cat([logits[c.request_id] for c in contexts]), [(c, ()) for c in contexts])
+        return log_weights_of(torch.cat([logits[c.request_id] for c in contexts]), [(c, ()) for c in contexts])
 
     def rows_for(self, tree: GrowingTree, num_rows: int) -> TreeRows:
         request_id = tree.context.request_id

@@ -32,7 +32,8 @@ class MostProbable:
 
     @property
     def num_rows(self) -> int:
-        return 2 * self.limits.num_nodes  # a node that is read may still leave the tree for better ones
+        num_nodes = self.limits.num_nodes
+        return min(num_nodes * self.limits.depth, max(2 * num_nodes, 256))  # what is read may leave the tree again
 
     def grow(self, tree: GrowingTree) -> Iterator[Sequence[int]]:
         num_nodes, num_read = tree.limits.num_nodes, 0

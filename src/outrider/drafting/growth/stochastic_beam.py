@@ -41,7 +41,7 @@ class StochasticBeam:
             places = [
                 (-value, node)
                 for node, perturbed in beam.items()
-                for value in self._children(tree, node, perturbed).tolist()
+                for value in self._children(tree, node, perturbed)
                 if value > -np.inf
             ]
             beam = {}
@@ -53,10 +53,12 @@ class StochasticBeam:
                 return
             yield list(beam)
 
-    def _children(self, tree: GrowingTree, node: int, perturbed: float) -> NDArray[np.float64]:
-        """Perturbed log-probabilities of the best children's paths, falling."""
-        values = tree.path_log_probs[node] + tree.candidate_keys(node, self.width).astype(np.float64)
-        return truncated(values, perturbed) if tree.is_perturbed else values
+    def _children(self, tree: GrowingTree, node: int, perturbed: float) -> list[float]:
+        """Perturbed log-probabilities of the best children's paths, falling; where nothing is drawn, their scores."""
+        if not tree.is_sampled:
+            return tree.candidate_scores(node, self.width)
+        values = tree.scores[node] + tree.candidate_keys(node, self.width).astype(np.float64)
+        return truncated(values, perturbed).tolist()
 
 
 def truncated(values: NDArray[np.float64], maximum: float) -> NDArray[np.float64]:

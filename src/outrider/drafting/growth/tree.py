@@ -26,6 +26,11 @@ from outrider.token_tree import DraftDistribution, DraftNoise, SiblingDraws, Tok
 
 Row = NDArray[np.float32]  # [vocab]
 
+# The target's choice is more certain than the softmax of the draft's own keys says. For the bundled pair on held-out
+# code the likelihood is greatest at 1.75 times the logits when greedy, 1.6 times at temperature 0.5, 1.35 times at 1.
+GREEDY_SHARPNESS = 1.75
+SAMPLED_SHARPNESS = 1.35
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -59,9 +64,9 @@ class _Below:
     """What stands, or may come to stand, below a node that the draft has read.
 
     Attributes:
-        log_probs: ``[vocab]`` log q.
-        keys: ``[vocab]`` log q, or log q plus noise; children come in falling order of it.
-        log_total: log of the sum of exp(keys).
+        log_probs: ``[vocab]`` log q; up to a constant in a tree that is not sampled.
+        keys: ``[vocab]`` the same, or plus noise; children come in falling order of it.
+        log_total: log of the sum of exp(sharpness * keys).
         order: the first children, as far as they were asked for.
         rest, squares: sums of q and of its squares over the tokens that are not drawn yet.
         expected: q of the next draw on average, at most what it was for the draw before.
@@ -86,9 +91,7 @@ class GrowingTree:
             independent noise it was made before its token was known, and never rises from one sibling to the next:
             dropping the least confident nodes, latest first, depends on no token that is dropped.
         scores: log of how likely the draft finds a node's path, its own token included.
-        path_log_probs: log q of each drawn node's path, whatever the noise.
         is_sampled: True if children are drawn with independent noise.
-        is_perturbed: True if children are ordered by log q plus noise.
     """
 
     def __init__(self, context: DraftContext, draws: Draws, limits: GrowthLimits) -> None:
@@ -103,10 +106,9 @@ class GrowingTree:
         self.depths = [0]
         self.confidences = [1.0]
         self.scores = [0.0]
-        self.path_log_probs = [0.0]
         self.is_sampled = draws.noise == "independent" and draws.siblings is not None and not context.params.greedy
-        self.is_perturbed = not context.params.greedy and (draws.noise == "shared" or draws.siblings is not None)
         self._shares_noise = draws.noise == "shared" and not context.params.greedy
+        self._sharpness = _sharpness(context.params.temperature)
         self._siblings: SiblingDraws | None = draws.siblings
         self._min_score = _log(self.limits.min_path_prob)
         self._floor = _log(context.min_path_prob)
@@ -145,18 +147,20 @@ class GrowingTree:
             node = self.parents[node]
         return tokens[::-1]
 
-    def set_log_probs(self, node: int, log_probs: Row) -> None:
-        """Say what the draft model gives after `node`: ``[vocab]`` normalised log q."""
-        keys, log_total = log_probs, 0.0
-        if self._shares_noise:
-            keys = log_probs + self._noise(node, Purpose.TARGET, len(log_probs))
-            log_total = _log_sum_exp(keys)
-        elif self.is_sampled and self._siblings == "without_replacement":
-            keys = log_probs + self._noise(node, Purpose.DRAFT, len(log_probs))
-        below = self._below[node] = _Below(log_probs, keys, log_total)
+    def set_log_weights(self, node: int, log_weights: Row) -> None:
+        """Say what the draft model gives after `node`: ``[vocab]`` log q up to a constant."""
         if self.is_sampled:
+            log_probs = keys = log_weights - _log_sum_exp(log_weights)
+            if self._siblings == "without_replacement":
+                keys = log_probs + self._noise(node, Purpose.DRAFT, len(log_probs))
             probs = np.exp(log_probs)
-            below.squares = below.expected = min(1.0, float(probs @ probs))
+            squares = min(1.0, float(probs @ probs))
+            self._below[node] = _Below(log_probs, keys, 0.0, squares=squares, expected=squares)
+            return
+        keys = log_weights
+        if self._shares_noise:
+            keys = log_weights + self._noise(node, Purpose.TARGET, len(log_weights))
+        self._below[node] = _Below(log_weights, keys, _log_sum_exp(keys * self._sharpness))
 
     def candidates(self, node: int, count: int) -> list[int]:
         """The tokens that come next below a read node if they are asked for, at most `count` in all, in order."""
@@ -166,15 +170,16 @@ class GrowingTree:
         return below.order[:count]
 
     def candidate_keys(self, node: int, count: int) -> Row:
-        """``[<= count]`` what `candidates` are ordered by: log q, or log q plus noise; -inf for impossible ones."""
+        """``[<= count]`` what `candidates` are ordered by; in sampled trees log q plus noise, -inf where q is 0."""
         return self._below[node].keys[self.candidates(node, count)]
 
     def candidate_scores(self, node: int, count: int) -> list[float]:
         """What `scores` of the candidates would be; not for sampled trees, which may not know before they draw."""
         assert not self.is_sampled, "a token of a sampled tree looked at before it is drawn"
         below = self._below[node]
-        keys = below.keys[self.candidates(node, count)] - (below.log_total - self.scores[node])
-        return keys.tolist()
+        keys = below.keys[self.candidates(node, count)]
+        log_confidences = np.minimum(keys * self._sharpness - below.log_total, 0.0)  # never above, by rounding
+        return (log_confidences + self.scores[node]).tolist()
 
     def next_score(self, node: int) -> float:
         """How likely the next child of a read node is reached, before its token is known if it is to be sampled.
@@ -204,14 +209,13 @@ class GrowingTree:
                 break
             below.num_drawn += 1
             nodes.append(self._append(node, token, score, self._guess(below, node, score)))
-            self.path_log_probs[-1] = self.path_log_probs[node] + float(below.log_probs[token])
             if self.is_sampled and self._siblings == "without_replacement":
                 self._take(below, token)
         return nodes
 
     def add(self, node: int, token: int, score: float) -> int:
         """Add a chosen child; more than there is room for, if `keep` decides in the end."""
-        return self._append(node, token, score, math.exp(min(0.0, score - self.scores[node])))
+        return self._append(node, token, score, math.exp(score - self.scores[node]))
 
     def keep(self, nodes: Sequence[int]) -> None:
         """Restrict the tree to `nodes`, ascending and closed under parents; only for trees that are not sampled."""
@@ -237,7 +241,8 @@ class GrowingTree:
     def _distribution(self) -> DraftDistribution:
         siblings = self._siblings
         assert siblings is not None, "the distribution of tokens that were chosen"
-        rows = np.zeros((len(self.tokens), len(self._below[0].log_probs)), dtype=np.float32)  # leaves are never read
+        root = self._below[0].log_probs
+        rows = np.zeros((len(self.tokens), len(root)), dtype=root.dtype)  # those of leaves are never read
         for node, below in self._below.items():
             rows[node] = below.log_probs
         return DraftDistribution(torch.from_numpy(rows), siblings)
@@ -247,7 +252,6 @@ class GrowingTree:
         self.parents.append(parent)
         self.depths.append(self.depths[parent] + 1)
         self.scores.append(score)
-        self.path_log_probs.append(score)
         self.confidences.append(confidence)
         return len(self.tokens) - 1
 
@@ -260,12 +264,14 @@ class GrowingTree:
         return tokens[number] if len(tokens) > number else None
 
     def _log_confidence(self, below: _Below, token: int) -> float:
-        return float((below.log_probs if self.is_sampled else below.keys)[token]) - below.log_total
+        if self.is_sampled:
+            return float(below.log_probs[token])
+        return min(0.0, float(below.keys[token]) * self._sharpness - below.log_total)
 
     def _guess(self, below: _Below, node: int, score: float) -> float:
         if self.is_sampled:
             return below.expected
-        return math.exp(min(0.0, score - self.scores[node]))
+        return math.exp(score - self.scores[node])
 
     def _take(self, below: _Below, token: int) -> None:
         prob = math.exp(float(below.log_probs[token]))
@@ -294,8 +300,18 @@ def _largest(keys: Row, count: int) -> list[int]:
     return top[np.argsort(-keys[top], kind="stable")].tolist()
 
 
+def _sharpness(temperature: float) -> float:
+    """Factor on the keys of a request; the draft errs in its logits, before the temperature divides them."""
+    if temperature == 0.0:
+        return GREEDY_SHARPNESS
+    sampled = min(1.0, temperature)
+    return temperature * (GREEDY_SHARPNESS * (1.0 - sampled) + SAMPLED_SHARPNESS * sampled)
+
+
 def _log_sum_exp(keys: Row) -> float:
     largest = float(keys.max())
+    if not math.isfinite(largest):  # no token, or logits that are NaN: nothing will be drawn
+        return math.nan
     return largest + math.log(float(np.exp(keys - largest).sum()))
 
 
