@@ -227,15 +227,14 @@ class EngineOptions:
 def drafter_names(values: Sequence[str] | None, options: EngineOptions) -> list[str]:
     """Names given with repeats and commas, in order; `all` is every drafter that the models at hand allow.
 
+    `datastore` is not among them: it needs a file.
+
     Raises:
         ConfigError: an unknown name.
     """
     has_draft = options.model is None or options.draft_model is not None
-    every = [
-        name
-        for name in DRAFTER_CONFIGS
-        if name != "none" and (has_draft or name != "draft_model") and name != "datastore"
-    ]
+    missing = {"none", "datastore"} if has_draft else {"none", "datastore", "draft_model"}
+    every = [name for name in DRAFTER_CONFIGS if name not in missing]
     names: list[str] = []
     for name in (part.strip() for value in values or ["all"] for part in value.split(",")):
         if name != "all" and name not in DRAFTER_CONFIGS:
