@@ -94,7 +94,9 @@ def build_engine(
 
     drafter_config = config.drafter
     if isinstance(drafter_config, AutoConfig) and drafter_config.drafters is None:
-        drafter_config = replace(drafter_config, drafters=_drafters_for_any_text(config))
+        drafter_config = replace(
+            drafter_config, drafters=_drafters_for_any_text(config, drafter_config.draft_model), draft_model=None
+        )
     draft_models = DraftModels(
         config, model, tokenizer, lambda draft: build_cache(config.cache, config.scheduler, draft)
     )
@@ -118,11 +120,11 @@ def build_engine(
     )
 
 
-def _drafters_for_any_text(config: EngineConfig) -> tuple[DrafterConfig, ...]:
-    """What the planner chooses from unless told otherwise."""
+def _drafters_for_any_text(config: EngineConfig, draft_model: str | None) -> tuple[DrafterConfig, ...]:
+    """What the planner chooses from unless told otherwise; it cuts trees and paths itself, so they may be large."""
     lookup = NgramConfig(depth=16, max_nodes=24)
-    if config.model is None:
-        return (lookup, DraftModelConfig(depth=16, max_nodes=24, min_path_prob=0.0))
+    if config.model is None or draft_model is not None:
+        return (lookup, DraftModelConfig(model=draft_model, depth=16, max_nodes=24, min_path_prob=0.0))
     return (lookup,)
 
 
