@@ -48,8 +48,8 @@ class LLM:
 
     Args:
         model: a local folder or hub id (safetensors); None is the bundled model.
-        drafter: "auto" (in every step the drafter that pays, or none); the name of a method, such as "ngram" (all: `outrider.config.DRAFTER_CONFIGS`); a mapping
-            with key "method" and its settings; or a config.
+        drafter: "auto" (in every step the drafter that pays, or none); the name of a method, such as "ngram" (all:
+            `outrider.config.DRAFTER_CONFIGS`); a mapping with key "method" and its settings; or a config.
         verification: "coupled" (the output is what plain decoding gives with the same seed), "rejection",
             "tree_rejection" or "multi_candidate" (exact in distribution).
         exactness: "numerical", "bitwise", or "auto": bitwise on a CPU with compiled kernels.
