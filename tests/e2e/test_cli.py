@@ -21,12 +21,8 @@ import outrider.llm
 from outrider import LLM, SamplingParams, __version__
 from outrider.cli.app import app
 from outrider.cli.options import EngineOptions
-<<<<<<< HEAD
-from outrider.engine.bundled import BUNDLED_TARGET
-=======
 from outrider.config import DRAFTER_CONFIGS
-from outrider.engine.build import BUNDLED_TARGET
->>>>>>> suffix
+from outrider.engine.bundled import BUNDLED_TARGET
 from outrider.kernels import native
 from outrider.losslessness.explain import Explanation
 from outrider.models.llama import LlamaModel

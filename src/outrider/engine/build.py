@@ -16,8 +16,9 @@ from outrider.config import (
     DraftModelConfig,
     EngineConfig,
     Exactness,
-    NgramConfig,
+    MergeConfig,
     SchedulerConfig,
+    SuffixConfig,
 )
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftStyle
@@ -122,10 +123,10 @@ def build_engine(
 
 def _drafters_for_any_text(config: EngineConfig, draft_model: str | None) -> tuple[DrafterConfig, ...]:
     """What the planner chooses from unless told otherwise; it cuts trees and paths itself, so they may be large."""
-    lookup = NgramConfig(depth=16, max_nodes=24)
+    lookups = (SuffixConfig(max_nodes=24), MergeConfig(max_nodes=24))
     if config.model is None or draft_model is not None:
-        return (lookup, DraftModelConfig(model=draft_model, depth=16, max_nodes=24, min_path_prob=0.0))
-    return (lookup,)
+        return (*lookups, DraftModelConfig(model=draft_model, depth=16, max_nodes=24, min_path_prob=0.0))
+    return lookups
 
 
 def _forward_cost(config: EngineConfig, model: Model, on_progress: Progress | None) -> ForwardCost:
