@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from outrider.bench.replay import Recording, ReplayResult, replay
 from outrider.bench.held_out import held_out_prompts, rename_edits
+from outrider.bench.replay import Recording, ReplayResult, replay
 from outrider.config import drafter_config
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import Drafter, DraftStyle
@@ -104,9 +104,7 @@ def build(llm: LLM, spec: Mapping[str, Any]) -> Drafter:
     def no_draft_model(*_: object) -> Any:
         raise SystemExit("a draft model cannot be replayed: it needs the target's cache")
 
-    parts = TargetParts(
-        llm.model.vocab_size, lambda: llm.tokenizer.fingerprint, no_draft_model, ForwardCost.unknown
-    )
+    parts = TargetParts(llm.model.vocab_size, lambda: llm.tokenizer.fingerprint, no_draft_model, ForwardCost.unknown)
     return build_drafter(config, DraftStyle(), parts)
 
 

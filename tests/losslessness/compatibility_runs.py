@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,22 @@ from transformers import AutoModelForCausalLM
 
 from outrider import LLM
 from outrider.config import DrafterConfig, SelfDraftConfig, drafter_config
+from outrider.drafting.sources.datastore_build import DatastoreWriter
+from outrider.inputs.tokenizer import Tokenizer
 from outrider.kernels import native
 from outrider.losslessness.compatibility import PathRuns, parameter_settings, run_matrix
 from outrider.losslessness.matrix import Matrix
+from outrider.models.loader import load_tokenizer
 from outrider.verification.build import RULE_NAMES
 from tests.losslessness.engine_harness import DRAFTERS
 from tests.tiny_models import make_tiny
 
 FAMILIES = {"lean": "llama", "universal": "gpt2"}
+VOCAB_SIZE = 128
 MODES = ("numerical", "bitwise")
 PATHS = tuple(f"{kind} {mode}" for kind in FAMILIES for mode in MODES)
 PROMPTS = ([5, 9, 5, 9, 5, 9, 7, 5, 9, 5], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 1, 4])
-SETTINGS = parameter_settings(max_tokens=16, vocab_size=128, stop="t1")
+SETTINGS = parameter_settings(max_tokens=16, vocab_size=VOCAB_SIZE, stop="t1")
 DRAFT_NOISE = 0.05  # of the draft's weights: right often, but not always
 
 
@@ -33,7 +38,7 @@ def available_paths() -> tuple[str, ...]:
 
 
 def make_models(folder: Path) -> None:
-    """Write a target and a draft of each family into `folder`."""
+    """Write a target and a draft of each family, and a datastore, into `folder`."""
     for kind, family in FAMILIES.items():
         make_tiny(family, folder / kind)
         draft = make_tiny(family, folder / f"{kind}-draft")
@@ -43,6 +48,18 @@ def make_models(folder: Path) -> None:
             for parameter in model.parameters():
                 parameter.add_(DRAFT_NOISE * parameter.std() * torch.randn(parameter.shape, generator=generator))
         model.save_pretrained(draft)
+    make_datastore(folder)
+
+
+def make_datastore(folder: Path) -> None:
+    """Random texts of the models' tokens."""
+    fingerprint = Tokenizer(load_tokenizer(folder / "lean")).fingerprint
+    generator = random.Random(0)
+    path = folder / "datastore"
+    with DatastoreWriter(path, vocab_size=VOCAB_SIZE, fingerprint=fingerprint, max_memory_bytes=1 << 16) as writer:
+        for _ in range(50):
+            writer.add([generator.randrange(3, VOCAB_SIZE) for _ in range(60)])
+            writer.end_document()
 
 
 def path_runs(folder: Path, path: str) -> PathRuns:
@@ -58,13 +75,15 @@ def path_runs(folder: Path, path: str) -> PathRuns:
 
 
 def on_path(config: DrafterConfig, folder: Path, path: str) -> DrafterConfig:
-    """A drafter as a path runs it: second models are the path's draft, and nothing is measured beforehand."""
+    """A drafter as a path runs it, with the files that it needs and nothing measured beforehand."""
     draft = str(folder / f"{path.split(maxsplit=1)[0]}-draft")
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name == "model" and not isinstance(config, SelfDraftConfig):
             changes["model"] = draft
+        elif field.name == "path":
+            changes["path"] = str(folder / "datastore")
         elif field.name == "calibrate":
             changes["calibrate"] = False
         elif field.name == "drafter":

@@ -97,7 +97,7 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "draft_model-rsd_s": DraftModelConfig(growth="rsd_s", depth=3, width=3, max_nodes=9, min_path_prob=0.0),
     "draft_model-dyspec": DraftModelConfig(growth="dyspec", max_nodes=10, max_expanded=2, min_path_prob=0.01),
     "draft_model-specexec": DraftModelConfig(growth="specexec", max_nodes=20, max_expanded=4, min_path_prob=0.0),
-    "self_draft": SelfDraftConfig(depth=4),
+    "self_draft": SelfDraftConfig(depth=2),
     "universal_draft": UniversalDraftConfig(alignment="vocabulary", depth=3, width=2, max_expanded=2),
     "universal_draft-text": UniversalDraftConfig(alignment="text", depth=5),
     "staged": StagedConfig(depth=3, width=2, min_path_prob=0.0, drafter="ngram"),

@@ -265,7 +265,7 @@ def test_an_engine_goes_on_after_a_failed_forward(drafter: str, monkeypatch: pyt
         except RuntimeError:
             failures += 1
         engine.cache.check_integrity()
-    assert failures > 2
+    assert failures >= 2
     for prompt, request in zip(prompts(4), requests, strict=True):
         assert summary(request) == plain("sampled", prompt, SETTINGS["sampled"])
 

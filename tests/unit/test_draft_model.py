@@ -173,6 +173,17 @@ def ancestors(tree: GrowingTree, node: int) -> list[int]:
     return found[::-1]
 
 
+def test_a_child_is_never_likelier_than_its_parent() -> None:
+    """Certain tokens, whose confidence may round to more than one."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        tree = grown(DraftModelConfig(depth=1, min_path_prob=0.0))
+        weights = rng.standard_normal(VOCAB).astype(np.float32) * 3
+        weights[1] += 30
+        tree.set_log_weights(1, weights)
+        assert max(tree.candidate_scores(1, VOCAB)) <= tree.scores[1]
+
+
 # Shapes of levels
 
 

@@ -43,7 +43,9 @@ def drafter_of(spec: object, style: DraftStyle | None = None) -> Drafter:
         raise AssertionError("a lookup drafter has no model")
 
     config = drafter_config(spec)  # type: ignore[arg-type]
-    return build_drafter(config, style or DraftStyle(), TargetParts(100, lambda: bytes(32), no_model, ForwardCost.unknown))  # type: ignore[arg-type]
+    return build_drafter(
+        config, style or DraftStyle(), TargetParts(100, lambda: bytes(32), no_model, ForwardCost.unknown)
+    )  # type: ignore[arg-type]
 
 
 def propose(drafter: Drafter, tokens: Sequence[int], **settings: object) -> TokenTree:
@@ -353,6 +355,20 @@ def test_edit_makes_a_change_again() -> None:
     for length in range(1, len(output) + 1):
         tree = propose(drafter, [7, *output[:length]], prompt=1)
     assert paths(tree) == {(15, 60, 61, 16, 17, 18, 19), (15, 50, 16, 17, 18, 19)}
+
+
+def test_edit_comes_back_from_an_excursion_to_the_instruction() -> None:
+    """The instruction holds the new name, four tokens long, far from where the old one is replaced."""
+    name = [91, 92, 93, 94]
+    source = [*range(10, 30), 50, *range(30, 40), 50, *range(40, 60)]
+    output = [*range(10, 30), *name, *range(30, 40), *name, *range(40, 60)]
+    prompt = [1, 2, 50, 3, *name, 4, 5, *source, 6]
+    drafter = drafter_of({"method": "edit", "lookup": False, "depth": 6, "max_nodes": 40})
+    for length in range(1, 4 + 20 + 4 + 1):
+        tree = propose(drafter, [*prompt, *source[:4], *output][: len(prompt) + length], prompt=len(prompt))
+    assert (4, 5, *source[:4]) in paths(tree), "the copy goes on where the name stands"
+    assert tuple(range(30, 36)) in paths(tree), "or behind what it replaced"
+    assert edited({"method": "edit", "max_nodes": 24}, prompt, output).num_steps <= 12
 
 
 # History and hierarchy

@@ -248,6 +248,8 @@ class EngineOptions:
 def drafter_names(values: Sequence[str] | None, options: EngineOptions) -> list[str]:
     """Names given with repeats and commas, in order; `all` is every drafter that the models at hand allow.
 
+    `datastore` is not among them: it needs a file.
+
     Raises:
         ConfigError: an unknown name.
     """

@@ -111,4 +111,14 @@ DRAFTER_DESCRIPTIONS: dict[str, DrafterDescription] = {
         source="S2D, arXiv 2407.01955",
         needs="a second model with the same vocabulary (model)",
     ),
+    "suffix": DrafterDescription(
+        proposes="the best-scored tree among the longest matches in suffix trees of the request and of past outputs",
+        source="SuffixDecoding, arXiv 2411.04975",
+        needs="nothing",
+    ),
+    "datastore": DrafterDescription(
+        proposes="a tree of what followed the longest suffix of the context in a corpus on disk",
+        source="REST, arXiv 2311.08252",
+        needs="a file by `outrider datastore build` (path)",
+    ),
 }

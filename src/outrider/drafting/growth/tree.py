@@ -178,7 +178,8 @@ class GrowingTree:
         assert not self.is_sampled, "a token of a sampled tree looked at before it is drawn"
         below = self._below[node]
         keys = below.keys[self.candidates(node, count)]
-        return (keys * self._sharpness - (below.log_total - self.scores[node])).tolist()
+        log_confidences = np.minimum(keys * self._sharpness - below.log_total, 0.0)  # never above, by rounding
+        return (log_confidences + self.scores[node]).tolist()
 
     def next_score(self, node: int) -> float:
         """How likely the next child of a read node is reached, before its token is known if it is to be sampled.
@@ -214,7 +215,7 @@ class GrowingTree:
 
     def add(self, node: int, token: int, score: float) -> int:
         """Add a chosen child; more than there is room for, if `keep` decides in the end."""
-        return self._append(node, token, score, math.exp(min(0.0, score - self.scores[node])))
+        return self._append(node, token, score, math.exp(score - self.scores[node]))
 
     def keep(self, nodes: Sequence[int]) -> None:
         """Restrict the tree to `nodes`, ascending and closed under parents; only for trees that are not sampled."""
@@ -265,12 +266,12 @@ class GrowingTree:
     def _log_confidence(self, below: _Below, token: int) -> float:
         if self.is_sampled:
             return float(below.log_probs[token])
-        return float(below.keys[token]) * self._sharpness - below.log_total
+        return min(0.0, float(below.keys[token]) * self._sharpness - below.log_total)
 
     def _guess(self, below: _Below, node: int, score: float) -> float:
         if self.is_sampled:
             return below.expected
-        return math.exp(min(0.0, score - self.scores[node]))
+        return math.exp(score - self.scores[node])
 
     def _take(self, below: _Below, token: int) -> None:
         prob = math.exp(float(below.log_probs[token]))
