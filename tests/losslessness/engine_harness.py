@@ -88,7 +88,7 @@ DRAFTERS: dict[str, DrafterConfig] = {
     "jacobi": JacobiConfig(mode="jacobi", initial="last"),
     "jacobi-gs": JacobiConfig(block_size=5, initial="random"),
     "jacobi-hybrid": JacobiConfig(mode="hybrid", block_size=4, parallel_length=90, initial="prompt"),
-    "lookahead": LookaheadConfig(),
+    "lookahead": LookaheadConfig(window=4, ngram=3),
     "lookahead-bigrams": LookaheadConfig(window=6, ngram=2, guesses=2, initial="last", max_keys=8),
     "draft_model": DraftModelConfig(),
     "draft_model-chain": DraftModelConfig(depth=4, min_path_prob=0.0),
