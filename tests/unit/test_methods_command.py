@@ -42,6 +42,12 @@ def test_every_drafter_and_rule_has_a_description() -> None:
         assert (rule.exactness == "sample") == (build_rule(name).draft_noise == "shared")
 
 
+def test_what_a_drafter_needs_is_what_it_is_refused_without() -> None:
+    """What users must bring (a model, a file) is described by "a ..."; the others run by their name alone."""
+    refused = {name for name, outcome in read_matrix().by_name.items() if outcome.startswith(REFUSED)}
+    assert refused == {name for name, of in DRAFTER_DESCRIPTIONS.items() if of.needs.startswith("a ")}
+
+
 def test_the_page_of_methods_has_a_row_for_each_with_its_papers() -> None:
     for heading, described in (("Drafters", DRAFTER_DESCRIPTIONS), ("Verification rules", RULE_DESCRIPTIONS)):
         rows = table_of(heading)
