@@ -21,6 +21,7 @@ from outrider.config import (
     from_mapping,
 )
 from outrider.engine.build import build_engine, load_target
+from outrider.engine.calibration import Progress
 from outrider.engine.detokenizer import IncrementalDetokenizer
 from outrider.errors import NumericsError, PromptError, SamplingParamsError
 from outrider.inputs.prompt import Prompt, check_prompt, check_token_ids, encode_prompt
@@ -47,8 +48,8 @@ class LLM:
 
     Args:
         model: a local folder or hub id (safetensors); None is the bundled model.
-        drafter: the name of a method, such as "ngram" or "none" (all: `outrider.config.DRAFTER_CONFIGS`); a mapping
-            with key "method" and its settings; or a config.
+        drafter: "auto" (in every step the drafter that pays, or none); the name of a method, such as "ngram" (all:
+            `outrider.config.DRAFTER_CONFIGS`); a mapping with key "method" and its settings; or a config.
         verification: "coupled" (the output is what plain decoding gives with the same seed), "rejection",
             "tree_rejection" or "multi_candidate" (exact in distribution).
         exactness: "numerical", "bitwise", or "auto": bitwise on a CPU with compiled kernels.
@@ -66,7 +67,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
-        drafter: str | Mapping[str, Any] | DrafterConfig = "ngram",
+        drafter: str | Mapping[str, Any] | DrafterConfig = "auto",
         verification: str = "coupled",
         exactness: Exactness = "auto",
         dtype: str = "auto",
@@ -76,6 +77,7 @@ class LLM:
         revision: str | None = None,
         cache: Mapping[str, Any] | CacheConfig | None = None,
         scheduler: Mapping[str, Any] | SchedulerConfig | None = None,
+        on_calibration: Progress | None = None,
     ) -> None:
         config = EngineConfig(
             model=model if model is None else os.fspath(model),
@@ -94,7 +96,7 @@ class LLM:
         )
         self.model, self.tokenizer, resolved = load_target(config)
         self.config = replace(config, exactness=resolved)
-        self.engine = build_engine(self.config, self.model, self.tokenizer)
+        self.engine = build_engine(self.config, self.model, self.tokenizer, on_calibration=on_calibration)
         self._ids = count()
 
     def with_drafter(

@@ -14,7 +14,7 @@ from outrider.config import NgramConfig, drafter_config
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
-from outrider.drafting.sources.aded import DraftMaker, TrigramMatrix
+from outrider.drafting.sources.aded import DraftMaker, TrigramMatrix, predict
 from outrider.drafting.sources.anpd import NgramModel
 from outrider.drafting.sources.calibration import CalibratedSource
 from outrider.drafting.sources.hash_index import HashIndex
@@ -43,7 +43,9 @@ def drafter_of(spec: object, style: DraftStyle | None = None) -> Drafter:
         raise AssertionError("a lookup drafter has no model")
 
     config = drafter_config(spec)  # type: ignore[arg-type]
-    return build_drafter(config, style or DraftStyle(), TargetParts(100, lambda: bytes(32), no_model, ForwardCost.unknown))  # type: ignore[arg-type]
+    return build_drafter(
+        config, style or DraftStyle(), TargetParts(100, lambda: bytes(32), no_model, ForwardCost.unknown)
+    )  # type: ignore[arg-type]
 
 
 def propose(drafter: Drafter, tokens: Sequence[int], **settings: object) -> TokenTree:
@@ -194,12 +196,12 @@ def outcome_of(tree: TokenTree, accepted: tuple[int, ...], choices: tuple[int, .
 def test_aded_moves_probabilities_towards_what_is_seen() -> None:
     matrix = TrigramMatrix(capacity=100, num_candidates=2, rate=0.5)
     matrix.learn(1, 2, 3)
-    assert dict(matrix.predict(1, 2)) == {3: pytest.approx(0.5)}
+    assert dict(predict([matrix], 1, 2)) == {3: pytest.approx(0.5)}
     matrix.learn(1, 2, 4)
-    assert dict(matrix.predict(1, 2)) == {4: pytest.approx(0.5), 3: pytest.approx(0.25)}
-    assert matrix.predict(9, 2)[0][0] == 4, "an unseen pair falls back on its last token"
+    assert dict(predict([matrix], 1, 2)) == {4: pytest.approx(0.5), 3: pytest.approx(0.25)}
+    assert predict([matrix], 9, 2)[0][0] == 4, "an unseen pair falls back on its last token"
     matrix.learn(1, 2, 5)
-    assert set(dict(matrix.predict(1, 2))) == {4, 5}, "the least likely candidate made place"
+    assert set(matrix.row(1, 2)) == {4, 5}, "the least likely candidate made place"
 
 
 def test_aded_keeps_the_rows_updated_last() -> None:
@@ -207,8 +209,8 @@ def test_aded_keeps_the_rows_updated_last() -> None:
     for token in range(50):
         matrix.learn(token, token + 1, token + 2)
     assert len(matrix) == 4
-    assert matrix.predict(49, 50)
-    assert not matrix.predict(0, 1)
+    assert matrix.row(49, 50)
+    assert not matrix.row(0, 1)
 
 
 def test_aded_without_exploration_takes_the_likeliest_nodes() -> None:
@@ -221,13 +223,13 @@ def test_aded_without_exploration_takes_the_likeliest_nodes() -> None:
 
     def expand(path: tuple[int, ...], probability: float) -> None:
         before, last = (text[-2:] + list(path))[-2:]
-        for token, confidence in matrix.predict(before, last) if len(path) < 4 else ():
+        for token, confidence in predict([matrix], before, last)[:3] if len(path) < 4 else ():
             every[(*path, token)] = probability * confidence
             expand((*path, token), probability * confidence)
 
     expand((), 1.0)
     best = sorted(every.values(), reverse=True)[:12]
-    found = DraftMaker(matrix, 0.0).paths(text[-2], text[-1], 12, 4, 0.0)
+    found = DraftMaker([matrix], 3, 0.0).paths(text[-2], text[-1], 12, 4, 0.0)
     nodes = {tuple(path.tokens[:n]) for path in found for n in range(1, len(path.tokens) + 1)}
     assert len(nodes) == 12
     assert sorted((every[node] for node in nodes), reverse=True) == pytest.approx(best)
@@ -244,7 +246,7 @@ def test_aded_explores_more_with_a_greater_weight() -> None:
                 )
 
     def first_tokens(exploration: float) -> int:
-        found = DraftMaker(matrix, exploration).paths(1, 2, 10, 8, 0.0)
+        found = DraftMaker([matrix], 8, exploration).paths(1, 2, 10, 8, 0.0)
         return len({path.tokens[0] for path in found})
 
     assert 1 < first_tokens(0.0) < first_tokens(5.0)
@@ -257,6 +259,15 @@ def test_aded_learns_choices_at_rejected_nodes_and_keeps_them_after_the_request(
     drafter.release("r")
     assert paths(propose(drafter, [4, 1, 3], request="b")) == {(9,)}
     assert propose(drafter, [4, 1, 2], request="c").num_nodes == 1, "accepted tokens are learnt from the context"
+
+
+def test_aded_asks_the_requests_own_matrix_first() -> None:
+    drafter = drafter_of({"method": "aded", "depth": 1, "max_nodes": 1})
+    propose(drafter, [1, 2, 3, 9], request="a")
+    for other in range(5):
+        propose(drafter, [1, 2, 7, 9], request=f"other {other}")
+    assert paths(propose(drafter, [1, 2, 3, 9, 1, 2], request="a")) == {(3,)}
+    assert paths(propose(drafter, [1, 2], request="b")) == {(7,)}
 
 
 def test_aded_begins_with_a_corpus() -> None:
@@ -353,6 +364,20 @@ def test_edit_makes_a_change_again() -> None:
     for length in range(1, len(output) + 1):
         tree = propose(drafter, [7, *output[:length]], prompt=1)
     assert paths(tree) == {(15, 60, 61, 16, 17, 18, 19), (15, 50, 16, 17, 18, 19)}
+
+
+def test_edit_comes_back_from_an_excursion_to_the_instruction() -> None:
+    """The instruction holds the new name, four tokens long, far from where the old one is replaced."""
+    name = [91, 92, 93, 94]
+    source = [*range(10, 30), 50, *range(30, 40), 50, *range(40, 60)]
+    output = [*range(10, 30), *name, *range(30, 40), *name, *range(40, 60)]
+    prompt = [1, 2, 50, 3, *name, 4, 5, *source, 6]
+    drafter = drafter_of({"method": "edit", "lookup": False, "depth": 6, "max_nodes": 40})
+    for length in range(1, 4 + 20 + 4 + 1):
+        tree = propose(drafter, [*prompt, *source[:4], *output][: len(prompt) + length], prompt=len(prompt))
+    assert (4, 5, *source[:4]) in paths(tree), "the copy goes on where the name stands"
+    assert tuple(range(30, 36)) in paths(tree), "or behind what it replaced"
+    assert edited({"method": "edit", "max_nodes": 24}, prompt, output).num_steps <= 12
 
 
 # History and hierarchy

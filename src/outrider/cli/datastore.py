@@ -15,7 +15,7 @@ from outrider.cli.console import note, progress_bar, stdout_console
 from outrider.cli.options import OUTPUT, option
 from outrider.errors import ConfigError
 
-PIECE_BYTES = 1 << 20  # of a text that is tokenised at once
+PIECE_BYTES = 1 << 17  # of a text that is tokenised at once
 
 datastore_app = typer.Typer(
     help="Build and inspect corpora for the datastore drafter (REST).",

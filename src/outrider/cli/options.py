@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.bench.workloads import WORKLOADS
+from outrider.cli.console import progress_bar
 from outrider.config import (
     DRAFTER_CONFIGS,
     CacheConfig,
@@ -162,7 +163,7 @@ class EngineOptions:
     def drafter_name(self) -> str:
         if self.drafter is not None:
             return self.drafter
-        return "draft_model" if self.draft_model is not None else EngineConfig().drafter.method
+        return EngineConfig().drafter.method
 
     def drafter_spec(self, name: str | None = None) -> dict[str, Any]:
         """What `LLM` takes as its drafter.
@@ -182,7 +183,7 @@ class EngineOptions:
             if not _has_draft_model(name):
                 known = ", ".join(filter(_has_draft_model, DRAFTER_CONFIGS))
                 raise ConfigError("--draft-model", got=f"drafter {name!r}", expected=f"one of {known}")
-            spec["model"] = self.draft_model
+            spec["draft_model" if name == "auto" else "model"] = self.draft_model
         drafter_config(spec)
         return spec
 
@@ -219,16 +220,19 @@ class EngineOptions:
         from outrider.llm import LLM
 
         logging.set_verbosity_error()  # a warning beside our own error would say it twice
-        return LLM(
-            self.model,
-            drafter=spec,
-            verification=self.verification,
-            **model,
-            device=self.device,
-            revision=self.revision,
-            cache=cache,
-            scheduler=scheduler,
-        )
+        with progress_bar() as bar:
+            task = bar.add_task("measuring forwards", visible=False)
+            return LLM(
+                self.model,
+                drafter=spec,
+                verification=self.verification,
+                **model,
+                device=self.device,
+                revision=self.revision,
+                cache=cache,
+                scheduler=scheduler,
+                on_calibration=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
+            )
 
     def set_threads(self) -> None:
         """Give torch the number of threads asked for.
@@ -247,6 +251,8 @@ class EngineOptions:
 
 def drafter_names(values: Sequence[str] | None, options: EngineOptions) -> list[str]:
     """Names given with repeats and commas, in order; `all` is every drafter that the models at hand allow.
+
+    `datastore` is not among them: it needs a file.
 
     Raises:
         ConfigError: an unknown name.
@@ -284,7 +290,7 @@ def drafter_specs(names: Sequence[str], options: EngineOptions) -> dict[str, dic
     for name in names:
         spec = {"method": name, **settings.get(name, {})}
         if options.draft_model is not None and _has_draft_model(name):
-            spec["model"] = options.draft_model
+            spec["draft_model" if name == "auto" else "model"] = options.draft_model
         drafter_config(spec)
         specs[name] = spec
     return specs
@@ -312,6 +318,8 @@ def base_seed(seed: int | None, num_prompts: int) -> int:
 def _has_draft_model(name: str) -> bool:
     """Whether a method runs a draft model that users name."""
     config = DRAFTER_CONFIGS.get(name)
+    if name == "auto":
+        return True
     return config is not None and issubclass(config, DraftModelConfig) and name != "self_draft"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from outrider.config.checks import check_int, check_tree_limits, from_mapping, require
+from outrider.config.checks import check_int, check_path, check_tree_limits, from_mapping, require
 from outrider.config.draft_models import (
     DraftModelConfig,
     SelfDraftConfig,
@@ -91,6 +91,7 @@ class AutoConfig:
     Attributes:
         drafters: what to choose from: names, mappings with key ``method``, or configs; None is every training-free
             drafter that suits any text, and the bundled draft for the bundled target.
+        draft_model: folder or hub id of a draft model to choose from too, if `drafters` is None.
         max_nodes: the most draft tokens in a tree.
         exploration: share of the time that may go into trying drafters whose record does not promise a gain.
         calibrate: measure at start what a forward costs (some seconds, kept for the next start); False learns it from
@@ -99,12 +100,16 @@ class AutoConfig:
 
     method: Literal["auto"] = "auto"
     drafters: Sequence[str | Mapping[str, Any] | Any] | None = None
+    draft_model: str | None = None
     max_nodes: int = 48
     exploration: float = 0.01
     calibrate: bool = True
 
     def __post_init__(self) -> None:
         check_int("auto.max_nodes", self.max_nodes, 1, 1024)
+        check_path("auto.draft_model", self.draft_model)
+        both = self.draft_model is not None and self.drafters is not None
+        require(not both, "auto.draft_model", "drafters too", "one of the two: name it among the drafters")
         valid = isinstance(self.exploration, int | float) and 0 <= self.exploration <= 1
         require(valid, "auto.exploration", self.exploration, "a number in [0, 1]")
         require(isinstance(self.calibrate, bool), "auto.calibrate", self.calibrate, "true or false")

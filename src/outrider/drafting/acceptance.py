@@ -37,8 +37,8 @@ class _Counts:
 class AcceptanceEstimator:
     """Turns a drafter's confidences into probabilities, learning from every node whose outcome is known.
 
-    A node's outcome is known once its parent is on the path, whether the node itself was verified or left out. Each bin
-    of confidence is a beta estimate: a request's own trials on top of all requests' trials on top of the drafter's word.
+    A node's outcome is known once its parent is on the path, whether the node itself was verified or left out. Each
+    bin of confidence is a beta estimate: a request's own trials on top of all requests' on top of the drafter's word.
     """
 
     def __init__(self) -> None:

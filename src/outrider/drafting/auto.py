@@ -2,8 +2,8 @@
 
 Drafters are asked in two rounds. Those that cost next to nothing always propose, and their proposals are weighed by
 what their confidences have been worth. The others (a draft model) are asked where their record promises more than
-that, or on trial: a bandit with a bounded cost. Of each request's proposals the best is taken, and over all of them the
-nodes that are worth their rows. What a row and a draft cost is measured as the steps run.
+that, or on trial: a bandit with a bounded cost. Of each request's proposals the best is taken, and over all of them
+the nodes that are worth their rows. What a row and a draft cost is measured as the steps run.
 """
 
 from __future__ import annotations

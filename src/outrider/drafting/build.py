@@ -64,7 +64,7 @@ class TargetParts:
     forward_cost: Callable[[], ForwardCost]
 
 
-def build_drafter(
+def build_drafter(  # noqa: PLR0911 - a catalogue: one case, one return
     config: DrafterConfig,
     style: DraftStyle,
     target: TargetParts,
@@ -104,7 +104,9 @@ def build_drafter(
     return SourceDrafter(config.method, sources, max_nodes=config.max_nodes, max_depth=config.depth, style=style)
 
 
-def build_source(config: SourceConfig, target: TargetParts) -> Source:
+def build_source(  # noqa: PLR0911 - likewise
+    config: SourceConfig, target: TargetParts
+) -> Source:
     """A source of continuations from the configuration of the drafter that it is by itself.
 
     Raises:

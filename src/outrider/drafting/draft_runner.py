@@ -97,7 +97,11 @@ class DraftRunner:
         return True
 
     def catch_up(self, contexts: Sequence[DraftContext]) -> list[Row]:
-        """Read the committed tokens that the draft has not seen; log q, up to a constant, after each context."""
+        """Read the committed tokens that the draft has not seen.
+
+        Returns:
+            ``[vocab]`` of each context: log q after its last token, up to a constant.
+        """
         if not contexts:
             return []
         logits = self._read_committed({context.request_id: context.token_ids for context in contexts})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from outrider.errors import ConfigError
@@ -19,8 +20,8 @@ OUTLIER = (
 class ForwardCost:
     """Seconds of a forward, interpolated between measured numbers of rows and lengths of context.
 
-    A machine's speed changes with its load and its neighbours', so steps correct the table as they run: its scale at once,
-    its shape slowly, each around its number of rows.
+    A machine's speed changes with its load and its neighbours', so steps correct the table as they run: its scale at
+    once, its shape slowly, each around its number of rows.
 
     Args:
         rows: ``[R]`` numbers of rows, ascending from 1.
@@ -33,8 +34,7 @@ class ForwardCost:
 
     def __init__(self, rows: Sequence[int], contexts: Sequence[int], seconds: Sequence[Sequence[float]]) -> None:
         ascending = all(
-            len(points) and points[0] >= 0 and all(a < b for a, b in zip(points, points[1:], strict=False))
-            for points in (rows, contexts)
+            len(points) and points[0] >= 0 and all(a < b for a, b in pairwise(points)) for points in (rows, contexts)
         )
         fits = len(seconds) == len(contexts) and all(len(of) == len(rows) for of in seconds)
         if (

@@ -19,20 +19,20 @@ class Guess:
 
     Attributes:
         token_ids: that it was made behind; its root is the last of them.
-        log_probs: ``[num_nodes, vocab]`` of the draft model, for drafters that read logits; None if nobody read it.
+        log_weights: ``[num_nodes, vocab]`` of the draft model, for drafters that read logits; None if nobody read it.
     """
 
     token_ids: Sequence[int]
     tree: TokenTree
-    log_probs: Tensor | None = None
+    log_weights: Tensor | None = None
 
 
 class Guesser:
     """Asks a drafter for trees behind committed tokens, and behind those that a draft model has drafted.
 
     Drafters learn a request's tokens as they are committed. Behind drafted tokens, which may be rejected, they are
-    asked under another id, with the end of the text, and forget it after the step; or else under the same id, with all
-    of the text, and forget it where the text goes on in another way.
+    asked under another id, with the end of the text, and forget it after the step; or else under the same id, with
+    all of the text, and forget it where the text goes on in another way.
 
     Args:
         window: how many tokens of the text that is; None is all, for drafters that begin again at little cost.
@@ -52,7 +52,7 @@ class Guesser:
             self._forget(context.request_id + AHEAD)
 
     def guess(self, wanted: Sequence[tuple[DraftContext, Sequence[int], int, int]]) -> list[Guess]:
-        """A tree for each request; whoever reads it says so in `Guess.log_probs`, if `reads_logits`.
+        """A tree for each request; whoever reads it says so in `Guess.log_weights`, if `reads_logits`.
 
         Args:
             wanted: the request; drafted tokens behind its committed ones; most nodes and depth of the tree.
@@ -98,13 +98,13 @@ class Guesser:
             return
         before, tree = asked.token_ids, asked.tree
         followed = token_ids[len(before) :]
-        read = asked.log_probs is not None or not self.reads_logits
+        read = asked.log_weights is not None or not self.reads_logits
         if not read or not followed or list(token_ids[: len(before)]) != before:
             self._drafter.release(request_id)
             return
         nodes = tree_nodes_along(tree, followed[:-1])
         path = VerifiedPath(tuple(nodes), followed[len(nodes)])
-        self._drafter.observe([DraftOutcome(request_id, tree, path, asked.log_probs)])
+        self._drafter.observe([DraftOutcome(request_id, tree, path, asked.log_weights)])
 
     def _forget(self, request_id: str) -> None:
         self._asked.pop(request_id, None)

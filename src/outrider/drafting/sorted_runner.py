@@ -58,7 +58,7 @@ class SortedRunner:
     def __init__(self, levels: Sequence[SubModelRunner], min_confidence: float, whole: Model | None) -> None:
         self._levels = levels
         self._whole = whole
-        self._min_log = float(np.log(min_confidence)) if min_confidence > 0 else -np.inf
+        self._min_confidence = min_confidence
         self._num_rows: dict[str, int] = {}
         self._rows: dict[str, list[TreeRows | None]] = {}
         self.num_exits = [0] * len(levels)
@@ -132,16 +132,16 @@ class SortedRunner:
 
     def _is_unsure(self, number: int, row: Row) -> bool:
         """Whether a larger sub-model is to be asked."""
-        if number < len(self._levels) - 1 and not log_largest_prob(row) >= self._min_log:
+        if number < len(self._levels) - 1 and not _confidence(row) >= self._min_confidence:
             return True
         self.num_exits[number] += 1
         return False
 
 
-def log_largest_prob(log_weights: Row) -> float:
-    """Log q of the likeliest token of a row that is known up to a constant; NaN if the row is."""
-    largest = log_weights.max()
-    return -float(np.log(np.exp(log_weights - largest).sum()))
+def _confidence(row: Row) -> float:
+    """Probability of the likeliest token; NaN where none can be chosen."""
+    with np.errstate(invalid="ignore"):
+        return float(1.0 / np.exp(row - row.max()).sum())
 
 
 def _path_rows(rows: TreeRows, node: int) -> SequenceRows:

@@ -131,8 +131,8 @@ class StagedRunner(DraftRunner):
                     self._claim(rows, node, *known)
         if missing:
             readings = self._readings(missing)
-            for (rows, node), (log_probs, row) in zip(missing, self._read_ahead(readings), strict=True):
-                self._claim(rows, node, row, log_probs)
+            for (rows, node), (log_weights, row) in zip(missing, self._read_ahead(readings), strict=True):
+                self._claim(rows, node, row, log_weights)
 
     def commit(self, request_id: str, rows: Sequence[int], token_ids: Sequence[int]) -> None:
         chunk = self._steps.pop(request_id).chunk
@@ -147,9 +147,9 @@ class StagedRunner(DraftRunner):
     def _num_missing(self, context: DraftContext) -> int:
         return len(context.token_ids) - self._cache.num_computed(context.request_id)
 
-    def _claim(self, rows: TreeRows, node: int, row: int, log_probs: Row) -> None:
+    def _claim(self, rows: TreeRows, node: int, row: int, log_weights: Row) -> None:
         rows.row_of[node] = row
-        rows.tree.set_log_weights(node, log_probs)
+        rows.tree.set_log_weights(node, log_weights)
         self._steps[rows.tree.context.request_id].num_claimed += 1
 
     def _readings(self, missing: Sequence[tuple[TreeRows, int]]) -> list[_Reading]:
@@ -209,14 +209,14 @@ class StagedRunner(DraftRunner):
         """Read all rows; log q and row of each reading's own token. What follows the guesses is kept for later."""
         logits = self._forward([reading.rows for reading in readings])
         wanted = [(reading.step.context, path) for reading in readings for path in reading.paths]
-        log_probs = iter(log_weights_of(logits, wanted))
+        log_weights = iter(log_weights_of(logits, wanted))
         found = []
         for reading in readings:
-            rows = list(islice(log_probs, reading.guess.tree.num_nodes))
+            rows = list(islice(log_weights, reading.guess.tree.num_nodes))
             first = reading.first_row if reading.path else reading.first_row - 1  # the root is none of these rows
             found.append((rows[0], first))
             for node, path in enumerate(reading.paths[1:], 1):
                 reading.step.ahead[path] = (first + node, rows[node])
             if self._guesser.reads_logits:
-                reading.guess.log_probs = torch.from_numpy(np.stack(rows))
+                reading.guess.log_weights = torch.from_numpy(np.stack(rows))
         return found

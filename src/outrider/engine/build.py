@@ -16,8 +16,9 @@ from outrider.config import (
     DraftModelConfig,
     EngineConfig,
     Exactness,
-    NgramConfig,
+    MergeConfig,
     SchedulerConfig,
+    SuffixConfig,
 )
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftStyle
@@ -94,7 +95,9 @@ def build_engine(
 
     drafter_config = config.drafter
     if isinstance(drafter_config, AutoConfig) and drafter_config.drafters is None:
-        drafter_config = replace(drafter_config, drafters=_drafters_for_any_text(config))
+        drafter_config = replace(
+            drafter_config, drafters=_drafters_for_any_text(config, drafter_config.draft_model), draft_model=None
+        )
     draft_models = DraftModels(
         config, model, tokenizer, lambda draft: build_cache(config.cache, config.scheduler, draft)
     )
@@ -118,12 +121,12 @@ def build_engine(
     )
 
 
-def _drafters_for_any_text(config: EngineConfig) -> tuple[DrafterConfig, ...]:
-    """What the planner chooses from unless told otherwise."""
-    lookup = NgramConfig(depth=16, max_nodes=24)
-    if config.model is None:
-        return (lookup, DraftModelConfig(depth=16, max_nodes=24, min_path_prob=0.0))
-    return (lookup,)
+def _drafters_for_any_text(config: EngineConfig, draft_model: str | None) -> tuple[DrafterConfig, ...]:
+    """What the planner chooses from unless told otherwise; it cuts trees and paths itself, so they may be large."""
+    lookups = (SuffixConfig(max_nodes=24), MergeConfig(max_nodes=24))
+    if config.model is None or draft_model is not None:
+        return (*lookups, DraftModelConfig(model=draft_model, depth=16, max_nodes=24, min_path_prob=0.0))
+    return lookups
 
 
 def _forward_cost(config: EngineConfig, model: Model, on_progress: Progress | None) -> ForwardCost:

@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]  # (measurements made, measurements in all
 def forward_cost_of(
     model: Model, identity: dict[str, Any], *, row_invariant: bool, on_progress: Progress | None = None
 ) -> ForwardCost:
-    """The model's measured costs: from an earlier start if nothing that they depend on has changed, else measured now.
+    """The measured costs: from an earlier start if nothing that they depend on has changed, else measured now.
 
     Args:
         identity: what tells the model and its format from others, as JSON.
@@ -60,8 +60,8 @@ def forward_cost_of(
 def measure(model: Model, *, row_invariant: bool, on_progress: Progress | None = None) -> ForwardCost:
     """Time forwards of a model over numbers of rows and lengths of context, in interleaved rounds.
 
-    A machine's memory may change its speed between two forwards, so each is taken as a multiple of a forward of one row
-    just before it. The context's keys and values are zeros: what they are costs nothing.
+    A machine's memory may change its speed between two forwards, so each is taken as a multiple of a forward of one
+    row just before it. The context's keys and values are zeros: what they are costs nothing.
     """
     longest = model.context_length - max(ROWS)
     contexts = tuple(c for c in CONTEXTS if c <= longest) or (max(1, longest),)

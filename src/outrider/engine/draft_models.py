@@ -185,5 +185,5 @@ def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
         f"draft vocabulary of {len(draft.vocab)} tokens differs from the target's {len(target.vocab)}",
         got=f"tokens such as {differing}",
         expected="the same token ids in both",
-        remedy="use drafter='universal_draft' for this draft, a draft with the target's tokenizer, or drafter='ngram'",
+        remedy="use drafter='universal_draft' for it, a draft with the target's tokenizer, or drafter='ngram'",
     )

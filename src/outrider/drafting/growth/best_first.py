@@ -33,7 +33,7 @@ class MostProbable:
     @property
     def num_rows(self) -> int:
         num_nodes = self.limits.num_nodes
-        return min(num_nodes * self.limits.depth, max(2 * num_nodes, 256))  # what is read may leave the tree again
+        return min(num_nodes * self.limits.depth, num_nodes + 256)  # what is read may leave the tree again
 
     def grow(self, tree: GrowingTree) -> Iterator[Sequence[int]]:
         num_nodes, num_read = tree.limits.num_nodes, 0

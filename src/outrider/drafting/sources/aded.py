@@ -1,14 +1,15 @@
 """Tri-gram statistics searched with an exploration bonus (ADED; Liu et al., arXiv 2407.12021).
 
 A matrix from token pairs to what follows them stands for the model's output distribution; all requests share it, and
-it is updated with every token, and with the target's choices at rejected nodes too. The draft maker searches it by
+it is updated with every token, and with the target's choices at rejected nodes too. Requests that run together would
+overwrite each other's latest, so each also has one of its own, which is asked first. The draft maker searches it by
 PUCT: what is likely, plus a bonus for what was visited little. Where the paper averages the values of its walks, the
 best one that is left counts here, so the search is deterministic, and without the bonus it is best-first search.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import sqrt
 
 from outrider.config import AdedConfig
@@ -16,6 +17,7 @@ from outrider.drafting.drafter import DraftContext, DraftOutcome
 from outrider.drafting.sources.references import token_references
 from outrider.drafting.tree_merge import WeightedPath
 
+UNKNOWN: Mapping[int, float] = {}
 MIN_PATH_PROB = 0.01  # less likely nodes are not worth looking for
 SINGLE_RATE = 0.5  # of the rate of pairs: what followed a token alone is less likely to follow it again
 
@@ -55,14 +57,29 @@ class TrigramMatrix:
             del row[min(row, key=row.__getitem__)]
         row[token] = row.get(token, 0.0) + rate
 
-    def predict(self, before: int | None, last: int) -> list[tuple[int, float]]:
-        """What may follow, the most likely first; what the pair leaves is shared out by the single token's row."""
-        found = dict(self._rows.get((before, last), ())) if before is not None else {}
-        left = 1.0 - sum(found.values())
-        for token, probability in self._rows.get((last,), {}).items():
-            if token not in found:
-                found[token] = left * probability
-        return sorted(found.items(), key=lambda item: -item[1])[: self._num_candidates]
+    def row(self, *key: int) -> Mapping[int, float]:
+        """What follows a pair or a single token; empty where it is not known."""
+        return self._rows.get(key, UNKNOWN)
+
+
+def predict(matrices: Sequence[TrigramMatrix], before: int | None, last: int) -> list[tuple[int, float]]:
+    """What may follow, the most likely first: of the pair in each matrix in turn, then of the last token alone.
+
+    What one row leaves of the probability is shared out by the next.
+    """
+    rows = [matrix.row(before, last) for matrix in matrices] if before is not None else []
+    rows += [matrix.row(last) for matrix in matrices]
+    found: dict[int, float] = {}
+    left = 1.0
+    for row in rows:
+        if row:
+            taken = 0.0
+            for token, probability in row.items():
+                if token not in found:
+                    found[token] = left * probability
+                    taken += probability
+            left *= 1.0 - taken
+    return sorted(found.items(), key=lambda item: -item[1])
 
 
 class _State:
@@ -80,14 +97,18 @@ class _State:
 
 
 class DraftMaker:
-    """Grows a tree by PUCT over a matrix.
+    """Grows a tree by PUCT over matrices.
 
     Args:
+        num_candidates: the most children of a node.
         exploration: weight of the bonus P * sqrt(visits of the parent) / (1 + visits).
     """
 
-    def __init__(self, matrix: TrigramMatrix, exploration: float) -> None:
-        self._matrix, self._exploration = matrix, exploration
+    def __init__(self, matrices: Sequence[TrigramMatrix], num_candidates: int, exploration: float) -> None:
+        self._matrices, self._num_candidates, self._exploration = matrices, num_candidates, exploration
+
+    def _predict(self, before: int | None, last: int) -> list[tuple[int, float]]:
+        return predict(self._matrices, before, last)[: self._num_candidates]
 
     def paths(
         self, before: int | None, last: int, max_nodes: int, max_depth: int, min_path_prob: float
@@ -95,7 +116,7 @@ class DraftMaker:
         """The tree as the paths to its leaves."""
         if max_nodes <= 0 or max_depth <= 0:
             return []
-        root = _State(self._matrix.predict(before, last))
+        root = _State(self._predict(before, last))
         num_nodes = 0
         while num_nodes < max_nodes and root.best >= min_path_prob:
             self._add_node(root, before, last, max_depth, min_path_prob)
@@ -114,7 +135,7 @@ class DraftMaker:
             if below is None:
                 break
             state = below
-        state.states[index] = below = _State(self._matrix.predict(before, last) if len(walk) < max_depth else ())
+        state.states[index] = below = _State(self._predict(before, last) if len(walk) < max_depth else ())
         value = below.best
         for state, index in reversed(walk):
             state.values[index] = state.confidences[index] * value
@@ -150,22 +171,25 @@ class AdedSource:
 
     def __init__(self, config: AdedConfig) -> None:
         self._config = config
-        self.matrix = TrigramMatrix(config.capacity, config.num_candidates, config.rate)
-        self._maker = DraftMaker(self.matrix, config.exploration)
+        self.matrix = self._new_matrix()
+        self._own: dict[str, TrigramMatrix] = {}
         self._num_learnt: dict[str, int] = {}
         for reference in token_references(config):
-            self._learn(reference, 1)
+            _learn((self.matrix,), reference, 1)
 
-    def _learn(self, text: Sequence[int], start: int) -> None:
-        learn = self.matrix.learn
-        for position in range(max(start, 1), len(text)):
-            learn(text[position - 2] if position > 1 else None, text[position - 1], text[position])
+    def _new_matrix(self) -> TrigramMatrix:
+        return TrigramMatrix(self._config.capacity, self._config.num_candidates, self._config.rate)
 
     def continuations(self, context: DraftContext) -> list[WeightedPath]:
         tokens = context.token_ids
-        self._learn(tokens, self._num_learnt.get(context.request_id, 1))
+        own = self._own.get(context.request_id)
+        if own is None:
+            own = self._own[context.request_id] = self._new_matrix()
+        matrices = (own, self.matrix)
+        _learn(matrices, tokens, self._num_learnt.get(context.request_id, 1))
         self._num_learnt[context.request_id] = len(tokens)
-        return self._maker.paths(
+        maker = DraftMaker(matrices, self._config.num_candidates, self._config.exploration)
+        return maker.paths(
             tokens[-2] if len(tokens) > 1 else None,
             tokens[-1],
             max_nodes=min(self._config.max_nodes, context.max_nodes),
@@ -184,4 +208,12 @@ class AdedSource:
                     self.matrix.learn(tree.tokens[tree.parents[node]], tree.tokens[node], outcome.choices[node])
 
     def release(self, request_id: str) -> None:
-        self._num_learnt.pop(request_id, None)  # the matrix outlives requests: that is the point
+        self._num_learnt.pop(request_id, None)
+        self._own.pop(request_id, None)  # the shared matrix outlives requests: that is the point
+
+
+def _learn(matrices: Sequence[TrigramMatrix], text: Sequence[int], start: int) -> None:
+    for position in range(max(start, 1), len(text)):
+        before = text[position - 2] if position > 1 else None
+        for matrix in matrices:
+            matrix.learn(before, text[position - 1], text[position])

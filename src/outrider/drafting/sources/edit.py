@@ -20,9 +20,11 @@ from outrider.drafting.tree_merge import WeightedPath
 MAX_NGRAM = 4  # of a suffix that alignment is found by
 MAX_SHIFTS = (0, 8, 32, 128)  # [length of the suffix] how far from the loss it may stand; beyond, anywhere
 MAX_CHANGE = 8  # tokens of a change that is drafted again
-CHANGED_AGAIN = 0.8  # of a change that was made once
-# What is believed of guesses before this request has shown their worth, and how many guesses that belief counts for.
-REPLACED, INSERTED, COPIED = 0.15, 0.1, 1.0
+MIN_STAY = 8  # tokens copied from elsewhere before the place where the copy was lost is given up
+# What is believed of guesses before this request has shown their worth, and how many guesses that belief counts for:
+# that the copy goes on behind as many tokens as were put in their place, behind one, at once; that a change is made
+# again; that a copy goes on as a match of its length does.
+REPLACED, REPLACED_ONE, INSERTED, CHANGED_AGAIN, COPIED = 0.15, 0.15, 0.1, 0.8, 1.0
 NUM_BELIEVED = 4
 MOST = 0.98  # confidence
 
@@ -48,9 +50,11 @@ class _Alignment:
 
     Attributes:
         position: of the input token that is expected next; None while lost.
-        length: tokens since the last difference.
-        lost_at: the position at the last difference.
-        change: output tokens since then.
+        length: of the match by which it was found, and what was copied since.
+        lost_at: the position at the last difference; None before the first one.
+        change: output tokens since then, as long as the copy has not gone on from there.
+        stay: tokens still to be copied before a far away `position` is more than an excursion, such as to the
+            instruction that names what to change; 0 if it is.
         changes: what was put in place of a stretch of the input, by its first token.
     """
 
@@ -61,9 +65,12 @@ class _Alignment:
     length: int = 0
     lost_at: int | None = None
     change: list[int] = field(default_factory=list)
+    stay: int = 0
     changes: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     replaced: _Worth = field(default_factory=lambda: _Worth(REPLACED))
+    replaced_one: _Worth = field(default_factory=lambda: _Worth(REPLACED_ONE))
     inserted: _Worth = field(default_factory=lambda: _Worth(INSERTED))
+    changed_again: _Worth = field(default_factory=lambda: _Worth(CHANGED_AGAIN))
     copied: _Worth = field(default_factory=lambda: _Worth(COPIED))
 
     def follow(self, tokens: Sequence[int]) -> None:
@@ -74,23 +81,47 @@ class _Alignment:
             if self.position is not None and self.text[self.position] == token:
                 self.position += 1
                 self.length += 1
+                if self.stay:
+                    self.stay -= 1
+                    self.change.append(token)
             else:
-                if self.position is not None:
-                    self.lost_at, self.position, self.change = self.position, None, []
+                self._lose()
                 self.change.append(token)
                 self._find(tokens[max(0, position + 1 - MAX_NGRAM) : position + 1])
             if self.position is not None and self.position >= len(self.text):
-                self.lost_at, self.position, self.change = self.position, None, []
+                self._lose()
         self.num_seen = len(tokens)
+
+    def _lose(self) -> None:
+        if self.position is not None and not self.stay:
+            self.lost_at, self.change = self.position, []
+        self.position, self.stay = None, 0
+
+    def guesses(self) -> list[tuple[int, _Worth]]:
+        """Where the copy may go on while it is lost, without anything to show for it."""
+        if self.lost_at is None or (self.position is not None and not self.stay):
+            return []
+        return [
+            (self.lost_at + len(self.change), self.replaced),
+            (self.lost_at + 1, self.replaced_one),
+            (self.lost_at, self.inserted),
+        ]
 
     def _judge(self, token: int) -> None:
         if self.position is not None:
-            expected = 1.0 - DISCOUNTS[min(self.length, MAX_LENGTH)]
-            self.copied.count(self.text[self.position] == token, expected)
-        elif self.lost_at is not None:
-            guess = self.lost_at + len(self.change)
-            self.replaced.count(guess < len(self.text) and self.text[guess] == token)
-            self.inserted.count(self.lost_at < len(self.text) and self.text[self.lost_at] == token)
+            change = self.change_at(self.position)
+            if change is not None:
+                self.changed_again.count(change[1][:1] == (token,))
+            else:
+                expected = 1.0 - DISCOUNTS[min(self.length, MAX_LENGTH)]
+                self.copied.count(self.text[self.position] == token, expected)
+        for guess, worth in self.guesses():
+            worth.count(guess < len(self.text) and self.text[guess] == token)
+
+    def change_at(self, position: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """What stands at a position, and what was put in its place elsewhere."""
+        change = self.changes.get(self.text[position])
+        return change if change and tuple(self.text[position : position + len(change[0])]) == change[0] else None
 
     def _find(self, suffix: Sequence[int]) -> None:
         expected = 0 if self.lost_at is None else self.lost_at + len(self.change)
@@ -101,7 +132,10 @@ class _Alignment:
         if length < MAX_NGRAM and (self.lost_at is None or abs(end - expected) > MAX_SHIFTS[length]):
             return
         if self.lost_at is not None:
-            self._remember(end, length)
+            if self.lost_at <= end <= expected + MAX_CHANGE:
+                self._remember(end, length)
+            else:
+                self.stay = MIN_STAY
         self.position, self.length = end, length
 
     def _remember(self, end: int, length: int) -> None:
@@ -135,17 +169,12 @@ class EditSource:
         depth = min(self._config.depth, context.max_depth, context.max_nodes)
         if depth <= 0:
             return []
-        if alignment.position is not None:
-            return _copies(alignment, alignment.position, alignment.length, depth)
-        if alignment.lost_at is None:
-            return []
         paths: list[WeightedPath] = []
-        for position, confidence in (
-            (alignment.lost_at + len(alignment.change), alignment.replaced.rate),
-            (alignment.lost_at, alignment.inserted.rate),
-        ):
+        if alignment.position is not None:
+            paths += _copies(alignment, alignment.position, alignment.length, depth)
+        for position, worth in alignment.guesses():
             paths += [
-                WeightedPath(path.tokens, [confidence, *path.confidences[1:]])
+                WeightedPath(path.tokens, [worth.rate, *path.confidences[1:]])
                 for path in _copies(alignment, position, 1, depth)
             ]
         return paths
@@ -175,16 +204,18 @@ def _copies(alignment: _Alignment, position: int, length: int, depth: int) -> li
     worth = alignment.copied.rate
     while len(tokens) < depth and position < len(text) and text[position] != END_OF_TEXT:
         confidence = min(MOST, worth * (1.0 - DISCOUNTS[min(length + len(tokens), MAX_LENGTH)]))
-        old, new = alignment.changes.get(text[position], ((), ()))
-        if old and tuple(text[position : position + len(old)]) == old:
+        change = alignment.change_at(position)
+        if change is not None:
+            old, new = change
+            again = min(MOST, alignment.changed_again.rate)
             unchanged = list(text[position : position + depth - len(tokens)])
             if END_OF_TEXT in unchanged:
                 unchanged = unchanged[: unchanged.index(END_OF_TEXT)]
-            as_it_stands = [1.0 - CHANGED_AGAIN] + [confidence] * (len(unchanged) - 1)
+            as_it_stands = [1.0 - again] + [confidence] * (len(unchanged) - 1)
             paths.append(WeightedPath([*tokens, *unchanged], [*confidences, *as_it_stands]))
             if new:
                 tokens += new
-                confidences += [CHANGED_AGAIN] + [confidence] * (len(new) - 1)
+                confidences += [again] + [confidence] * (len(new) - 1)
             position += len(old)
             continue
         tokens.append(text[position])

@@ -17,6 +17,7 @@ from outrider.drafting.sources.past_outputs import PastOutputs
 from outrider.drafting.sources.suffix_index import Cursor, Node, SuffixTree
 from outrider.drafting.tree_merge import WeightedPath
 
+HISTORY_ESCAPE = 5.0  # for `ESCAPE` in past outputs: texts of others, which are right less often
 PROMPT_TAIL = 8  # tokens of the prompt that stand before an output in the history, so that its beginning is found
 
 
@@ -27,6 +28,7 @@ class Place:
     Attributes:
         length: tokens that match.
         num_pending: of the suffixes that have entered the edge, those that nothing follows yet.
+        escape: weight of what never followed, for a match of one token.
     """
 
     tree: SuffixTree
@@ -34,6 +36,7 @@ class Place:
     offset: int
     length: int
     num_pending: int = 0
+    escape: float = ESCAPE
 
 
 def speculate(place: Place, *, max_nodes: int, max_depth: int, min_path_prob: float = 0.0) -> GuessTree:
@@ -41,7 +44,7 @@ def speculate(place: Place, *, max_nodes: int, max_depth: int, min_path_prob: fl
 
     A token's probability is its count in proportion to the counts of all that followed, with an escape to what never
     did. The escape grows with the number of different successors and falls with the match's length: method C of
-    prediction by partial matching (Moffat 1990) with `ESCAPE` / length where that has 1.
+    prediction by partial matching (Moffat 1990) with `escape` / length where that has 1.
 
     Args:
         max_nodes: MAX_SPEC.
@@ -53,7 +56,7 @@ def speculate(place: Place, *, max_nodes: int, max_depth: int, min_path_prob: fl
         made: GuessTree, guess: int, depth: int, state: tuple[Node, int, int]
     ) -> Iterable[tuple[int, float, tuple[Node, int, int]]]:
         node, offset, count = state
-        escape = ESCAPE / (place.length + depth)
+        escape = place.escape / (place.length + depth)
         if offset < node.length:
             beyond = offset - tree.known_length(node)
             # A match that reaches the end of the text goes on with what was guessed there.
@@ -147,16 +150,16 @@ class SuffixSource:
 
     def _matches(self, request: _Request) -> Iterator[Place]:
         """The longest matches with different sets of occurrences, in both trees."""
-        for tree, (nodes, offsets), num_pending in (
-            (request.tree, request.tree.places, 1),  # the end of the text itself
-            (self._history.tree, request.cursor.places, 0),
+        for tree, (nodes, offsets), num_pending, escape in (
+            (request.tree, request.tree.places, 1, ESCAPE),  # 1: the end of the text itself
+            (self._history.tree, request.cursor.places, 0, HISTORY_ESCAPE),
         ):
             found = last_count = 0
             deepest = self._config.max_match - self._config.depth  # so that the tree still knows what follows
             for k in range(max(0, len(nodes) - deepest), len(nodes)):
                 if nodes[k].count != last_count:
                     last_count = nodes[k].count
-                    yield Place(tree, nodes[k], offsets[k], len(nodes) - k, num_pending)
+                    yield Place(tree, nodes[k], offsets[k], len(nodes) - k, num_pending, escape)
                     found += 1
                     if found == self._config.num_matches:
                         break
