@@ -104,7 +104,9 @@ def build(llm: LLM, spec: Mapping[str, Any]) -> Drafter:
     def no_draft_model(*_: object) -> Any:
         raise SystemExit("a draft model cannot be replayed: it needs the target's cache")
 
-    parts = TargetParts(llm.model.vocab_size, lambda: llm.tokenizer.fingerprint, no_draft_model, ForwardCost.unknown)
+    parts = TargetParts(
+        llm.model.vocab_size, lambda: llm.tokenizer.fingerprint, no_draft_model, ForwardCost.unknown
+    )
     return build_drafter(config, DraftStyle(), parts)
 
 

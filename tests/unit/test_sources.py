@@ -43,9 +43,7 @@ def drafter_of(spec: object, style: DraftStyle | None = None) -> Drafter:
         raise AssertionError("a lookup drafter has no model")
 
     config = drafter_config(spec)  # type: ignore[arg-type]
-    return build_drafter(
-        config, style or DraftStyle(), TargetParts(100, lambda: bytes(32), no_model, ForwardCost.unknown)
-    )  # type: ignore[arg-type]
+    return build_drafter(config, style or DraftStyle(), TargetParts(100, lambda: bytes(32), no_model, ForwardCost.unknown))  # type: ignore[arg-type]
 
 
 def propose(drafter: Drafter, tokens: Sequence[int], **settings: object) -> TokenTree:

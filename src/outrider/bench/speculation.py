@@ -22,7 +22,7 @@ class Plan:
     """The best draft for a batch.
 
     Attributes:
-        num_nodes: draft tokens of each sequence; 0 is plain decoding.
+        num_nodes: draft tokens of each sequence, on average.
         depth: of the draft.
         tokens_per_step: of each sequence, expected, the one after the accepted ones included.
         step_s: of the whole batch.
@@ -30,7 +30,7 @@ class Plan:
     """
 
     batch_size: int
-    num_nodes: int
+    num_nodes: float
     depth: int
     tokens_per_step: float
     step_s: float
@@ -80,7 +80,7 @@ class Draftings:
         return best
 
     def shape(self, plan: Plan) -> TreeShape:
-        return self._trees[plan.depth].shape(plan.num_nodes)
+        return self._trees[plan.depth].shape(int(plan.num_nodes))
 
 
 def width_of(shape: TreeShape) -> int:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 from outrider.bench.hardware import KNOWN, THIS, hardware_of
 from outrider.cli import options as opt
-from outrider.cli.console import check_writable, report_json, stdout_console
-from outrider.cli.options import MEASURING, option
+from outrider.cli.bench_acceptance import encode_for
+from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
+from outrider.cli.options import MEASURING, EngineOptions, base_seed, option
+from outrider.cli.prompts import chosen_workload
 from outrider.config import EngineConfig
+from outrider.config.checks import check_weights
 from outrider.errors import ConfigError
+from outrider.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from outrider.bench.roofline import ModelFigures
+    from outrider.bench.workloads import Workload
+    from outrider.drafting.forward_cost import ForwardCost
+    from outrider.llm import LLM
 
-MAX_CONTEXT = 1 << 24
+DEFAULT_NUM_PROMPTS = 8
+MAX_CONTEXT, MAX_SECONDS = 1 << 24, 24 * 3600.0
+NUM_PROBES, PROBE_BYTES, PROBE_CACHES = 5, 1 << 28, 8
 PREDICTION = "Prediction"
 
 
@@ -26,8 +37,10 @@ def advise(
     *,
     model: opt.Model = None,
     revision: opt.Revision = None,
+    dtype: opt.Dtype = EngineConfig.dtype,
     weights: opt.WeightFormat = EngineConfig.weights,
     group_size: opt.GroupSize = EngineConfig.group_size,
+    device: opt.Device = EngineConfig.device,
     draft: Annotated[
         list[str] | None,
         option(
@@ -40,8 +53,14 @@ def advise(
         str,
         option("--hardware", help=f"{THIS}: measure; {', '.join(KNOWN)}, or a JSON file: predict.", panel=MEASURING),
     ] = THIS,
+    workload: opt.WorkloadName = None,
+    prompts: opt.Prompts = None,
+    data: opt.DataFile = None,
+    seconds: Annotated[
+        float, option("--seconds", help="To spend on decoding; one round of all drafters always runs.", panel=MEASURING)
+    ] = 60.0,
     context: Annotated[
-        int, option("--context", help="Positions before the new ones, of predicted speeds.", panel=PREDICTION)
+        int, option("--context", help="Positions of a sequence, for speeds in batches.", panel=PREDICTION)
     ] = 512,
     acceptance: Annotated[
         str | None,
@@ -52,42 +71,153 @@ def advise(
             metavar="P,...",
         ),
     ] = None,
+    max_tokens: opt.MaxTokens = 128,
+    temperature: opt.WorkloadTemperature = None,
+    seed: opt.Seed = None,
+    exactness: opt.ExactnessMode = EngineConfig.exactness,
+    threads: opt.Threads = None,
     json_out: opt.JsonOut = False,
     output: opt.OutputFile = None,
 ) -> None:
     """Say which drafter, tree and length to use, what it brings, and from which batch on plain decoding is as good.
 
-    On this machine by measuring; on another one by its published figures, from the model's config.json alone.
+    On this machine by measuring (an interruption advises on what there is); for another one from its published figures
+    and the model's config.json alone.
     """
     if not 0 <= context <= MAX_CONTEXT:
         raise ConfigError("--context", got=context, expected=f"0 to {MAX_CONTEXT}")
-    EngineConfig(model=model, weights=weights, group_size=group_size)  # type: ignore[arg-type]
-    check_writable(output)
-    record = _prediction(hardware, model, revision, draft or [], weights, group_size, acceptance, context)
+    if not 0.0 < seconds <= MAX_SECONDS:
+        raise ConfigError("--seconds", got=seconds, expected=f"above 0, at most {MAX_SECONDS}")
+    engine = EngineOptions(
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        weights=weights,
+        group_size=group_size,
+        device=device,
+        exactness=exactness,
+        max_num_seqs=1,
+        threads=threads,
+        prefix_caching=False,
+    )
+    if hardware.lower() != THIS:
+        check_writable(output)
+        record = _prediction(hardware, engine, draft or [], acceptance, context=context)
+    else:
+        if acceptance is not None:
+            raise ConfigError("--acceptance", got="hardware 'this'", expected="another: here acceptance is measured")
+        wanted = chosen_workload(workload, prompts, data, DEFAULT_NUM_PROMPTS)
+        params = SamplingParams(
+            temperature=wanted.temperature if temperature is None else temperature,
+            max_tokens=max_tokens,
+            seed=base_seed(seed, 1),
+        )
+        check_writable(output)
+        record = _measurement(engine, draft or [], wanted, params, seconds=seconds, context=context)
     report_json(record, to_stdout=json_out, path=output)
     if not json_out:
-        from outrider.cli.advise_report import print_prediction
+        from outrider.cli.advise_report import print_measurement, print_prediction
 
-        print_prediction(stdout_console(), record)
+        report = print_prediction if record["advice"] == "prediction" else print_measurement
+        report(stdout_console(), record)
+    if record.get("interrupted"):
+        raise KeyboardInterrupt
+
+
+def _measurement(
+    options: EngineOptions,
+    drafts: list[str],
+    workload: Workload,
+    params: SamplingParams,
+    *,
+    seconds: float,
+    context: int,
+) -> dict[str, Any]:
+    llm = options.load("none")
+
+    from outrider.bench import advise as a
+    from outrider.bench.report import environment
+    from outrider.bench.runner import PLAIN, OutriderContender, Results
+    from outrider.engine.build import cost_of_target
+
+    specs: dict[str, dict[str, Any]] = {PLAIN: {"method": "none"}, **a.candidates(llm, drafts)}
+    encoded = encode_for(llm, workload, params.max_tokens or 0)
+    note("measuring what a forward costs")
+    cost = cost_of_target(llm.config, llm.model)
+    chosen, max_tokens = a.fit_to_time(
+        encoded, params.max_tokens or 0, cost, num_contenders=len(specs), seconds=seconds
+    )
+    params = replace(params, max_tokens=max_tokens)
+    contenders = [OutriderContender(name, llm, spec, params, 1) for name, spec in specs.items()]
+    results, interrupted = Results(), False
+    try:
+        with progress_bar() as progress:
+            task, finished = progress.add_task("measuring", total=a.MAX_ROUNDS * len(contenders)), count()
+            a.measure(
+                contenders,
+                chosen,
+                seconds,
+                results,
+                lambda name: progress.update(task, completed=next(finished), description=name),
+            )
+    except KeyboardInterrupt:
+        if len(results.complete()) < 2 or PLAIN not in results.complete():
+            raise
+        interrupted = True
+    return {
+        "advice": "measurement",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **environment(),
+        "command": ["outrider", *sys.argv[1:]],
+        "config": asdict(llm.config),
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "sampling": asdict(params),
+        "prompts": workload.record(chosen),
+        "context": context,
+        "forward_cost": cost.as_mapping(),
+        "roofline": _roofline(llm, options, cost),
+        "interrupted": interrupted,
+        **a.advice(results, specs, cost, context=context, exact=llm.config.exactness == "bitwise"),
+    }
+
+
+def _roofline(llm: LLM, options: EngineOptions, cost: ForwardCost) -> dict[str, Any] | None:
+    """What a forward of one row would take if it did nothing but read the weights, beside what it takes."""
+    from outrider.bench.forward import BandwidthProbe, last_level_cache_bytes
+    from outrider.engine.bundled import BUNDLED_TARGET
+    from outrider.kernels import native
+
+    if options.device != "cpu" or not native.is_available():
+        return None
+    stored = "fp32" if llm.config.dtype == "float32" or str(llm.model.dtype) == "torch.float32" else "auto"
+    weights = stored if options.weights == "auto" else options.weights
+    model = _figures(options.model or str(BUNDLED_TARGET), options.revision, weights, options.group_size)
+    probe = BandwidthProbe(max(PROBE_BYTES, PROBE_CACHES * (last_level_cache_bytes() or 0)))
+    with native.cores_for_kernels():
+        bandwidth = median(probe() for _ in range(NUM_PROBES))
+    predicted, measured = model.bytes_read(1) / bandwidth, cost.seconds(1, cost.contexts[0])
+    return {
+        "weight_bytes_read": model.bytes_read(1),
+        "bandwidth": bandwidth,
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "predicted_s": predicted,
+        "measured_s": measured,
+        "predicted_over_measured": predicted / measured,
+    }
 
 
 def _prediction(
-    hardware: str,
-    model: str | None,
-    revision: str | None,
-    drafts: list[str],
-    weights: str,
-    group_size: int,
-    acceptance: str | None,
-    context: int,
+    hardware: str, options: EngineOptions, drafts: list[str], acceptance: str | None, *, context: int
 ) -> dict[str, Any]:
     machine = hardware_of(hardware)
+    check_weights("", options.weights, options.group_size)
 
     from outrider.bench import predict as p
     from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
 
+    model, weights = options.model, options.weights
     rates = p.parse_acceptance(acceptance)
-    target = _figures(model or str(BUNDLED_TARGET), revision, weights, group_size)
+    target = _figures(model or str(BUNDLED_TARGET), options.revision, weights, options.group_size)
     names = drafts or ([str(BUNDLED_DRAFT)] if model is None else [])
     figures = [_draft_figures(name, target) for name in names]
     predictions = [p.predict(target, machine, of, context=context) for of in p.draftings(figures, rates)]

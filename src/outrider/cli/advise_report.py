@@ -41,6 +41,73 @@ def print_prediction(console: Console, record: Mapping[str, Any]) -> None:
     console.print("\nThis stands on:", *(f"- {escape(said)}" for said in record["assumptions"]), sep="\n")
 
 
+def print_measurement(console: Console, record: Mapping[str, Any]) -> None:
+    config, prompts, plain = record["config"], record["prompts"], record["plain"]
+    title = (
+        f"{config['model'] or 'bundled model'}, {record['dtype']}, weights {config['weights']}, {config['exactness']}, "
+        f"workload {prompts['workload']}, {prompts['count']} prompts, up to {record['sampling']['max_tokens']} tokens, "
+        f"temperature {record['sampling']['temperature']:g}; plain decoding {_spread(plain, '.1f')} tokens/s"
+    )
+    table = _table(title, ("tokens/s", "speedup", "tokens a step", "most drafts", "depth", "repeats", "identical"))
+    for of in record["candidates"]:
+        table.add_row(
+            of["name"],
+            _spread(of["tokens_per_s"], ".1f"),
+            _spread(of["speedup"], ".2f", "x"),
+            f"{of['acceptance_length']:.2f}",
+            *("-" if of[key] is None else str(of[key]) for key in ("nodes", "depth")),
+            str(of["repeats"]),
+            f"{of['num_equal']}/{of['num_outputs']}",
+        )
+    batches = "in a batch, by the measured cost of rows and what was accepted: speedup (mean draft tokens)"
+    console.print(table, batch_table(record["candidates"], batches))
+    console.print(*_sentences(record), sep="\n", markup=False)
+    print_paste(console, config["model"], config["weights"], record["drafter"])
+
+
+def _sentences(record: Mapping[str, Any]) -> list[str]:
+    by_name = {of["name"]: of for of in record["candidates"]}
+    best = by_name.get(record["best"])
+    said: list[str] = []
+    if best is not None and record["recommended"] == best["name"]:
+        said.append(
+            f"Use {best['name']}: {_spread(best['tokens_per_s'], '.1f')} tokens/s, {_spread(best['speedup'], '.2f', 'x')}."
+        )
+        if record["as_good"]:
+            said.append(f"As good within the error: {', '.join(record['as_good'])}.")
+    elif best is not None:
+        said.append(f"Decode plainly: the best drafter, {best['name']}, came to {_spread(best['speedup'], '.2f', 'x')}.")
+    else:
+        said.append("Decode plainly: no drafter gave plain decoding's output to the last token.")
+    if best is not None:
+        coverage = best["speedup"]["coverage"]
+        meaning = f"hold the true median with probability {coverage:.0%}" if coverage else "one repeat tells no error"
+        said.append(f"In brackets: {meaning}. Speedups are against plain decoding in the same round.")
+    said.append(
+        f"Batches are computed, not run: context {record['context']}, rows beyond {record['forward_cost']['rows'][-1]} "
+        "extrapolated, drafts cut to their best depth."
+    )
+    if any(of["num_equal"] != of["num_outputs"] for of in by_name.values()):
+        said.append("Some outputs differ from plain decoding's; `outrider verify` tells ties from bugs.")
+    roofline = record["roofline"]
+    if roofline is not None:
+        cache = roofline["last_level_cache_bytes"] or 0
+        said.append(
+            f"Roofline: {roofline['weight_bytes_read'] / 1e6:.1f} MB at {roofline['bandwidth'] / 1e9:.1f} GB/s are "
+            f"{1e3 * roofline['predicted_s']:.2f} ms for one row; measured {1e3 * roofline['measured_s']:.2f} ms; "
+            f"predicted/measured {roofline['predicted_over_measured']:.2f}"
+            + (" (the weights fit into the last-level cache)." if roofline["weight_bytes_read"] < cache else ".")
+        )
+    if record["interrupted"]:
+        said.append("Interrupted: this is what had finished.")
+    return said
+
+
+def _spread(interval: Mapping[str, float], form: str, unit: str = "") -> str:
+    value = f"{interval['median']:{form}}{unit}"
+    return value if not interval["coverage"] else f"{value} [{interval['low']:{form}}, {interval['high']:{form}}]"
+
+
 def batch_table(found: Sequence[Mapping[str, Any]], title: str) -> Table:
     """A row a drafter, a column a batch size, and where plain decoding is as good."""
     table = _table(title, (*(f"batch {size}" for size in BATCHES), "plain as good from"))
