@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from outrider.bench.report import summarise
-from outrider.bench.runner import PLAIN, Contender, Results, run_rounds
+from outrider.bench.runner import PLAIN, Contender, Results, Sample, run_rounds
 from outrider.bench.speculation import BATCHES, WORTH_IT, Plan, break_even
 from outrider.config import DRAFTER_CONFIGS, DraftModelConfig, drafter_config
 from outrider.drafting.forward_cost import ForwardCost
@@ -22,6 +22,7 @@ from outrider.llm import LLM
 WANTED_ROUNDS, MAX_ROUNDS = 5, 20
 LEAST_TOKENS = 16  # of an output, however little time there is
 LEVEL = 0.95
+BATCH, BATCH_SHARE = 8, 0.2  # of the sequences that are run together as a check, and of the time that it takes
 PREFILL_ROWS = 64
 TREE = {"growth": "opt_tree", "max_nodes": 24, "depth": 8}
 PLANNED = {"depth": 16, "max_nodes": 24}  # the planner cuts them itself
@@ -71,7 +72,7 @@ def fit_to_time(
     Returns:
         At least one prompt, and the most tokens to generate for each.
     """
-    a_run = seconds / (WANTED_ROUNDS * num_contenders)
+    a_run = (1.0 - BATCH_SHARE) * seconds / (WANTED_ROUNDS * num_contenders)
     chosen: list[list[int]] = []
     for prompt in prompts:
         prefill = cost.seconds(PREFILL_ROWS, 0) * len(prompt) / PREFILL_ROWS
@@ -172,21 +173,21 @@ class Profile:
             runs_model,
         )
 
-    def plan(self, batch_size: int, cost: ForwardCost, plain: Profile, context: int) -> Plan:
+    def plan(self, batch_size: int, here: Conditions) -> Plan:
         """Its expected speed in a batch, with drafts cut to the depth that is best there.
 
         Cutting is taken to remove as many nodes at every depth. Sequences are taken to share a model's draft forwards as
-        they share the target's, and lookups to add up.
+        they share the target's; lookups, and what the engine does for drafts, to add up.
         """
-        of_all = batch_size * context
-        plain_s = cost.seconds(batch_size, of_all) + plain.other_s
-        sharing = cost.seconds(batch_size, of_all) / cost.seconds(1, context) if self.runs_model else batch_size
+        plain_s = here.forward_s(batch_size, batch_size) + here.own_s(batch_size)
+        one, all_ = here.forward_s(1, 1), here.forward_s(batch_size, batch_size)
+        own_s = here.own_s(batch_size) + batch_size * max(0.0, self.other_s - here.own_s(1))
         depth = max(1, len(self.accepted))
         best: Plan | None = None
         for cut in range(1, depth + 1):
             nodes = self.drafted * min(self.nodes, cut * max(1.0, self.nodes / depth))
-            drafting = self.draft_s * sharing * (cut / depth if self.runs_model else 1.0)
-            step_s = cost.seconds(batch_size * (1 + nodes), of_all) + drafting + self.other_s
+            drafting = self.draft_s * (all_ / one * cut / depth if self.runs_model else batch_size)
+            step_s = here.forward_s(batch_size * (1 + nodes), batch_size) + drafting + own_s
             tokens = 1.0 + sum(self.accepted[:cut])
             plan = Plan(batch_size, nodes, cut, tokens, step_s, tokens * plain_s / step_s)
             if best is None or plan.speedup > best.speedup:
@@ -195,22 +196,68 @@ class Profile:
         return best
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What decoding costs here beside drafts.
+
+    Attributes:
+        cost: of forwards.
+        context: positions of a sequence.
+        own: of a plain step's time outside the model for one sequence, in seconds.
+        own_each: likewise for each further sequence.
+    """
+
+    cost: ForwardCost
+    context: float
+    own: float
+    own_each: float = 0.0
+
+    def forward_s(self, num_rows: float, batch_size: int) -> float:
+        return self.cost.seconds(num_rows, batch_size * self.context)
+
+    def own_s(self, batch_size: int) -> float:
+        return self.own + (batch_size - 1) * self.own_each
+
+    @staticmethod
+    def of(results: Results, batched: Results, cost: ForwardCost, context: float) -> Conditions:
+        one, many = (
+            [s.stats.own_ms_per_step for s in of.samples.get(PLAIN, []) if s.stats] for of in (results, batched)
+        )
+        own = 1e-3 * median(one)
+        return Conditions(
+            cost, context, own, max(0.0, 1e-3 * median(many) - own) / (BATCH - 1) if many else 0.0
+        )
+
+
+def fastest(results: Results) -> str | None:
+    """The drafter with the greatest speedup so far."""
+    of_plain = results.samples.get(PLAIN, [])
+    found = {name: _ratios(samples, of_plain) for name, samples in results.complete().items() if name != PLAIN}
+    return max((name for name, ratios in found.items() if ratios), key=lambda name: median(found[name]), default=None)
+
+
+def _ratios(samples: Sequence[Sample], plain: Sequence[Sample]) -> list[float]:
+    return [a.tokens_per_s / b.tokens_per_s for a, b in zip(samples, plain, strict=False)]
+
+
 def advice(
-    results: Results, specs: Mapping[str, dict[str, Any]], cost: ForwardCost, *, context: int, exact: bool
+    results: Results,
+    batched: Results,
+    specs: Mapping[str, dict[str, Any]],
+    cost: ForwardCost,
+    *,
+    context: float,
+    exact: bool,
 ) -> dict[str, Any]:
-    """What the samples say, as a JSON object; only what has run at least once.
+    """What the samples say, as a JSON object; only of what has run at least once beside plain decoding.
 
     Args:
+        batched: of plain decoding and perhaps one drafter, BATCH sequences at a time.
         exact: outputs must be plain decoding's to the last token, so a drafter of which one differs is not advised;
             otherwise ties may differ.
     """
-    complete = results.complete()
-    plain = Profile.of([s.stats for s in complete.get(PLAIN, []) if s.stats], runs_model=False)
-    found = [
-        _found(name, specs[name], results, cost, plain, context)
-        for name in complete
-        if name != PLAIN and PLAIN in complete
-    ]
+    here = Conditions.of(results, batched, cost, context)
+    found = [_found(name, specs[name], results, here) for name in results.complete() if name != PLAIN]
     eligible = [of for of in found if not exact or of["num_equal"] == of["num_outputs"]]
     best = max(eligible, key=lambda of: of["speedup"]["median"], default=None)
     pays = best is not None and best["speedup"]["low"] > 1.0 and best["speedup"]["median"] >= WORTH_IT
@@ -221,22 +268,18 @@ def advice(
         "as_good": [
             of["name"] for of in eligible if best and of is not best and of["speedup"]["high"] >= best["speedup"]["low"]
         ],
-        "plain": asdict(median_interval([sample.tokens_per_s for sample in complete[PLAIN]]))
-        if PLAIN in complete
-        else None,
+        "plain": asdict(median_interval([sample.tokens_per_s for sample in results.samples[PLAIN]])),
         "candidates": found,
+        "batch_check": _batch_check(batched, results, specs, here),
     }
 
 
-def _found(
-    name: str, spec: dict[str, Any], results: Results, cost: ForwardCost, plain: Profile, context: int
-) -> dict[str, Any]:
+def _found(name: str, spec: dict[str, Any], results: Results, here: Conditions) -> dict[str, Any]:
     summary = summarise(name, results, comparable=True)
     samples = results.samples[name]
-    ratios = [a.tokens_per_s / b.tokens_per_s for a, b in zip(samples, results.samples[PLAIN], strict=False)]
-    profile = Profile.of([s.stats for s in samples if s.stats], runs_model=_runs_model(spec))
+    profile = _profile(samples, spec)
     config = drafter_config(spec)
-    plans = [profile.plan(size, cost, plain, context) for size in BATCHES]
+    plans = [profile.plan(size, here) for size in BATCHES]
     return {
         "name": name,
         "drafter": spec,
@@ -245,14 +288,36 @@ def _found(
         "width": getattr(config, "num_candidates", getattr(config, "width", None)),
         "repeats": len(samples),
         "tokens_per_s": asdict(median_interval([sample.tokens_per_s for sample in samples])),
-        "speedup": asdict(median_interval(ratios)),
+        "speedup": asdict(median_interval(_ratios(samples, results.samples[PLAIN]))),
         "acceptance_length": summary["acceptance_length"],
         "num_equal": summary["num_equal"],
         "num_outputs": summary["num_outputs"],
         "profile": asdict(profile),
         "batches": [{**asdict(plan), "tokens_per_s": plan.tokens_per_s} for plan in plans],
-        "break_even_batch": break_even(lambda size: profile.plan(size, cost, plain, context).speedup),
+        "break_even_batch": break_even(lambda size: profile.plan(size, here).speedup),
     }
+
+
+def _batch_check(
+    batched: Results, results: Results, specs: Mapping[str, dict[str, Any]], here: Conditions
+) -> dict[str, Any] | None:
+    """What was expected of a batch of BATCH, beside what it did."""
+    name = fastest(batched)
+    if name is None:
+        return None
+    ratios = _ratios(batched.samples[name], batched.samples[PLAIN])
+    return {
+        "name": name,
+        "batch_size": BATCH,
+        "expected_speedup": _profile(results.samples[name], specs[name]).plan(BATCH, here).speedup,
+        "speedup": asdict(median_interval(ratios)),
+        "num_equal": batched.num_equal(name),
+        "num_outputs": len(batched.samples[name][0].token_ids),
+    }
+
+
+def _profile(samples: Sequence[Sample], spec: Mapping[str, Any]) -> Profile:
+    return Profile.of([sample.stats for sample in samples if sample.stats], runs_model=_runs_model(spec))
 
 
 def _runs_model(spec: Mapping[str, Any]) -> bool:

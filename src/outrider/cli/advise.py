@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import count
+from itertools import count, cycle, islice
 from pathlib import Path
-from statistics import median
+from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
 from outrider.bench.hardware import KNOWN, THIS, hardware_of
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from outrider.llm import LLM
 
 DEFAULT_NUM_PROMPTS = 8
+DEFAULT_CONTEXT = 512
+LARGEST_RUN = 8  # sequences at once
 MAX_CONTEXT, MAX_SECONDS = 1 << 24, 24 * 3600.0
-NUM_PROBES, PROBE_BYTES, PROBE_CACHES = 5, 1 << 28, 8
+PROBE_BYTES, PROBE_CACHES = 1 << 28, 8
 PREDICTION = "Prediction"
 
 
@@ -60,8 +63,13 @@ def advise(
         float, option("--seconds", help="To spend on decoding; one round of all drafters always runs.", panel=MEASURING)
     ] = 60.0,
     context: Annotated[
-        int, option("--context", help="Positions of a sequence, for speeds in batches.", panel=PREDICTION)
-    ] = 512,
+        int | None,
+        option(
+            "--context",
+            help=f"Positions of a sequence. Default: the workload's, or {DEFAULT_CONTEXT} for a prediction.",
+            panel=PREDICTION,
+        ),
+    ] = None,
     acceptance: Annotated[
         str | None,
         option(
@@ -84,7 +92,7 @@ def advise(
     On this machine by measuring (an interruption advises on what there is); for another one from its published figures
     and the model's config.json alone.
     """
-    if not 0 <= context <= MAX_CONTEXT:
+    if context is not None and not 0 <= context <= MAX_CONTEXT:
         raise ConfigError("--context", got=context, expected=f"0 to {MAX_CONTEXT}")
     if not 0.0 < seconds <= MAX_SECONDS:
         raise ConfigError("--seconds", got=seconds, expected=f"above 0, at most {MAX_SECONDS}")
@@ -96,13 +104,13 @@ def advise(
         group_size=group_size,
         device=device,
         exactness=exactness,
-        max_num_seqs=1,
+        max_num_seqs=LARGEST_RUN,
         threads=threads,
         prefix_caching=False,
     )
     if hardware.lower() != THIS:
         check_writable(output)
-        record = _prediction(hardware, engine, draft or [], acceptance, context=context)
+        record = _prediction(hardware, engine, draft or [], acceptance, context=DEFAULT_CONTEXT if context is None else context)
     else:
         if acceptance is not None:
             raise ConfigError("--acceptance", got="hardware 'this'", expected="another: here acceptance is measured")
@@ -131,7 +139,7 @@ def _measurement(
     params: SamplingParams,
     *,
     seconds: float,
-    context: int,
+    context: int | None,
 ) -> dict[str, Any]:
     llm = options.load("none")
 
@@ -148,22 +156,27 @@ def _measurement(
         encoded, params.max_tokens or 0, cost, num_contenders=len(specs), seconds=seconds
     )
     params = replace(params, max_tokens=max_tokens)
-    contenders = [OutriderContender(name, llm, spec, params, 1) for name, spec in specs.items()]
-    results, interrupted = Results(), False
+    results, batched, interrupted = Results(), Results(), False
     try:
         with progress_bar() as progress:
-            task, finished = progress.add_task("measuring", total=a.MAX_ROUNDS * len(contenders)), count()
-            a.measure(
-                contenders,
-                chosen,
-                seconds,
-                results,
-                lambda name: progress.update(task, completed=next(finished), description=name),
-            )
+            task, finished = progress.add_task("measuring", total=None), count()
+
+            def run(names: Sequence[str], prompts: list[list[int]], batch: int, share: float, into: Results) -> None:
+                contenders = [OutriderContender(name, llm, specs[name], params, batch) for name in names]
+                a.measure(contenders, prompts, share * seconds, into, on_start)
+
+            def on_start(name: str) -> None:
+                progress.update(task, completed=next(finished), description=name)
+
+            run(list(specs), chosen, 1, 1.0 - a.BATCH_SHARE, results)
+            together = list(islice(cycle(encoded), a.BATCH))
+            run([PLAIN, a.fastest(results) or PLAIN], together, a.BATCH, a.BATCH_SHARE, batched)
     except KeyboardInterrupt:
-        if len(results.complete()) < 2 or PLAIN not in results.complete():
+        if not a.fastest(results):
             raise
         interrupted = True
+    if context is None:
+        context = round(mean(map(len, chosen)) + max_tokens / 2)
     return {
         "advice": "measurement",
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -175,35 +188,29 @@ def _measurement(
         "prompts": workload.record(chosen),
         "context": context,
         "forward_cost": cost.as_mapping(),
-        "roofline": _roofline(llm, options, cost),
+        "roofline": _roofline(llm, options),
         "interrupted": interrupted,
-        **a.advice(results, specs, cost, context=context, exact=llm.config.exactness == "bitwise"),
+        **a.advice(results, batched, specs, cost, context=context, exact=llm.config.exactness == "bitwise"),
     }
 
 
-def _roofline(llm: LLM, options: EngineOptions, cost: ForwardCost) -> dict[str, Any] | None:
+def _roofline(llm: LLM, options: EngineOptions) -> dict[str, Any] | None:
     """What a forward of one row would take if it did nothing but read the weights, beside what it takes."""
     from outrider.bench.forward import BandwidthProbe, last_level_cache_bytes
+    from outrider.bench.roofline_check import roofline_check
     from outrider.engine.bundled import BUNDLED_TARGET
+    from outrider.engine.calibration import one_row_timer
     from outrider.kernels import native
 
     if options.device != "cpu" or not native.is_available():
         return None
-    stored = "fp32" if llm.config.dtype == "float32" or str(llm.model.dtype) == "torch.float32" else "auto"
+    stored = "fp32" if str(llm.model.dtype) == "torch.float32" else "auto"
     weights = stored if options.weights == "auto" else options.weights
     model = _figures(options.model or str(BUNDLED_TARGET), options.revision, weights, options.group_size)
     probe = BandwidthProbe(max(PROBE_BYTES, PROBE_CACHES * (last_level_cache_bytes() or 0)))
+    forward = one_row_timer(llm.model, row_invariant=llm.config.exactness == "bitwise")
     with native.cores_for_kernels():
-        bandwidth = median(probe() for _ in range(NUM_PROBES))
-    predicted, measured = model.bytes_read(1) / bandwidth, cost.seconds(1, cost.contexts[0])
-    return {
-        "weight_bytes_read": model.bytes_read(1),
-        "bandwidth": bandwidth,
-        "last_level_cache_bytes": last_level_cache_bytes(),
-        "predicted_s": predicted,
-        "measured_s": measured,
-        "predicted_over_measured": predicted / measured,
-    }
+        return roofline_check(model.bytes_read(1), forward, probe)
 
 
 def _prediction(
@@ -228,8 +235,7 @@ def _prediction(
         "command": ["outrider", *sys.argv[1:]],
         "hardware": asdict(machine),
         "model": asdict(target),
-        "model_path": model,
-        "weights": weights,
+        "config": {"model": model, "weights": weights, "group_size": options.group_size, "revision": options.revision},
         "context": context,
         "assumptions": p.assumptions(target, machine, context=context, rates_given=rates is not None),
         "plain_tokens_per_s": p.plain_tokens_per_s(target, machine, 1, context),

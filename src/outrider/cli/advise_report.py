@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from outrider.bench.speculation import BATCHES
+from outrider.config import EngineConfig
 
 
 def print_prediction(console: Console, record: Mapping[str, Any]) -> None:
@@ -37,7 +38,7 @@ def print_prediction(console: Console, record: Mapping[str, Any]) -> None:
         console.print("Decode plainly: no draft is expected to pay.")
     else:
         console.print(f"Use {escape(record['recommended'])}.")
-    print_paste(console, record["model_path"], record["weights"], record["drafter"])
+    print_paste(console, record["config"], record["drafter"])
     console.print("\nThis stands on:", *(f"- {escape(said)}" for said in record["assumptions"]), sep="\n")
 
 
@@ -62,7 +63,7 @@ def print_measurement(console: Console, record: Mapping[str, Any]) -> None:
     batches = "in a batch, by the measured cost of rows and what was accepted: speedup (mean draft tokens)"
     console.print(table, batch_table(record["candidates"], batches))
     console.print(*_sentences(record), sep="\n", markup=False)
-    print_paste(console, config["model"], config["weights"], record["drafter"])
+    print_paste(console, config, record["drafter"])
 
 
 def _sentences(record: Mapping[str, Any]) -> list[str]:
@@ -89,13 +90,19 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
     )
     if any(of["num_equal"] != of["num_outputs"] for of in by_name.values()):
         said.append("Some outputs differ from plain decoding's; `outrider verify` tells ties from bugs.")
+    check = record["batch_check"]
+    if check is not None:
+        said.append(
+            f"Checked in batches of {check['batch_size']}, {check['name']}: {_spread(check['speedup'], '.2f', 'x')}, "
+            f"expected {check['expected_speedup']:.2f}x; {check['num_equal']}/{check['num_outputs']} outputs identical."
+        )
     roofline = record["roofline"]
     if roofline is not None:
         cache = roofline["last_level_cache_bytes"] or 0
         said.append(
-            f"Roofline: {roofline['weight_bytes_read'] / 1e6:.1f} MB at {roofline['bandwidth'] / 1e9:.1f} GB/s are "
-            f"{1e3 * roofline['predicted_s']:.2f} ms for one row; measured {1e3 * roofline['measured_s']:.2f} ms; "
-            f"predicted/measured {roofline['predicted_over_measured']:.2f}"
+            f"Roofline of one row: {roofline['weight_bytes_read'] / 1e6:.1f} MB at {roofline['bandwidth'] / 1e9:.1f} GB/s; "
+            f"measured {1e3 * roofline['measured_s']:.2f} ms; predicted/measured "
+            f"{roofline['predicted_over_measured']:.2f} [{roofline['low']:.2f}, {roofline['high']:.2f}]"
             + (" (the weights fit into the last-level cache)." if roofline["weight_bytes_read"] < cache else ".")
         )
     if record["interrupted"]:
@@ -118,29 +125,39 @@ def batch_table(found: Sequence[Mapping[str, Any]], title: str) -> Table:
     return table
 
 
-def print_paste(console: Console, model: str | None, weights: str, spec: Mapping[str, Any]) -> None:
-    """The configuration in Python and for the command line."""
-    lines = (python_line(model, weights, spec), cli_line(model, weights, spec))
+def print_paste(console: Console, config: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
+    """The configuration in Python and for the command line.
+
+    Args:
+        config: of the engine; what differs from the defaults is written.
+    """
+    lines = (python_line(config, spec), cli_line(config, spec))
     console.print("\nTo paste:", *(f"    {line}" for line in lines), sep="\n", markup=False, soft_wrap=True)
 
 
-def python_line(model: str | None, weights: str, spec: Mapping[str, Any]) -> str:
-    first = "" if model is None else f"{model!r}, "
-    last = "" if weights == "auto" else f", weights={weights!r}"
-    return f"llm = LLM({first}drafter={dict(spec)!r}{last})"
+def python_line(config: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
+    first = "" if config["model"] is None else f"{config['model']!r}, "
+    rest = "".join(f", {name}={value!r}" for name, value in _settings(config).items())
+    return f"llm = LLM({first}drafter={dict(spec)!r}{rest})"
 
 
-def cli_line(model: str | None, weights: str, spec: Mapping[str, Any]) -> str:
+def cli_line(config: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
     """The same as options of every command; a draft model has an option of its own."""
     settings = {key: value for key, value in spec.items() if key != "method"}
-    words = [] if model is None else ["--model", model]
-    words += [] if weights == "auto" else ["--weights", weights]
+    words = [] if config["model"] is None else ["--model", config["model"]]
+    for name, value in _settings(config).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--drafter", spec["method"]]
     if isinstance(settings.get("model"), str):
         words += ["--draft-model", settings.pop("model")]
     if settings:
         words += ["--drafter-config", json.dumps(settings)]
     return f"outrider generate PROMPT {shlex.join(words)}"
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("revision", "dtype", "weights", "group_size", "device")
+    return {name: config[name] for name in names if name in config and config[name] != getattr(EngineConfig, name)}
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
