@@ -1,10 +1,11 @@
-"""Advice from measurements: the drafter that decodes a workload fastest here, how sure that is, and up to which batch."""
+"""Advice from measurements: which drafter decodes a workload fastest here, how sure that is, up to which batch."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from math import comb
 from pathlib import Path
 from statistics import median
@@ -67,7 +68,7 @@ def _usable_draft(llm: LLM, path: str) -> dict[str, Any]:
 def fit_to_time(
     prompts: Sequence[list[int]], max_tokens: int, cost: ForwardCost, *, num_contenders: int, seconds: float
 ) -> tuple[list[list[int]], int]:
-    """As many prompts, the first ones, as let every contender run WANTED_ROUNDS times; shorter outputs if one is too many.
+    """The first prompts that every contender can run WANTED_ROUNDS times; shorter outputs if one is too many.
 
     Returns:
         At least one prompt, and the most tokens to generate for each.
@@ -100,7 +101,7 @@ def measure(
 
     def one_more_fits() -> bool:
         starts.append(clock())
-        longest = max((b - a for a, b in zip(starts, starts[1:], strict=False)), default=0.0)
+        longest = max((b - a for a, b in pairwise(starts)), default=0.0)
         return len(starts) == 1 or starts[-1] - starts[0] + longest <= seconds
 
     run_rounds(contenders, prompts, MAX_ROUNDS, results, on_start, keep_going=one_more_fits)
@@ -111,7 +112,7 @@ class Interval:
     """A median and where the true one is.
 
     Attributes:
-        low, high: values between which it is with probability `coverage`; all are equal, and coverage 0, for one value.
+        low, high: between which it is with probability `coverage`; of a single value they say nothing: 0.
     """
 
     median: float
@@ -144,7 +145,9 @@ class Profile:
         drafted: share of steps with draft tokens.
         nodes: draft tokens in such a step.
         accepted: ``[depth]`` how often a draft token of each depth is accepted, of all steps.
-        draft_s, other_s: seconds of drafting, and outside draft and target.
+        draft_s: seconds of drafting in a step.
+        rest_s: seconds of a step beside drafting and a forward of the measured cost: the engine, and a share of
+            reading the prompt.
         runs_model: whether drafting is forwards of a model, which many requests share.
     """
 
@@ -152,14 +155,15 @@ class Profile:
     nodes: float
     accepted: tuple[float, ...]
     draft_s: float
-    other_s: float
+    rest_s: float
     runs_model: bool = False
 
     @staticmethod
-    def of(runs: Sequence[EngineStats], *, runs_model: bool) -> Profile:
+    def of(runs: Sequence[EngineStats], here: Conditions, *, runs_model: bool) -> Profile:
         num_verifications = max(1, sum(stats.num_verifications for stats in runs))
         num_drafts = sum(stats.num_drafts for stats in runs)
         depth = max((len(stats.accepted_at_depth) for stats in runs), default=0)
+        forward_s = here.forward_s(1 + sum(stats.num_draft_tokens for stats in runs) / num_verifications, 1)
         return Profile(
             num_drafts / num_verifications,
             sum(stats.num_draft_tokens for stats in runs) / max(1, num_drafts),
@@ -169,25 +173,25 @@ class Profile:
                 for d in range(depth)
             ),
             median(stats.draft_s / max(1, stats.num_verifications) for stats in runs),
-            median(1e-3 * stats.own_ms_per_step for stats in runs),
+            median((stats.step_s - stats.draft_s) / max(1, stats.num_steps) for stats in runs) - forward_s,
             runs_model,
         )
 
     def plan(self, batch_size: int, here: Conditions) -> Plan:
         """Its expected speed in a batch, with drafts cut to the depth that is best there.
 
-        Cutting is taken to remove as many nodes at every depth. Sequences are taken to share a model's draft forwards as
-        they share the target's; lookups, and what the engine does for drafts, to add up.
+        Cutting is taken to remove as many nodes at every depth. Sequences are taken to share a model's draft forwards
+        as they share the target's; lookups, and what else a step with drafts takes longer, to add up.
         """
-        plain_s = here.forward_s(batch_size, batch_size) + here.own_s(batch_size)
+        plain_s = here.forward_s(batch_size, batch_size) + here.rest_s(batch_size)
         one, all_ = here.forward_s(1, 1), here.forward_s(batch_size, batch_size)
-        own_s = here.own_s(batch_size) + batch_size * max(0.0, self.other_s - here.own_s(1))
+        rest_s = here.rest_s(batch_size) + batch_size * max(0.0, self.rest_s - here.rest_s(1))
         depth = max(1, len(self.accepted))
         best: Plan | None = None
         for cut in range(1, depth + 1):
             nodes = self.drafted * min(self.nodes, cut * max(1.0, self.nodes / depth))
             drafting = self.draft_s * (all_ / one * cut / depth if self.runs_model else batch_size)
-            step_s = here.forward_s(batch_size * (1 + nodes), batch_size) + drafting + own_s
+            step_s = here.forward_s(batch_size * (1 + nodes), batch_size) + drafting + rest_s
             tokens = 1.0 + sum(self.accepted[:cut])
             plan = Plan(batch_size, nodes, cut, tokens, step_s, tokens * plain_s / step_s)
             if best is None or plan.speedup > best.speedup:
@@ -203,30 +207,35 @@ class Conditions:
     Attributes:
         cost: of forwards.
         context: positions of a sequence.
-        own: of a plain step's time outside the model for one sequence, in seconds.
-        own_each: likewise for each further sequence.
+        rest: seconds of a plain step of one sequence beside its forward.
+        rest_each: likewise of each further sequence; that its row joins others' in a forward is in it.
     """
 
     cost: ForwardCost
     context: float
-    own: float
-    own_each: float = 0.0
+    rest: float = 0.0
+    rest_each: float = 0.0
 
     def forward_s(self, num_rows: float, batch_size: int) -> float:
         return self.cost.seconds(num_rows, batch_size * self.context)
 
-    def own_s(self, batch_size: int) -> float:
-        return self.own + (batch_size - 1) * self.own_each
+    def rest_s(self, batch_size: int) -> float:
+        return self.rest + (batch_size - 1) * self.rest_each
 
     @staticmethod
     def of(results: Results, batched: Results, cost: ForwardCost, context: float) -> Conditions:
-        one, many = (
-            [s.stats.own_ms_per_step for s in of.samples.get(PLAIN, []) if s.stats] for of in (results, batched)
+        """From plain decoding, one sequence at a time and BATCH together (which may not have run)."""
+        bare = Conditions(cost, context)
+        rest, of_batch = (
+            [_step_s(s.stats) - bare.forward_s(size, size) for s in runs.samples.get(PLAIN, []) if s.stats]
+            for runs, size in ((results, 1), (batched, BATCH))
         )
-        own = 1e-3 * median(one)
-        return Conditions(
-            cost, context, own, max(0.0, 1e-3 * median(many) - own) / (BATCH - 1) if many else 0.0
-        )
+        each = max(0.0, median(of_batch) - median(rest)) / (BATCH - 1) if of_batch else 0.0
+        return Conditions(cost, context, median(rest), each)
+
+
+def _step_s(stats: EngineStats) -> float:
+    return stats.step_s / max(1, stats.num_steps)
 
 
 def fastest(results: Results) -> str | None:
@@ -266,7 +275,9 @@ def advice(
         "drafter": best["drafter"] if best and pays else {"method": "none"},
         "best": best["name"] if best else None,
         "as_good": [
-            of["name"] for of in eligible if best and of is not best and of["speedup"]["high"] >= best["speedup"]["low"]
+            of["name"]
+            for of in eligible
+            if best and of is not best and of["speedup"]["high"] >= best["speedup"]["low"]
         ],
         "plain": asdict(median_interval([sample.tokens_per_s for sample in results.samples[PLAIN]])),
         "candidates": found,
@@ -277,7 +288,7 @@ def advice(
 def _found(name: str, spec: dict[str, Any], results: Results, here: Conditions) -> dict[str, Any]:
     summary = summarise(name, results, comparable=True)
     samples = results.samples[name]
-    profile = _profile(samples, spec)
+    profile = _profile(samples, spec, here)
     config = drafter_config(spec)
     plans = [profile.plan(size, here) for size in BATCHES]
     return {
@@ -294,7 +305,8 @@ def _found(name: str, spec: dict[str, Any], results: Results, here: Conditions) 
         "num_outputs": summary["num_outputs"],
         "profile": asdict(profile),
         "batches": [{**asdict(plan), "tokens_per_s": plan.tokens_per_s} for plan in plans],
-        "break_even_batch": break_even(lambda size: profile.plan(size, here).speedup),
+        "break_even_batch": break_even(lambda size: profile.plan(size, here).speedup, BATCHES[-1]),
+        "examined_to_batch": BATCHES[-1],
     }
 
 
@@ -309,15 +321,15 @@ def _batch_check(
     return {
         "name": name,
         "batch_size": BATCH,
-        "expected_speedup": _profile(results.samples[name], specs[name]).plan(BATCH, here).speedup,
+        "expected_speedup": _profile(results.samples[name], specs[name], here).plan(BATCH, here).speedup,
         "speedup": asdict(median_interval(ratios)),
         "num_equal": batched.num_equal(name),
         "num_outputs": len(batched.samples[name][0].token_ids),
     }
 
 
-def _profile(samples: Sequence[Sample], spec: Mapping[str, Any]) -> Profile:
-    return Profile.of([sample.stats for sample in samples if sample.stats], runs_model=_runs_model(spec))
+def _profile(samples: Sequence[Sample], spec: Mapping[str, Any], here: Conditions) -> Profile:
+    return Profile.of([sample.stats for sample in samples if sample.stats], here, runs_model=_runs_model(spec))
 
 
 def _runs_model(spec: Mapping[str, Any]) -> bool:

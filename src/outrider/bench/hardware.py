@@ -61,8 +61,8 @@ class Hardware:
         return self.flops["int8" if weights == "int4" else weights]
 
 
-def _gpu(name: str, bandwidth: float, fp32: float, bf16: float, int8: float, source: str) -> Hardware:
-    return Hardware(name, bandwidth, {"fp32": fp32, "bf16": bf16, "int8": int8}, source=source)
+def _gpu(name: str, bandwidth: float, flops: tuple[float, float, float], source: str) -> Hardware:
+    return Hardware(name, bandwidth, dict(zip(("fp32", "bf16", "int8"), flops, strict=True)), source=source)
 
 
 # Peaks are the vendors', dense: where a data sheet prints figures "with sparsity", half of them.
@@ -70,21 +70,21 @@ KNOWN: dict[str, Hardware] = {
     of.name: of
     for of in (
         # 2,039 GB/s, 19.5 TFLOPS FP32, 312 TFLOPS BF16, 624 TOPS INT8.
-        _gpu("a100", 2.039e12, 19.5e12, 312e12, 624e12, "NVIDIA A100 80GB SXM data sheet"),
+        _gpu("a100", 2.039e12, (19.5e12, 312e12, 624e12), "NVIDIA A100 80GB SXM data sheet"),
         # 3.35 TB/s, 67 TFLOPS FP32; with sparsity 1,979 TFLOPS BF16, 3,958 TOPS INT8.
-        _gpu("h100", 3.35e12, 67e12, 989.5e12, 1979e12, "NVIDIA H100 SXM data sheet"),
+        _gpu("h100", 3.35e12, (67e12, 989.5e12, 1979e12), "NVIDIA H100 SXM data sheet"),
         # 4.8 TB/s, 67 TFLOPS FP32; with sparsity 1,979 TFLOPS BF16, 3,958 TOPS INT8.
-        _gpu("h200", 4.8e12, 67e12, 989.5e12, 1979e12, "NVIDIA H200 SXM data sheet"),
+        _gpu("h200", 4.8e12, (67e12, 989.5e12, 1979e12), "NVIDIA H200 SXM data sheet"),
         # 1,008 GB/s, 82.6 TFLOPS FP32, 165.2 TFLOPS BF16 with FP32 accumulation, 660.6 TOPS INT8.
-        _gpu("rtx4090", 1.008e12, 82.6e12, 165.2e12, 660.6e12, "NVIDIA Ada GPU architecture white paper"),
+        _gpu("rtx4090", 1.008e12, (82.6e12, 165.2e12, 660.6e12), "NVIDIA Ada GPU architecture white paper"),
         # 864 GB/s, 91.6 TFLOPS FP32, 362.05 TFLOPS BF16, 733 TOPS INT8.
-        _gpu("l40s", 864e9, 91.6e12, 362.05e12, 733e12, "NVIDIA L40S data sheet"),
-        # 400 GB/s; Apple gives 3.6 TFLOPS for the 10-core GPU of the M2, so 13.6 for the 38 cores of this one. No matrix
-        # unit of the GPU multiplies integers or halves faster.
-        _gpu("m2max", 400e9, 13.6e12, 13.6e12, 13.6e12, "Apple, M2 Max announcement; FLOP/s scaled from the M2's"),
-        # No vendor says what two cores of a shared server get. Ours, in benchmarks/results/forward_epyc_202611.md: 47 GB/s
-        # by our own read probe; prompts of 512 tokens ran at 0.9 (bf16) and 1.6 TFLOP/s (int8), which we take as reached,
-        # and half of bf16 for fp32. So the efficiency of arithmetic is 1; of bandwidth, 0.94 (bf16).
+        _gpu("l40s", 864e9, (91.6e12, 362.05e12, 733e12), "NVIDIA L40S data sheet"),
+        # 400 GB/s; Apple gives 3.6 TFLOPS for the 10-core GPU of the M2, so 13.6 for the 38 cores of this one. No
+        # matrix unit of the GPU multiplies integers or halves faster.
+        _gpu("m2max", 400e9, (13.6e12, 13.6e12, 13.6e12), "Apple, M2 Max announcement; FLOP/s scaled from the M2's"),
+        # No vendor says what two cores of a shared server get. benchmarks/results/forward_epyc_202611.md: 47 GB/s by
+        # our own read probe; prompts of 512 tokens ran at 0.9 (bf16) and 1.6 TFLOP/s (int8), taken as reached, and
+        # half of bf16 for fp32. So the efficiency of arithmetic is 1; of bandwidth, 0.94 (bf16).
         Hardware(
             "epyc-2c",
             47e9,

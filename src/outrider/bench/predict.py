@@ -10,13 +10,22 @@ from typing import Any
 
 from outrider.bench.hardware import Hardware
 from outrider.bench.roofline import ModelFigures, forward_seconds
-from outrider.bench.speculation import BATCHES, WORTH_IT, Draftings, Plan, break_even, by_depth_and_rank, width_of
+from outrider.bench.speculation import (
+    BATCHES,
+    LARGEST_BATCH,
+    WORTH_IT,
+    Draftings,
+    Plan,
+    break_even,
+    by_depth_and_rank,
+    width_of,
+)
 from outrider.errors import ConfigError
 
-# The bundled pair on 24 pieces of held-out code, greedy, up to 96 tokens each: how often the draft token of each depth was
-# the target's choice once its parent was, of chains of 12 without a threshold; which part of the first token's misses
-# the second, third and fourth candidates were (teacher-forced, 2,304 positions); and the same chains of prompt lookup
-# with one candidate.
+# The bundled pair on 24 pieces of held-out code, greedy, up to 96 tokens each: how often the draft token of each depth
+# was the target's choice once its parent was, of chains of 12 without a threshold; which part of the first token's
+# misses the second, third and fourth candidates were (teacher-forced, 2,304 positions); and the same chains of prompt
+# lookup with one candidate.
 PAIR_RATES = (0.825, 0.822, 0.85, 0.853, 0.937, 0.926, 0.927, 0.907)
 SIBLING_SHARES = (0.63, 0.144, 0.045)
 LOOKUP_RATES = (0.466, 0.796, 0.865, 0.883, 0.911, 0.91, 0.939, 0.951)
@@ -96,6 +105,7 @@ class Prediction:
             "tokens_per_s": self.plans[0].tokens_per_s,
             "pays": self.pays,
             "break_even_batch": self.break_even_batch,
+            "examined_to_batch": LARGEST_BATCH,
             "batches": [{**asdict(plan), "tokens_per_s": plan.tokens_per_s} for plan in self.plans],
         }
 
@@ -119,15 +129,17 @@ def step_seconds(
     target: ModelFigures,
     machine: Hardware,
     drafting: Drafting | None,
-    batch: int,
-    nodes: int,
-    depth: int,
+    size: tuple[int, int, int],
     context: int,
 ) -> float:
     """Time of one step: the drafts, the target's forward over all roots and drafts, and what is neither.
 
     A draft model runs once for each depth, over the nodes of that depth, which are taken to be equally many.
+
+    Args:
+        size: sequences, draft tokens of each, and the depth of the draft.
     """
+    batch, nodes, depth = size
     seconds = machine.step_s + forward_seconds(target, machine, batch * (1 + nodes), sequences=batch, context=context)
     if drafting is None or nodes == 0:
         return seconds
@@ -142,7 +154,7 @@ def predict(target: ModelFigures, machine: Hardware, drafting: Drafting, *, cont
     options = Draftings(drafting.acceptance, max_nodes=MAX_NODES if drafting.tree else MAX_DEPTH, max_depth=MAX_DEPTH)
 
     def seconds(batch: int, nodes: int, depth: int) -> float:
-        return step_seconds(target, machine, drafting, batch, nodes, depth, context)
+        return step_seconds(target, machine, drafting, (batch, nodes, depth), context)
 
     plans = [options.best(batch, seconds) for batch in BATCHES]
     shape = options.shape(plans[0])
@@ -152,7 +164,7 @@ def predict(target: ModelFigures, machine: Hardware, drafting: Drafting, *, cont
 
 
 def plain_tokens_per_s(target: ModelFigures, machine: Hardware, batch: int, context: int) -> float:
-    return batch / step_seconds(target, machine, None, batch, 0, 0, context)
+    return batch / step_seconds(target, machine, None, (batch, 0, 0), context)
 
 
 def assumptions(target: ModelFigures, machine: Hardware, *, context: int, rates_given: bool) -> list[str]:

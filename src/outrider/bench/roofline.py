@@ -1,7 +1,7 @@
 """How long a forward takes at least, from a model's configuration and a machine's peaks alone.
 
-A forward of M rows over B sequences of context c reads the weights once and every sequence's keys and values once, and
-multiplies every weight with every row:
+A forward of M rows over B sequences of context c reads the weights once and every sequence's keys and values once,
+and multiplies every weight with every row:
 
     seconds = max(bytes / bandwidth, operations / peak) + overhead         (Williams, Waterman, Patterson 2009)
 """

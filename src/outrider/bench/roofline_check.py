@@ -11,11 +11,13 @@ from outrider.bench.forward import last_level_cache_bytes, probes_agree
 NUM_PAIRS, MAX_PAIRS = 7, 35
 
 
-def roofline_check(num_bytes: float, forward: Callable[[], float], probe: Callable[[], float]) -> dict[str, Any] | None:
+def roofline_check(
+    num_bytes: float, forward: Callable[[], float], probe: Callable[[], float]
+) -> dict[str, Any] | None:
     """Predicted over measured seconds of a forward of one row that does nothing but read `num_bytes`.
 
-    A machine's bandwidth changes from second to second, so each forward stands between two probes and counts only if they
-    agree.
+    A machine's bandwidth changes from second to second, so each forward stands between two probes and counts only if
+    they agree.
 
     Args:
         forward: seconds of one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,24 +88,19 @@ def width_of(shape: TreeShape) -> int:
     return int(np.bincount(shape.depths).max()) if shape.depths else 0
 
 
-def break_even(speedup: Callable[[int], float]) -> int | None:
+def break_even(speedup: Callable[[int], float], largest: int = LARGEST_BATCH) -> int | None:
     """The smallest batch of which, and of all larger ones examined, plain decoding is as good; None if there is none.
 
-    Examined are all sizes to 64, then 64 times powers of two to LARGEST_BATCH.
+    Examined are all sizes to 64, then 64 times powers of two, to `largest`.
     """
     first: int | None = None
-    for batch_size in reversed([*range(1, 65), *_doublings(64)]):
+    for batch_size in sorted({*range(1, 65), *(2**power for power in range(7, 31))}, reverse=True):
+        if batch_size > largest:
+            continue
         if speedup(batch_size) >= WORTH_IT:
             break
         first = batch_size
     return first
-
-
-def _doublings(start: int) -> Iterable[int]:
-    size = 2 * start
-    while size <= LARGEST_BATCH:
-        yield size
-        size *= 2
 
 
 def by_depth_and_rank(rates: Sequence[float], sibling_shares: Sequence[float]) -> list[tuple[float, ...]]:

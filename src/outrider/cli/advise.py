@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from itertools import count, cycle, islice
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from outrider.bench.hardware import KNOWN, THIS, hardware_of
 from outrider.cli import options as opt
@@ -17,7 +17,7 @@ from outrider.cli.bench_acceptance import encode_for
 from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
 from outrider.cli.options import MEASURING, EngineOptions, base_seed, option
 from outrider.cli.prompts import chosen_workload
-from outrider.config import EngineConfig
+from outrider.config import EngineConfig, Weights
 from outrider.config.checks import check_weights
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
@@ -25,7 +25,6 @@ from outrider.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from outrider.bench.roofline import ModelFigures
     from outrider.bench.workloads import Workload
-    from outrider.drafting.forward_cost import ForwardCost
     from outrider.llm import LLM
 
 DEFAULT_NUM_PROMPTS = 8
@@ -60,7 +59,8 @@ def advise(
     prompts: opt.Prompts = None,
     data: opt.DataFile = None,
     seconds: Annotated[
-        float, option("--seconds", help="To spend on decoding; one round of all drafters always runs.", panel=MEASURING)
+        float,
+        option("--seconds", help="To spend on decoding; one round of all drafters always runs.", panel=MEASURING),
     ] = 60.0,
     context: Annotated[
         int | None,
@@ -89,8 +89,8 @@ def advise(
 ) -> None:
     """Say which drafter, tree and length to use, what it brings, and from which batch on plain decoding is as good.
 
-    On this machine by measuring (an interruption advises on what there is); for another one from its published figures
-    and the model's config.json alone.
+    On this machine by measuring (an interruption advises on what there is); for another one from its published
+    figures and the model's config.json alone.
     """
     if context is not None and not 0 <= context <= MAX_CONTEXT:
         raise ConfigError("--context", got=context, expected=f"0 to {MAX_CONTEXT}")
@@ -110,7 +110,9 @@ def advise(
     )
     if hardware.lower() != THIS:
         check_writable(output)
-        record = _prediction(hardware, engine, draft or [], acceptance, context=DEFAULT_CONTEXT if context is None else context)
+        record = _prediction(
+            hardware, engine, draft or [], acceptance, context=DEFAULT_CONTEXT if context is None else context
+        )
     else:
         if acceptance is not None:
             raise ConfigError("--acceptance", got="hardware 'this'", expected="another: here acceptance is measured")
@@ -217,7 +219,6 @@ def _prediction(
     hardware: str, options: EngineOptions, drafts: list[str], acceptance: str | None, *, context: int
 ) -> dict[str, Any]:
     machine = hardware_of(hardware)
-    check_weights("", options.weights, options.group_size)
 
     from outrider.bench import predict as p
     from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
@@ -235,7 +236,12 @@ def _prediction(
         "command": ["outrider", *sys.argv[1:]],
         "hardware": asdict(machine),
         "model": asdict(target),
-        "config": {"model": model, "weights": weights, "group_size": options.group_size, "revision": options.revision},
+        "config": {
+            "model": model,
+            "weights": weights,
+            "group_size": options.group_size,
+            "revision": options.revision,
+        },
         "context": context,
         "assumptions": p.assumptions(target, machine, context=context, rates_given=rates is not None),
         "plain_tokens_per_s": p.plain_tokens_per_s(target, machine, 1, context),
@@ -247,12 +253,13 @@ def _prediction(
 
 def _figures(path: str, revision: str | None, weights: str, group_size: int) -> ModelFigures:
     """Of a model by its config.json; nothing else is read or downloaded."""
+    check_weights("", weights, group_size)
     from outrider.bench.roofline import model_figures
     from outrider.models.loader import folder_of, quiet_transformers, read_config
 
     with quiet_transformers():
         config = read_config(folder_of(path, revision, files=["config.json"]))
-        return model_figures(config, name=Path(path).name, weights=weights, group_size=group_size)  # type: ignore[arg-type]
+        return model_figures(config, name=Path(path).name, weights=cast("Weights", weights), group_size=group_size)
 
 
 def _draft_figures(name: str, target: ModelFigures) -> tuple[ModelFigures, str | None]:

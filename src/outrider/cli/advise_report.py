@@ -15,6 +15,8 @@ from rich.table import Table
 from outrider.bench.speculation import BATCHES
 from outrider.config import EngineConfig
 
+TRUSTED = 1.25  # how many times off the expectation of a batch may be before the reader is told
+
 
 def print_prediction(console: Console, record: Mapping[str, Any]) -> None:
     machine, found = record["hardware"], record["predictions"]
@@ -45,8 +47,9 @@ def print_prediction(console: Console, record: Mapping[str, Any]) -> None:
 def print_measurement(console: Console, record: Mapping[str, Any]) -> None:
     config, prompts, plain = record["config"], record["prompts"], record["plain"]
     title = (
-        f"{config['model'] or 'bundled model'}, {record['dtype']}, weights {config['weights']}, {config['exactness']}, "
-        f"workload {prompts['workload']}, {prompts['count']} prompts, up to {record['sampling']['max_tokens']} tokens, "
+        f"{config['model'] or 'bundled model'}, {record['dtype']}, weights {config['weights']}, "
+        f"{config['exactness']}; "
+        f"{prompts['workload']}, {prompts['count']} prompts, up to {record['sampling']['max_tokens']} tokens, "
         f"temperature {record['sampling']['temperature']:g}; plain decoding {_spread(plain, '.1f')} tokens/s"
     )
     table = _table(title, ("tokens/s", "speedup", "tokens a step", "most drafts", "depth", "repeats", "identical"))
@@ -72,12 +75,15 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
     said: list[str] = []
     if best is not None and record["recommended"] == best["name"]:
         said.append(
-            f"Use {best['name']}: {_spread(best['tokens_per_s'], '.1f')} tokens/s, {_spread(best['speedup'], '.2f', 'x')}."
+            f"Use {best['name']}: {_spread(best['tokens_per_s'], '.1f')} tokens/s, "
+            f"{_spread(best['speedup'], '.2f', 'x')}, {best['acceptance_length']:.2f} tokens a step."
         )
         if record["as_good"]:
             said.append(f"As good within the error: {', '.join(record['as_good'])}.")
     elif best is not None:
-        said.append(f"Decode plainly: the best drafter, {best['name']}, came to {_spread(best['speedup'], '.2f', 'x')}.")
+        said.append(
+            f"Decode plainly: the best drafter, {best['name']}, came to {_spread(best['speedup'], '.2f', 'x')}."
+        )
     else:
         said.append("Decode plainly: no drafter gave plain decoding's output to the last token.")
     if best is not None:
@@ -85,7 +91,8 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
         meaning = f"hold the true median with probability {coverage:.0%}" if coverage else "one repeat tells no error"
         said.append(f"In brackets: {meaning}. Speedups are against plain decoding in the same round.")
     said.append(
-        f"Batches are computed, not run: context {record['context']}, rows beyond {record['forward_cost']['rows'][-1]} "
+        f"Batches are computed, not run: context {record['context']}, rows beyond "
+        f"{record['forward_cost']['rows'][-1]} "
         "extrapolated, drafts cut to their best depth."
     )
     if any(of["num_equal"] != of["num_outputs"] for of in by_name.values()):
@@ -94,13 +101,18 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
     if check is not None:
         said.append(
             f"Checked in batches of {check['batch_size']}, {check['name']}: {_spread(check['speedup'], '.2f', 'x')}, "
-            f"expected {check['expected_speedup']:.2f}x; {check['num_equal']}/{check['num_outputs']} outputs identical."
+            f"expected {check['expected_speedup']:.2f}x; "
+            f"{check['num_equal']}/{check['num_outputs']} outputs identical."
         )
+        off = check["expected_speedup"] / check["speedup"]["median"]
+        if not 1 / TRUSTED <= off <= TRUSTED:
+            said.append(f"So the table of batches is too {'optimistic' if off > 1 else 'pessimistic'} here.")
     roofline = record["roofline"]
     if roofline is not None:
         cache = roofline["last_level_cache_bytes"] or 0
         said.append(
-            f"Roofline of one row: {roofline['weight_bytes_read'] / 1e6:.1f} MB at {roofline['bandwidth'] / 1e9:.1f} GB/s; "
+            f"Roofline of one row: {roofline['weight_bytes_read'] / 1e6:.1f} MB at "
+            f"{roofline['bandwidth'] / 1e9:.1f} GB/s; "
             f"measured {1e3 * roofline['measured_s']:.2f} ms; predicted/measured "
             f"{roofline['predicted_over_measured']:.2f} [{roofline['low']:.2f}, {roofline['high']:.2f}]"
             + (" (the weights fit into the last-level cache)." if roofline["weight_bytes_read"] < cache else ".")
@@ -121,7 +133,7 @@ def batch_table(found: Sequence[Mapping[str, Any]], title: str) -> Table:
     for of in found:
         cells = [f"{plan['speedup']:.2f}x ({plan['num_nodes']:.3g})" for plan in of["batches"]]
         end = of["break_even_batch"]
-        table.add_row(of["name"], *cells, "never" if end is None else f"batch {end}")
+        table.add_row(of["name"], *cells, f"above {of['examined_to_batch']}" if end is None else f"batch {end}")
     return table
 
 
