@@ -49,7 +49,7 @@ def test_measured_on_the_bundled_model(tmp_path: Path) -> None:
     drafter_config(record["drafter"])
     assert ("Decode plainly" if record["recommended"] == "none" else "Use ") in result.stdout
     assert "To paste:" in result.stdout
-    assert "llm = LLM(drafter=" in result.stdout
+    assert "llm = LLM(decoding=" in result.stdout
 
 
 def test_prompts_of_the_user_a_draft_and_json_alone(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_where_nothing_pays_plain_decoding_is_the_advice() -> None:
     result = run("--hardware", "h100", "--acceptance", "0")
     assert result.exit_code == 0, result.output
     assert "Decode plainly" in result.stdout
-    assert "--drafter none" in result.stdout
+    assert "--decoding none" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -342,10 +342,10 @@ def test_lines_to_paste() -> None:
     config = {"model": "my model", "weights": "int8", "dtype": "auto", "group_size": 64}
     spec = {"method": "draft_model", "model": "d", "depth": 3}
     assert python_line(config, spec) == (
-        "llm = LLM('my model', drafter={'method': 'draft_model', 'model': 'd', 'depth': 3}, weights='int8')"
+        "llm = LLM('my model', decoding={'method': 'draft_model', 'model': 'd', 'depth': 3}, weights='int8')"
     )
     assert cli_line(config, spec) == (
-        "outrider generate PROMPT --model 'my model' --weights int8 --drafter draft_model --draft-model d "
-        "--drafter-config '{\"depth\": 3}'"
+        "outrider generate PROMPT --model 'my model' --weights int8 --decoding draft_model --draft-model d "
+        "--decoding-config '{\"depth\": 3}'"
     )
-    assert cli_line({"model": None}, {"method": "none"}) == "outrider generate PROMPT --drafter none"
+    assert cli_line({"model": None}, {"method": "none"}) == "outrider generate PROMPT --decoding none"

@@ -58,10 +58,10 @@ def _usable_draft(llm: LLM, path: str) -> dict[str, Any]:
     """Loaded once before anything runs, so that what is wrong with it is said now."""
     spec = {"method": "draft_model", "model": path}
     try:
-        llm.with_drafter(spec)
+        llm.with_decoding(spec)
     except VocabularyMismatchError:
         spec["method"] = "universal_draft"
-        llm.with_drafter(spec)
+        llm.with_decoding(spec)
     return spec
 
 

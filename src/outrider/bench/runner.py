@@ -83,7 +83,7 @@ class OutriderContender:
 
     def prepare(self) -> None:
         """A new drafter, because some learn from every text that they see; then a few tokens as warm-up."""
-        self._llm = self._base.with_drafter(self._drafter)
+        self._llm = self._base.with_decoding(self._drafter)
         self._llm.generate(WARM_UP_PROMPT, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
         self._llm.engine.stats = EngineStats()
 

@@ -150,7 +150,7 @@ def print_paste(console: Console, config: Mapping[str, Any], spec: Mapping[str, 
 def python_line(config: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
     first = "" if config["model"] is None else f"{config['model']!r}, "
     rest = "".join(f", {name}={value!r}" for name, value in _settings(config).items())
-    return f"llm = LLM({first}drafter={dict(spec)!r}{rest})"
+    return f"llm = LLM({first}decoding={dict(spec)!r}{rest})"
 
 
 def cli_line(config: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
@@ -159,11 +159,11 @@ def cli_line(config: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
     words = [] if config["model"] is None else ["--model", config["model"]]
     for name, value in _settings(config).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--drafter", spec["method"]]
+    words += ["--decoding", spec["method"]]
     if isinstance(settings.get("model"), str):
         words += ["--draft-model", settings.pop("model")]
     if settings:
-        words += ["--drafter-config", json.dumps(settings)]
+        words += ["--decoding-config", json.dumps(settings)]
     return f"outrider generate PROMPT {shlex.join(words)}"
 
 

@@ -93,7 +93,7 @@ def build_engine(
     rule = build_rule(config.verification)
     cache = build_cache(config.cache, config.scheduler, model)
 
-    drafter_config = config.drafter
+    drafter_config = config.decoding
     if isinstance(drafter_config, AutoConfig) and drafter_config.drafters is None:
         drafter_config = replace(
             drafter_config, drafters=_drafters_for_any_text(config, drafter_config.draft_model), draft_model=None
@@ -131,7 +131,7 @@ def _drafters_for_any_text(config: EngineConfig, draft_model: str | None) -> tup
 
 def cost_of_target(config: EngineConfig, model: Model, on_progress: Progress | None = None) -> ForwardCost:
     """What the target's forwards cost, measured now if it is not known; for a planner that should not, unknown."""
-    if isinstance(config.drafter, AutoConfig) and not config.drafter.calibrate:
+    if isinstance(config.decoding, AutoConfig) and not config.decoding.calibrate:
         return ForwardCost.unknown()
     path = Path(config.model or BUNDLED_TARGET)
     identity = {
