@@ -22,8 +22,8 @@ from outrider.bench.speculation import (
 )
 from outrider.errors import ConfigError
 
-# The bundled pair on 24 pieces of held-out code, greedy, up to 96 tokens each: how often the draft token of each depth
-# was the target's choice once its parent was, of chains of 12 without a threshold; which part of the first token's
+# The bundled pair on 24 pieces of held-out code, greedy, up to 96 tokens each: how often the draft token of each
+# depth was the target's choice once its parent was, of chains of 12 without a threshold; which part of the first token's
 # misses the second, third and fourth candidates were (teacher-forced, 2,304 positions); and the same chains of prompt
 # lookup with one candidate.
 PAIR_RATES = (0.825, 0.822, 0.85, 0.853, 0.937, 0.926, 0.927, 0.907)

@@ -89,7 +89,7 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
     if best is not None:
         coverage = best["speedup"]["coverage"]
         meaning = f"hold the true median with probability {coverage:.0%}" if coverage else "one repeat tells no error"
-        said.append(f"In brackets: {meaning}. Speedups are against plain decoding in the same round.")
+        said.append(f"In brackets: {meaning}. Other prompts may fare otherwise.")
     said.append(
         f"Batches are computed, not run: context {record['context']}, rows beyond "
         f"{record['forward_cost']['rows'][-1]} "
