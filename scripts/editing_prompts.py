@@ -28,7 +28,7 @@ def copied(output: list[int], expected: list[int]) -> float:
 
 
 def main() -> None:
-    llm = LLM(drafter="ngram", scheduler={"max_num_seqs": 16})
+    llm = LLM(decoding="ngram", scheduler={"max_num_seqs": 16})
     cases: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
     for name, path in held_out_by_name().items():
         for function, code in dict(functions_of(path)).items():

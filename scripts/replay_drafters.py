@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     arguments = parser.parse_args()
 
-    llm = LLM(drafter="ngram")
+    llm = LLM(decoding="ngram")
     workloads = recordings(llm, arguments.num_prompts, arguments.max_tokens, arguments.questions)
     long_context = long_recording(workloads["edit"])
     rows = []

@@ -48,7 +48,7 @@ class LLM:
 
     Args:
         model: a local folder or hub id (safetensors); None is the bundled model.
-        drafter: "auto" (in every step the drafter that pays, or none); the name of a method, such as "ngram" (all:
+        decoding: "auto" (in every step the drafter that pays, or none); the name of a method, such as "ngram" (all:
             `outrider.config.DRAFTER_CONFIGS`); a mapping with key "method" and its settings; or a config.
         verification: "coupled" (the output is what plain decoding gives with the same seed), "rejection",
             "tree_rejection" or "multi_candidate" (exact in distribution).
@@ -67,7 +67,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
-        drafter: str | Mapping[str, Any] | DrafterConfig = "auto",
+        decoding: str | Mapping[str, Any] | DrafterConfig = "auto",
         verification: str = "coupled",
         exactness: Exactness = "auto",
         dtype: str = "auto",
@@ -88,7 +88,7 @@ class LLM:
             device=device,
             exactness=exactness,
             verification=verification,
-            drafter=drafter_config(drafter),
+            decoding=drafter_config(decoding),
             cache=cache if isinstance(cache, CacheConfig) else from_mapping(CacheConfig, cache or {}, "cache"),
             scheduler=scheduler
             if isinstance(scheduler, SchedulerConfig)
@@ -99,14 +99,14 @@ class LLM:
         self.engine = build_engine(self.config, self.model, self.tokenizer, on_calibration=on_calibration)
         self._ids = count()
 
-    def with_drafter(
-        self, drafter: str | Mapping[str, Any] | DrafterConfig, *, verification: str | None = None
+    def with_decoding(
+        self, decoding: str | Mapping[str, Any] | DrafterConfig, *, verification: str | None = None
     ) -> LLM:
         """Another LLM over the same loaded weights, with a cache and requests of its own."""
         other = copy(self)
         other.config = replace(
             self.config,
-            drafter=drafter_config(drafter),
+            decoding=drafter_config(decoding),
             verification=verification or self.config.verification,
         )
         other.engine = build_engine(other.config, self.model, self.tokenizer)

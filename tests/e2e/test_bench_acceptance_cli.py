@@ -33,7 +33,7 @@ def run(*arguments: str) -> Result:
 
 def test_a_row_for_every_rule_drafter_budget_and_workload(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    options = ("--workload", "code,random", "--drafter", "ngram,recycling", "--budget", "2,6")
+    options = ("--workload", "code,random", "--decoding", "ngram,recycling", "--budget", "2,6")
     result = run(
         "acceptance", *options, "--verification", "coupled,rejection", "-t", "0,0.8", *SMALL, "-o", str(output)
     )
@@ -57,7 +57,9 @@ def test_a_row_for_every_rule_drafter_budget_and_workload(tmp_path: Path) -> Non
 
 def test_json_alone_and_the_temperature_of_the_workload() -> None:
     record = json.loads(
-        run("acceptance", "--workload", "edit,random", "--drafter", "ngram", "--budget", "8", *SMALL, "--json").stdout
+        run(
+            "acceptance", "--workload", "edit,random", "--decoding", "ngram", "--budget", "8", *SMALL, "--json"
+        ).stdout
     )
     assert [(row["workload"], row["temperature"]) for row in record["results"]] == [("edit", 0.0), ("random", 1.5)]
 
@@ -71,7 +73,7 @@ def test_an_interruption_prints_the_finished_rows(monkeypatch: pytest.MonkeyPatc
         return right(self, prompts)
 
     monkeypatch.setattr(OutriderContender, "run", interrupted)
-    options = ("--workload", "code", "--drafter", "ngram", "--budget", "2,4,6", *SMALL, "--json")
+    options = ("--workload", "code", "--decoding", "ngram", "--budget", "2,4,6", *SMALL, "--json")
     result = run("acceptance", *options)
     assert result.exit_code == 130
     assert [row["budget"] for row in json.loads(result.stdout)["results"]] == [2]
@@ -90,7 +92,7 @@ def test_a_drafter_without_a_budget_keeps_its_own() -> None:
 
 @pytest.mark.parametrize("workload", ["edit", "random"])
 def test_bench_decode_records_its_workload(workload: str) -> None:
-    options = ("--workload", workload, *SMALL, "--repeats", "1", "--drafters", "ngram", "--no-transformers", "--json")
+    options = ("--workload", workload, *SMALL, "--repeats", "1", "ngram", "--no-transformers", "--json")
     result = run("decode", *options)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
@@ -104,7 +106,7 @@ def test_bench_decode_on_a_data_set(tmp_path: Path) -> None:
     path = tmp_path / "question.jsonl"
     path.write_text(json.dumps({"category": "qa", "turns": ["def f("]}) + "\n")
     options = ("--workload", "spec_bench", "--data", str(path), "--prompts", "1", "--max-tokens", "4")
-    result = run("decode", *options, "--repeats", "1", "--drafters", "none", "--no-transformers")
+    result = run("decode", *options, "--repeats", "1", "none", "--no-transformers")
     assert result.exit_code == 0, result.output
     assert "workload spec_bench" in " ".join(result.stdout.split())
 
@@ -123,8 +125,8 @@ def test_bench_decode_on_a_data_set(tmp_path: Path) -> None:
         ("acceptance --verification hope", ("--verification", "hope")),
         ("acceptance --temperature hot", ("--temperature",)),
         ("acceptance --temperature -1", ("temperature",)),
-        ("acceptance --drafter none", ("--drafter",)),
-        ("acceptance --drafter telepathy", ("telepathy",)),
+        ("acceptance --decoding none", ("--decoding",)),
+        ("acceptance --decoding telepathy", ("telepathy",)),
         ("acceptance --prompts 0", ("--prompts",)),
         ("acceptance --batch-size 0", ("--batch-size",)),
         ("acceptance --output /no/such/folder/file", ("/no/such/folder/file",)),

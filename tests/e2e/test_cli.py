@@ -95,19 +95,19 @@ def test_commands_give_what_the_library_gives() -> None:
         ignore_eos=True,
         seed=3,
     )
-    expected = LLM(drafter="none").generate(PROMPT, params)[0].outputs[0]
+    expected = LLM(decoding="none").generate(PROMPT, params)[0].outputs[0]
     options = (
         "--temperature 0.9 --top-k 40 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.1 --presence-penalty 0.2 "
         "--frequency-penalty 0.1 --logit-bias 65=3 --logit-bias 70=-2.5 --min-tokens 2 --max-tokens 12 --seed 3 "
         "--stop-token-id 9 --ignore-eos --stop return"
     )
-    result = run("generate", PROMPT, "--json", *options.split(), "--stop", "\n\n", "--drafter", "none")
+    result = run("generate", PROMPT, "--json", *options.split(), "--stop", "\n\n", "--decoding", "none")
     (record,) = records(result.stdout)
     assert (record["text"], record["token_ids"]) == (expected.text, expected.token_ids)
 
 
 def test_text_stream_and_json_agree() -> None:
-    options = ("--drafter", "ngram", "--max-tokens", "24", "--seed", "1", "--temperature", "0.8")
+    options = ("--decoding", "ngram", "--max-tokens", "24", "--seed", "1", "--temperature", "0.8")
     text = run("generate", PROMPT, *options).stdout
     (record,) = records(run("generate", PROMPT, "--json", *options).stdout)
     assert text == record["text"] + "\n"
@@ -151,9 +151,9 @@ def test_prompts_from_a_file_come_in_order(tmp_path: Path, name: str, content: s
 def test_engine_options_reach_the_engine() -> None:
     options = (
         "--verification tree_rejection --exactness numerical --dtype float32 --cache-gb 0.5 --max-num-seqs 2 "
-        "--max-batch-tokens 64 --drafter recycling"
+        "--max-batch-tokens 64 --decoding recycling"
     )
-    settings = ("--drafter-config", '{"depth": 2, "max_nodes": 3}')
+    settings = ("--decoding-config", '{"depth": 2, "max_nodes": 3}')
     result = run("generate", PROMPT, "--json", *SHORT, *options.split(), *settings)
     assert result.exit_code == 0, result.output
     assert len(records(result.stdout)[0]["token_ids"]) == 8
@@ -195,7 +195,7 @@ def test_resume_refuses_results_of_something_else(tmp_path: Path) -> None:
 def test_a_prompt_without_usable_logits_does_not_spoil_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = LLM(drafter="none")
+    llm = LLM(decoding="none")
     right, (poisoned,) = llm.model.forward, llm.tokenizer.encode("#")
 
     def forward(batch, cache):
@@ -208,7 +208,7 @@ def test_a_prompt_without_usable_logits_does_not_spoil_the_others(
     monkeypatch.setattr(llm.model, "choose", lambda batch, cache: None)
     path = tmp_path / "prompts.txt"
     path.write_text(f"#\n{PROMPT}\n")
-    options = ("--drafter", "none", "--temperature", "0", "--max-tokens", "2")
+    options = ("--decoding", "none", "--temperature", "0", "--max-tokens", "2")
     result = run("generate", "--prompts", str(path), "--json", *options)
     assert result.exit_code == 2
     bad, good = records(result.stdout)
@@ -238,11 +238,11 @@ def test_a_prompt_without_usable_logits_does_not_spoil_the_others(
         ("generate x --logit-bias 5=nan", ["logit_bias"]),
         ("generate x --logit-bias 999999=1", ["logit_bias token id", "999999"]),
         ("generate x --stop-token-id 999999", ["stop token id", "999999"]),
-        ("generate x --drafter telepathy", ["unknown drafter", "telepathy", "ngram"]),
-        ("generate x --drafter ngram --draft-model y", ["--draft-model", "ngram"]),
-        ("generate x --drafter ngram --drafter-config {{", ["--drafter-config", "invalid JSON"]),
-        ("generate x --drafter ngram --drafter-config [1]", ["--drafter-config", "JSON object"]),
-        ('generate x --drafter ngram --drafter-config {{"depht":3}}', ["depht", "did you mean 'depth'"]),
+        ("generate x --decoding telepathy", ["unknown drafter", "telepathy", "ngram"]),
+        ("generate x --decoding ngram --draft-model y", ["--draft-model", "ngram"]),
+        ("generate x --decoding ngram --decoding-config {{", ["--decoding-config", "invalid JSON"]),
+        ("generate x --decoding ngram --decoding-config [1]", ["--decoding-config", "JSON object"]),
+        ('generate x --decoding ngram --decoding-config {{"depht":3}}', ["depht", "did you mean 'depth'"]),
         ("generate x --verification hope", ["verification", "hope"]),
         ("generate x --exactness almost", ["exactness", "almost"]),
         ("generate x --dtype int8", ["dtype", "int8"]),
@@ -266,10 +266,10 @@ def test_a_prompt_without_usable_logits_does_not_spoil_the_others(
         ("verify --batch-sizes 0", ["--batch-sizes"]),
         ("verify --temperatures 0,hot", ["--temperatures"]),
         ("verify --temperatures 0.5 --verification rejection", ["exact in distribution"]),
-        ("verify --drafter telepathy", ["telepathy"]),
+        ("verify --decoding telepathy", ["telepathy"]),
         ("verify --output /no/such/folder/file", ["/no/such/folder/file"]),
         ("bench decode --repeats 0", ["--repeats"]),
-        ("bench decode --drafters telepathy", ["telepathy"]),
+        ("bench decode --decoding telepathy", ["telepathy"]),
         ("bench decode --temperature -1", ["temperature"]),
         ("bench decode --output /no/such/folder/file", ["/no/such/folder/file"]),
         ("demo {empty}", ["prompt"]),
@@ -318,7 +318,7 @@ def test_weights_reach_the_model(weights: str) -> None:
 def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    assert_one_error_line(run("generate", "--prompts", str(path), "--drafter", "none"), *words)
+    assert_one_error_line(run("generate", "--prompts", str(path), "--decoding", "none"), *words)
 
 
 def test_bad_model_folders(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_bad_model_folders(tmp_path: Path) -> None:
 
 
 def test_own_model_wants_a_draft_for_draft_model() -> None:
-    result = run("generate", "x", "--model", BUNDLED_TARGET, "--drafter", "draft_model")
+    result = run("generate", "x", "--model", BUNDLED_TARGET, "--decoding", "draft_model")
     assert_one_error_line(result, "draft model", "--draft-model")
 
 
@@ -382,7 +382,7 @@ def test_verify_fails_for_bugs_and_not_for_ties(monkeypatch: pytest.MonkeyPatch,
 
         monkeypatch.setattr(report, "explain_divergence", explain)
     monkeypatch.setattr(CoupledRule, "verify", shifted)
-    options = "--drafter recycling --prompts 2 --max-tokens 12 --batch-sizes 1 --temperatures 0 --json"
+    options = "--decoding recycling --prompts 2 --max-tokens 12 --batch-sizes 1 --temperatures 0 --json"
     result = run("verify", *options.split())
     assert result.exit_code == status, result.output
     found = json.loads(result.stdout)
@@ -391,7 +391,7 @@ def test_verify_fails_for_bugs_and_not_for_ties(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_verify_restricts_rejection_rules_to_greedy() -> None:
-    options = "--verification rejection --drafter ngram --prompts 2 --max-tokens 4 --batch-sizes 1 --json"
+    options = "--verification rejection --decoding ngram --prompts 2 --max-tokens 4 --batch-sizes 1 --json"
     result = run("verify", *options.split(), "--dtype", "float32")
     assert result.exit_code == 0, result.output
     assert {cell["setting"] for cell in json.loads(result.stdout)["cells"]} == {"greedy", "greedy, penalties"}
@@ -416,7 +416,7 @@ def test_bench_decode_records_everything(tmp_path: Path) -> None:
 
 
 def test_bench_decode_in_batches_and_sampled() -> None:
-    options = "--prompts 3 --max-tokens 4 --repeats 1 --batch-size 2 --temperature 0.8 --drafters none --json"
+    options = "--prompts 3 --max-tokens 4 --repeats 1 --batch-size 2 --temperature 0.8 --decoding none --json"
     record = json.loads(run("bench", "decode", *options.split()).stdout)
     plain, theirs = record["results"]
     assert theirs["name"] == "transformers plain"  # assisted decoding there is for single prompts
@@ -459,7 +459,7 @@ def test_version_and_help_need_no_torch() -> None:
 def test_an_interruption_loses_nothing_and_is_quiet(tmp_path: Path) -> None:
     prompts, results = tmp_path / "prompts.txt", tmp_path / "results.jsonl"
     prompts.write_text("".join(f"x{i} = \n" for i in range(4000)))
-    options = ("--max-num-seqs", "1", "--max-tokens", "40", "--drafter", "none", "--ignore-eos", "--seed", "1")
+    options = ("--max-num-seqs", "1", "--max-tokens", "40", "--decoding", "none", "--ignore-eos", "--seed", "1")
     process = start("generate", "--prompts", str(prompts), "--output", str(results), *options)
     deadline = time.monotonic() + 120
     while (not results.exists() or results.read_bytes().count(b"\n") < 2) and time.monotonic() < deadline:

@@ -16,7 +16,7 @@ PROMPTS = ["def read_lines(path):\n    ", "import os\n\nclass Stack:\n    ", "fo
 @pytest.mark.parametrize("drafter", ["ngram", "recycling", "draft_model"])
 def test_drafters_give_the_tokens_of_plain_decoding(drafter: str, temperature: float) -> None:
     params = SamplingParams(temperature=temperature, seed=3, max_tokens=48)
-    plain = LLM(drafter="none", device="cuda", dtype="float32", exactness="bitwise")
+    plain = LLM(decoding="none", device="cuda", dtype="float32", exactness="bitwise")
     alone = [plain.generate(prompt, params)[0].outputs[0].token_ids for prompt in PROMPTS]
-    outputs = plain.with_drafter(drafter).generate(PROMPTS, params)
+    outputs = plain.with_decoding(drafter).generate(PROMPTS, params)
     assert [output.outputs[0].token_ids for output in outputs] == alone

@@ -44,7 +44,7 @@ DRAFTERS = [
 
 @pytest.fixture(scope="module")
 def plain() -> LLM:
-    return LLM(drafter="none", exactness="bitwise", scheduler={"max_num_seqs": 8, "max_batch_tokens": 128})
+    return LLM(decoding="none", exactness="bitwise", scheduler={"max_num_seqs": 8, "max_batch_tokens": 128})
 
 
 def tokens(outputs) -> list[list[int]]:
@@ -56,7 +56,7 @@ def tokens(outputs) -> list[list[int]]:
 def test_every_drafter_gives_the_tokens_of_plain_decoding(plain: LLM, drafter, params: SamplingParams) -> None:
     """In bitwise mode, batched against alone: not one token may differ."""
     alone = [tokens(plain.generate(prompt, params))[0] for prompt in PROMPTS]
-    llm = plain.with_drafter(drafter)
+    llm = plain.with_decoding(drafter)
     assert tokens(llm.generate(PROMPTS, params)) == alone
     assert llm.engine.stats.num_draft_tokens > 0
 
@@ -64,7 +64,7 @@ def test_every_drafter_gives_the_tokens_of_plain_decoding(plain: LLM, drafter, p
 def test_greedy_equals_transformers_generate() -> None:
     from transformers import AutoModelForCausalLM
 
-    llm = LLM(drafter="draft_model", dtype="float32")
+    llm = LLM(decoding="draft_model", dtype="float32")
     model = AutoModelForCausalLM.from_pretrained(BUNDLED_TARGET, dtype=torch.float32)
     for prompt in PROMPTS[:3]:
         (output,) = llm.generate(prompt, GREEDY)
@@ -105,7 +105,7 @@ def test_samples_of_one_prompt_differ_and_the_first_is_that_of_n_1(plain: LLM) -
 
 def test_stream_grows_and_ends_as_generate(plain: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=40, stop=["return", "\n\n\n"])
-    llm = plain.with_drafter("recycling")
+    llm = plain.with_decoding("recycling")
     texts = [output.outputs[0].text for output in llm.stream(PROMPT, params)]
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert texts[-1] == plain.generate(PROMPT, params)[0].outputs[0].text
@@ -156,7 +156,7 @@ def test_the_context_is_filled_and_not_overrun(plain: LLM) -> None:
     limit = plain.model.context_length
     ids = (plain.tokenizer.encode(PROMPT) * 200)[: limit - 5]
     for drafter in ["ngram", "draft_model"]:
-        llm = plain.with_drafter(drafter)
+        llm = plain.with_decoding(drafter)
         (output,) = llm.generate(
             {"prompt_token_ids": ids}, SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
         )
@@ -216,13 +216,13 @@ def test_bad_settings(arguments: dict, error: type[OutriderError]) -> None:
 
 def test_a_draft_with_another_vocabulary_is_refused(plain: LLM, tmp_path: Path) -> None:
     other = make_tiny("llama", tmp_path / "other")
-    with pytest.raises(VocabularyMismatchError, match="drafter="):
-        plain.with_drafter({"method": "draft_model", "model": str(other)})
+    with pytest.raises(VocabularyMismatchError, match="decoding="):
+        plain.with_decoding({"method": "draft_model", "model": str(other)})
 
 
 def test_a_target_of_the_users_needs_a_draft_of_the_users(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no draft model"):
-        LLM(BUNDLED_DRAFT, drafter="draft_model")
+        LLM(BUNDLED_DRAFT, decoding="draft_model")
 
 
 def test_broken_weights_end_with_an_error_and_never_with_text(tmp_path: Path) -> None:
@@ -231,13 +231,13 @@ def test_broken_weights_end_with_an_error_and_never_with_text(tmp_path: Path) ->
     for source in Path(BUNDLED_DRAFT).iterdir():
         (folder / source.name).write_bytes(source.read_bytes())
     weights = load_file(folder / "model.safetensors")
-    poisoned = LLM(BUNDLED_DRAFT, drafter="none").tokenizer.encode("class")[0]
+    poisoned = LLM(BUNDLED_DRAFT, decoding="none").tokenizer.encode("class")[0]
     weights["model.embed_tokens.weight"][poisoned] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     assert config["tie_word_embeddings"]
     with pytest.raises(OutriderError, match="NaN"):  # tied embeddings: every logit row has one
-        LLM(str(folder), drafter="none")
+        LLM(str(folder), decoding="none")
 
 
 def test_numerics_error_keeps_the_other_outputs(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

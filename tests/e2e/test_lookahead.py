@@ -13,7 +13,7 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def plain() -> LLM:
-    return LLM(drafter="none")
+    return LLM(decoding="none")
 
 
 def outputs(llm: LLM, params: SamplingParams = PARAMS) -> list[list[int]]:
@@ -26,7 +26,7 @@ def test_steps_fall_as_the_window_and_the_ngrams_grow(plain: LLM) -> None:
     expected, num_steps = outputs(plain), []
     for window, ngram, guesses in ((1, 2, 1), (3, 3, 3), (7, 5, 7), (15, 5, 15)):
         sizes = {"window": window, "ngram": ngram, "guesses": guesses}
-        llm = plain.with_drafter({"method": "lookahead", "text_ngrams": False, "initial": "random", **sizes})
+        llm = plain.with_decoding({"method": "lookahead", "text_ngrams": False, "initial": "random", **sizes})
         assert outputs(llm) == expected
         num_steps.append(llm.engine.stats.num_steps)
     assert num_steps == sorted(num_steps, reverse=True)
@@ -37,7 +37,7 @@ def test_steps_fall_as_the_window_and_the_ngrams_grow(plain: LLM) -> None:
 def test_jacobi_iterations_are_no_more_than_tokens(mode: str, plain: LLM) -> None:
     for params in (PARAMS, SamplingParams(temperature=0.8, max_tokens=64, ignore_eos=True, seed=3)):
         expected = outputs(plain, params)
-        llm = plain.with_drafter({"method": "jacobi", "mode": mode, "parallel_length": 32})
+        llm = plain.with_decoding({"method": "jacobi", "mode": mode, "parallel_length": 32})
         assert outputs(llm, params) == expected
         assert llm.engine.stats.num_steps < sum(map(len, expected))
         drafter = llm.engine.drafter

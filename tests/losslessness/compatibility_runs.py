@@ -66,7 +66,7 @@ def path_runs(folder: Path, path: str) -> PathRuns:
     kind, mode = path.split()
     llm = LLM(
         folder / kind,
-        drafter="none",
+        decoding="none",
         exactness="bitwise" if mode == "bitwise" else "numerical",
         cache={"block_size": 4},
         scheduler={"max_num_seqs": 64, "max_batch_tokens": 1024},

@@ -68,6 +68,6 @@ def assert_drafters_agree(plain: LLM, draft: Path, num_prompts: int = 10) -> lis
         plain.generate(prompt, some)[0].outputs[0].token_ids for prompt, some in zip(prompts, params, strict=True)
     ]
     for drafter in ("none", "ngram", "recycling", {"method": "draft_model", "model": str(draft), "width": 2}):
-        outputs = plain.with_drafter(drafter).generate(prompts, params)
+        outputs = plain.with_decoding(drafter).generate(prompts, params)
         assert [output.outputs[0].token_ids for output in outputs] == alone, drafter
     return alone

@@ -35,11 +35,11 @@ def test_generation_equals_transformers_and_plain_decoding(family: str, tmp_path
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0
         )
         expected.append(made[0, len(prompt) :].tolist())
-    plain = LLM(str(folder), drafter="none", scheduler={"max_num_seqs": 4, "max_batch_tokens": 16})
+    plain = LLM(str(folder), decoding="none", scheduler={"max_num_seqs": 4, "max_batch_tokens": 16})
     assert tokens(plain, GREEDY) == expected
     sampled = tokens(plain, SAMPLED)
     for drafter in ["recycling", "ngram", {"method": "draft_model", "model": str(folder), "width": 2}]:
-        llm = plain.with_drafter(drafter)
+        llm = plain.with_decoding(drafter)
         assert tokens(llm, GREEDY) == expected
         assert tokens(llm, SAMPLED) == sampled
         assert llm.engine.stats.num_accepted_tokens > 0
@@ -52,12 +52,12 @@ def test_a_draft_with_nan_keys_does_not_reach_the_output_or_the_cache(
 ) -> None:
     """Every tree is given one more child: a token whose embedding is NaN, which plain decoding never chooses."""
     folder = make_tiny(family, tmp_path / family)
-    plain = LLM(str(folder), drafter="none")
+    plain = LLM(str(folder), decoding="none")
     spec = {"method": drafter, "model": str(folder)} if drafter == "draft_model" else drafter
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     expected = tokens(plain, params)
     poisoned = next(t for t in range(3, 128) if not any(t in output for output in (*expected, *PROMPTS)))
-    llm = plain.with_drafter(spec)
+    llm = plain.with_decoding(spec)
     propose = llm.engine.drafter.propose
 
     def with_poison(contexts):

@@ -103,8 +103,8 @@ def test_packed_folders(
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral"])
 @pytest.mark.usefixtures("compiled")
 def test_generation_from_packed_folders(family: str, folders: Any, quantised: Any) -> None:
-    plain = LLM(quantised(family, "int4"), drafter="none")
-    at_load = LLM(folders(family), drafter="none", weights="int4", group_size=32)
+    plain = LLM(quantised(family, "int4"), decoding="none")
+    at_load = LLM(folders(family), decoding="none", weights="int4", group_size=32)
     assert assert_drafters_agree(plain, folders("llama"), 4) == assert_drafters_agree(at_load, folders("llama"), 4)
 
 
@@ -184,7 +184,7 @@ def test_float16_of_the_hub_is_computed_in_bfloat16(tmp_path: Path) -> None:
 def test_generation_from_hub_formats(tmp_path: Path, folders: Any) -> None:
     make_tiny("phi3", tmp_path)
     write_hub_int4(tmp_path, "gptq", build_tiny("phi3"))
-    assert_drafters_agree(LLM(tmp_path, drafter="none"), folders("llama"), 4)
+    assert_drafters_agree(LLM(tmp_path, decoding="none"), folders("llama"), 4)
 
 
 # --- what is refused

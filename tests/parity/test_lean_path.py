@@ -230,7 +230,7 @@ def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
 def test_drafters_do_not_change_the_output(cache_dtype: Any, weights: Any, tmp_path: Path) -> None:
     folder = make_tiny("llama", tmp_path / "llama")
-    plain = LLM(str(folder), drafter="none", weights=weights, cache={"dtype": cache_dtype})
+    plain = LLM(str(folder), decoding="none", weights=weights, cache={"dtype": cache_dtype})
     assert plain.config.exactness == "bitwise"
     assert plain.engine.cache.keys[0].dtype == (torch.int8 if cache_dtype == "int8" else torch.float32)
     prompts = [{"prompt_token_ids": [3 + i, 9, 4, 9 + i]} for i in range(20)]
@@ -240,7 +240,7 @@ def test_drafters_do_not_change_the_output(cache_dtype: Any, weights: Any, tmp_p
     ):
         one_by_one = [plain.generate(prompt, params)[0].outputs[0].token_ids for prompt in prompts]
         for drafter in ("none", "ngram", "recycling", {"method": "draft_model", "model": str(folder), "width": 2}):
-            outputs = plain.with_drafter(drafter).generate(prompts, params)
+            outputs = plain.with_decoding(drafter).generate(prompts, params)
             assert [output.outputs[0].token_ids for output in outputs] == one_by_one
 
 

@@ -54,8 +54,8 @@ def is_mapped_from(tensor: Tensor, file: Path) -> bool:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 def test_output_and_acceptance(family: str, weights: str, tmp_path: Path) -> None:
-    plain = LLM(str(make_tiny(family, tmp_path / family)), drafter="none")
-    llm = plain.with_drafter({"method": "self_draft", "weights": weights, "group_size": 32, "depth": 4})
+    plain = LLM(str(make_tiny(family, tmp_path / family)), decoding="none")
+    llm = plain.with_decoding({"method": "self_draft", "weights": weights, "group_size": 32, "depth": 4})
     for params in SETTINGS:
         assert tokens(llm, params) == tokens(plain, params)
     assert llm.engine.stats.num_accepted_tokens > 0.4 * llm.engine.stats.num_draft_tokens
@@ -64,7 +64,7 @@ def test_output_and_acceptance(family: str, weights: str, tmp_path: Path) -> Non
 
 
 def test_embeddings_have_no_second_copy(tmp_path: Path) -> None:
-    llm = LLM(str(make_tiny("gpt2", tmp_path / "gpt2")), drafter={"method": "self_draft", "group_size": 32})
+    llm = LLM(str(make_tiny("gpt2", tmp_path / "gpt2")), decoding={"method": "self_draft", "group_size": 32})
     draft, target = draft_of(llm), llm.model
     assert isinstance(draft, TransformersModel)
     assert isinstance(target, TransformersModel)
@@ -72,7 +72,7 @@ def test_embeddings_have_no_second_copy(tmp_path: Path) -> None:
     assert draft.module is not target.module
     if native.is_available() and sys.platform == "linux":
         folder = make_tiny("llama", tmp_path / "llama")
-        lean = draft_of(LLM(str(folder), drafter={"method": "self_draft", "group_size": 32}))
+        lean = draft_of(LLM(str(folder), decoding={"method": "self_draft", "group_size": 32}))
         assert isinstance(lean, LlamaModel)
         assert is_mapped_from(lean.embedding, folder / "model.safetensors")
 
@@ -80,11 +80,11 @@ def test_embeddings_have_no_second_copy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [{"weights": "bf16"}, {"weights": "auto"}, {"model": "x"}, {"revision": "x"}])
 def test_settings_that_make_no_sense(settings: dict) -> None:
     with pytest.raises(ConfigError, match="self_draft"):
-        LLM(drafter={"method": "self_draft", **settings})
+        LLM(decoding={"method": "self_draft", **settings})
 
 
 def test_a_checkpoint_that_holds_other_bits_says_so(tmp_path: Path) -> None:
     folder = make_tiny("llama", tmp_path / "plain")
     quantized(folder, tmp_path / "int8", "--weights", "int8")
     with pytest.raises(ConfigError, match="holds int8"):
-        LLM(str(tmp_path / "int8"), drafter="self_draft")
+        LLM(str(tmp_path / "int8"), decoding="self_draft")

@@ -41,8 +41,8 @@ def test_two_targets_and_one_draft(family: str, tmp_path: Path, monkeypatch: pyt
     spec = {"method": "sorted_draft", "model": str(draft), "layers": [1, 3], "min_confidence": 0.5, "depth": 4}
     llms = []
     for target in targets:
-        plain = LLM(str(target), drafter="none")
-        llm = plain.with_drafter(spec)
+        plain = LLM(str(target), decoding="none")
+        llm = plain.with_decoding(spec)
         for params in SETTINGS:
             assert tokens(llm, params) == tokens(plain, params)
         llms.append(llm)
@@ -59,7 +59,7 @@ def test_two_targets_and_one_draft(family: str, tmp_path: Path, monkeypatch: pyt
 
 def test_a_draft_that_nobody_uses_is_forgotten(tmp_path: Path) -> None:
     draft = make_tiny("llama", tmp_path / "draft")
-    llm = LLM(str(draft), drafter={"method": "sorted_draft", "model": str(draft), "layers": [1]})
+    llm = LLM(str(draft), decoding={"method": "sorted_draft", "model": str(draft), "layers": [1]})
     assert any(str(draft) in key for key in draft_models._NESTED_DRAFTS)
     del llm
     gc.collect()
@@ -69,4 +69,4 @@ def test_a_draft_that_nobody_uses_is_forgotten(tmp_path: Path) -> None:
 def test_more_layers_than_there_are(tmp_path: Path) -> None:
     draft = make_tiny("llama", tmp_path / "draft")
     with pytest.raises(UnsupportedModelError, match="1 to the model's 3"):
-        LLM(str(draft), drafter={"method": "sorted_draft", "model": str(draft), "layers": [1, 5]})
+        LLM(str(draft), decoding={"method": "sorted_draft", "model": str(draft), "layers": [1, 5]})

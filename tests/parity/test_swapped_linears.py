@@ -285,7 +285,7 @@ def test_a_mutant_swap_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmoe"])
 @pytest.mark.usefixtures("compiled")
 def test_drafters_do_not_change_the_output(family: str, weights: Any, folders: Any) -> None:
-    plain = LLM(folders(family), drafter="none", weights=weights, group_size=32)
+    plain = LLM(folders(family), decoding="none", weights=weights, group_size=32)
     assert_drafters_agree(plain, folders("llama"))
 
 
@@ -294,7 +294,7 @@ def test_drafters_do_not_change_the_output_without_kernels(
     weights: Any, folders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ISA_VARIABLE, REFERENCE)
-    plain = LLM(folders("llama"), drafter="none", weights=weights, exactness="bitwise", group_size=32)
+    plain = LLM(folders("llama"), decoding="none", weights=weights, exactness="bitwise", group_size=32)
     assert isinstance(plain.model, TransformersModel)
     assert_drafters_agree(plain, folders("llama"), num_prompts=4)
 
@@ -315,7 +315,7 @@ def test_cache_dtypes(family: str, cache_dtype: str, most: float, folders: Any) 
 
 @pytest.mark.usefixtures("compiled")
 def test_drafters_with_an_int8_cache(folders: Any) -> None:
-    plain = LLM(folders("gemma2"), drafter="none", weights="int8", cache={"dtype": "int8"})
+    plain = LLM(folders("gemma2"), decoding="none", weights="int8", cache={"dtype": "int8"})
     assert plain.engine.cache.keys[0].dtype == torch.int8
     assert_drafters_agree(plain, folders("llama"))
 

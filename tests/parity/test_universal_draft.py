@@ -42,8 +42,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     [("bytes-600", "sentencepiece"), ("sentencepiece", "bytes-400"), ("gpt2", "bytes-600"), ("bytes-600", "gpt2")],
 )
 def test_output_is_plain_decodings(target: str, draft: str, alignment: str, folders: dict[str, str]) -> None:
-    plain = LLM(folders[target], drafter="none")
-    llm = plain.with_drafter(
+    plain = LLM(folders[target], decoding="none")
+    llm = plain.with_decoding(
         {"method": "universal_draft", "model": folders[draft], "alignment": alignment, "min_path_prob": 0.0}
     )
     for params in SETTINGS:
@@ -54,18 +54,18 @@ def test_output_is_plain_decodings(target: str, draft: str, alignment: str, fold
 @pytest.mark.parametrize("rule", ["rejection", "tree_rejection", "multi_candidate"])
 @pytest.mark.parametrize("alignment", ["vocabulary", "text"])
 def test_greedy_under_rejection_rules(alignment: str, rule: str, folders: dict[str, str]) -> None:
-    plain = LLM(folders["bytes-600"], drafter="none")
+    plain = LLM(folders["bytes-600"], decoding="none")
     spec = {"method": "universal_draft", "model": folders["sentencepiece"], "alignment": alignment, "width": 2}
-    llm = plain.with_drafter(spec, verification=rule)
+    llm = plain.with_decoding(spec, verification=rule)
     assert outputs(llm, SETTINGS[0]) == outputs(plain, SETTINGS[0])
 
 
 @pytest.mark.parametrize("spec", [{}, {"width": 2, "max_expanded": 2, "depth": 4}], ids=str)
 def test_the_bundled_pair_drafts_as_with_draft_model(spec: dict) -> None:
     """One tokenizer: token by token, the very same drafts; by the text, the same chains where it is greedy."""
-    plain = LLM(drafter="none")
-    same = plain.with_drafter({"method": "draft_model", **spec})
-    universal = plain.with_drafter({"method": "universal_draft", **spec})
+    plain = LLM(decoding="none")
+    same = plain.with_decoding({"method": "draft_model", **spec})
+    universal = plain.with_decoding({"method": "universal_draft", **spec})
     assert isinstance(universal.engine.drafter, DraftModelDrafter)
     for temperature in (0.0, 0.7):
         params = SamplingParams(temperature=temperature, max_tokens=40, seed=2)
@@ -78,9 +78,9 @@ def test_the_bundled_pair_drafts_as_with_draft_model(spec: dict) -> None:
 
 
 def test_the_bundled_pair_by_the_text() -> None:
-    plain = LLM(drafter="none")
-    llm = plain.with_drafter({"method": "universal_draft", "alignment": "text"})
-    same = plain.with_drafter("draft_model")
+    plain = LLM(decoding="none")
+    llm = plain.with_decoding({"method": "universal_draft", "alignment": "text"})
+    same = plain.with_decoding("draft_model")
     params, prompts = SamplingParams(temperature=0.0, max_tokens=60), ["def fibonacci(n):\n", "import os\n"]
     assert [o.outputs[0].text for o in llm.generate(prompts, params)] == [
         o.outputs[0].text for o in same.generate(prompts, params)
@@ -89,10 +89,10 @@ def test_the_bundled_pair_by_the_text() -> None:
 
 
 def test_the_alignment_is_chosen_by_what_is_shared(folders: dict[str, str]) -> None:
-    plain = LLM(folders["bytes-600"], drafter="none")
+    plain = LLM(folders["bytes-600"], decoding="none")
 
     def built(**settings: object) -> object:
-        return plain.with_drafter({"method": "universal_draft", "model": folders["gpt2"], **settings}).engine.drafter
+        return plain.with_decoding({"method": "universal_draft", "model": folders["gpt2"], **settings}).engine.drafter
 
     assert isinstance(built(min_overlap=0.3), DraftModelDrafter)
     assert isinstance(built(min_overlap=0.9), TextDrafter)
@@ -100,15 +100,15 @@ def test_the_alignment_is_chosen_by_what_is_shared(folders: dict[str, str]) -> N
 
 
 def test_the_refusal_of_a_draft_with_another_vocabulary_names_the_way_out(folders: dict[str, str]) -> None:
-    plain = LLM(folders["bytes-600"], drafter="none")
+    plain = LLM(folders["bytes-600"], decoding="none")
     with pytest.raises(VocabularyMismatchError, match="universal_draft"):
-        plain.with_drafter({"method": "draft_model", "model": folders["gpt2"]})
+        plain.with_decoding({"method": "draft_model", "model": folders["gpt2"]})
 
 
 def test_vocabularies_without_a_common_token(folders: dict[str, str], tmp_path: Path) -> None:
     words = make_tiny("llama", tmp_path / "words")
-    plain = LLM(folders["bytes-600"], drafter="none")
-    llm = plain.with_drafter({"method": "universal_draft", "model": str(words)})
+    plain = LLM(folders["bytes-600"], decoding="none")
+    llm = plain.with_decoding({"method": "universal_draft", "model": str(words)})
     assert isinstance(llm.engine.drafter, TextDrafter)
     assert outputs(llm, SETTINGS[0]) == outputs(plain, SETTINGS[0])
 

@@ -69,7 +69,7 @@ def test_tables_have_everything() -> None:
 
 
 def test_one_drafter_under_one_rule_in_full() -> None:
-    result = run("--drafter", "ngram", "--rule", "rejection")
+    result = run("--decoding", "ngram", "--rule", "rejection")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     for parameter in read_matrix().parameters:
@@ -89,13 +89,13 @@ def test_json_is_one_object_with_the_whole_matrix() -> None:
         "coupled": "sample",
         **dict.fromkeys(RULE_NAMES[1:], "distribution"),
     }
-    part = json.loads(run("--json", "--drafter", "recycling", "--rule", "coupled").stdout)
+    part = json.loads(run("--json", "--decoding", "recycling", "--rule", "coupled").stdout)
     assert list(part["drafters"]) == list(part["compatibility"]["matrix"]) == ["recycling"]
     assert list(part["rules"]) == ["coupled"]
 
 
 def test_all_variants_of_a_method_are_shown() -> None:
-    record = json.loads(run("--json", "--drafter", "draft_model").stdout)
+    record = json.loads(run("--json", "--decoding", "draft_model").stdout)
     variants = record["compatibility"]["drafters"]
     assert len(variants) >= 2
     assert {of["method"] for of in variants.values()} == {"draft_model"}
@@ -111,7 +111,7 @@ def test_outcomes_that_differ_by_place_name_the_places(monkeypatch: pytest.Monke
     places = ("lean, batch 1", "universal, batch 1")
     matrix = Matrix({"ngram": {"method": "ngram"}}, places, ("top_k", "n"), cells, {"ngram": WORKS})
     monkeypatch.setattr(command, "read_matrix", lambda: matrix)
-    words = " ".join(run("--drafter", "ngram").stdout.split())
+    words = " ".join(run("--decoding", "ngram").stdout.split())
     assert "top_k works (lean, batch 1); falls back to plain decoding (universal, batch 1)" in words
     assert "ngram with coupled: refused: ConfigError: n > 1 [with ngram]" in words
     overview = " ".join(run().stdout.split())
@@ -120,7 +120,7 @@ def test_outcomes_that_differ_by_place_name_the_places(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(("--drafter", "telepathy"), ("telepathy", "ngram")), (("--rule", "hope"), ("hope", "coupled"))],
+    [(("--decoding", "telepathy"), ("telepathy", "ngram")), (("--rule", "hope"), ("hope", "coupled"))],
 )
 def test_unknown_names_are_one_line(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     result = run(*arguments)

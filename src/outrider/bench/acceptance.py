@@ -116,7 +116,7 @@ class AcceptanceRuns:
     def _decode(
         self, spec: Mapping[str, Any], rule: str, params: SamplingParams, prompts: Sequence[list[int]]
     ) -> Sample:
-        base = self.llm if rule == self.llm.config.verification else self.llm.with_drafter("none", verification=rule)
+        base = self.llm if rule == self.llm.config.verification else self.llm.with_decoding("none", verification=rule)
         contender = OutriderContender("", base, spec, params, self.batch_size)
         contender.prepare()
         return contender.run(prompts)

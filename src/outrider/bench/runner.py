@@ -83,7 +83,7 @@ class OutriderContender:
 
     def prepare(self) -> None:
         """A new drafter, because some learn from every text that they see; then a few tokens as warm-up."""
-        self._llm = self._base.with_drafter(self._drafter)
+        self._llm = self._base.with_decoding(self._drafter)
         self._llm.generate(WARM_UP_PROMPT, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
         self._llm.engine.stats = EngineStats()
 
@@ -247,6 +247,8 @@ def run_rounds(
     repeats: int,
     results: Results,
     on_start: Callable[[str], None],
+    *,
+    keep_going: Callable[[], bool] = lambda: True,
 ) -> None:
     """Time every contender once per repeat, each repeat beginning with the next one.
 
@@ -256,10 +258,13 @@ def run_rounds(
         prompts: token ids.
         results: filled as the runs end, so that an interruption leaves the finished ones.
         on_start: called with a contender's name before it runs.
+        keep_going: asked before each repeat.
     """
     for contender in contenders:
         results.samples.setdefault(contender.name, [])
     for repeat in range(repeats):
+        if not keep_going():
+            return
         turn = repeat % len(contenders)
         for contender in [*contenders[turn:], *contenders[:turn]]:
             on_start(contender.name)

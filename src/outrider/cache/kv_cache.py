@@ -12,6 +12,7 @@ equal a fresh prefill of its tokens. A step's rows are written to the positions 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from outrider.cache.block_pool import BlockPool
 from outrider.cache.prefix_index import ROOT, PrefixIndex
 from outrider.errors import CacheError
+
+CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,10 @@ class KVCache:
         num_slots = num_blocks * block_size
         try:
             self._storages = {
-                shape: torch.zeros(wanted.count(shape), num_slots, *shape, dtype=dtype, device=device)
+                shape: _zeros((wanted.count(shape), num_slots, *shape), dtype, torch.device(device))
                 for shape in dict.fromkeys(wanted)
             }
-        except RuntimeError as error:  # torch's for memory that is not to be had, on any device
+        except (RuntimeError, MemoryError) as error:  # torch's and NumPy's for memory that is not to be had
             raise CacheError(
                 "KV cache",
                 got=f"{num_slots} positions, more memory than there is",
@@ -231,3 +234,16 @@ class KVCache:
     def _forget_block(self, block: int) -> None:
         if self._index is not None:
             self._index.remove(block)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory only once they are used: most of a cache never is.
+
+    On the CPU torch would write them all, 2 GiB for every engine; NumPy asks the system for pages that read as zero.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(num_bytes + CACHE_LINE, dtype=np.uint8))
+    start = -memory.data_ptr() % CACHE_LINE
+    return memory[start : start + num_bytes].view(dtype).view(shape)

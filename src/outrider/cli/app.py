@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from outrider.cli.advise import advise
 from outrider.cli.bench import bench_app
 from outrider.cli.datastore import datastore_app
 from outrider.cli.demo import demo
@@ -66,6 +67,7 @@ app.command()(verify)
 app.add_typer(bench_app, name="bench")
 app.command()(quantize)
 app.add_typer(datastore_app, name="datastore")
+app.command()(advise)
 app.command()(methods)
 app.command()(demo)
 

@@ -107,7 +107,7 @@ def acceptance(
     )
     chosen = [name for name in opt.drafter_names(drafter, engine) if name != "none"]
     if not chosen:
-        raise ConfigError("--drafter", got="none", expected="a drafter to measure")
+        raise ConfigError("--decoding", got="none", expected="a drafter to measure")
     specs = opt.drafter_specs(chosen, engine)
     check_writable(output)
     llm = engine.load("none")

@@ -26,7 +26,7 @@ _KINDS = {WORKS: "green", TO_CHAINS: "yellow", TO_PLAIN: "yellow", REFUSED: "red
 
 
 def methods(
-    drafter: Annotated[str | None, typer.Option("--drafter", "-d", help="Show this one alone, in full.")] = None,
+    drafter: Annotated[str | None, typer.Option("--decoding", "-d", help="Show this one alone, in full.")] = None,
     rule: Annotated[str | None, typer.Option("--rule", "-r", help="Show this verification rule alone.")] = None,
     json_out: opt.JsonOut = False,
 ) -> None:
@@ -44,7 +44,7 @@ def methods(
     console.print(_drafter_table(described["drafters"]), _rule_table(described["rules"]))
     if drafter is None:
         console.print(_overview(matrix))
-        console.print("--drafter NAME shows each parameter; --json has everything.")
+        console.print("--decoding NAME shows each parameter; --json has everything.")
     else:
         for name in matrix.drafters:
             console.print(_parameter_table(name, matrix))
@@ -63,7 +63,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _drafter_table(drafters: dict[str, Any]) -> Table:
-    table = _table("drafters (--drafter)", "", "proposes", "needs", "exactness", "source")
+    table = _table("drafters (--decoding)", "", "proposes", "needs", "exactness", "source")
     for name, of in drafters.items():
         table.add_row(name, of["proposes"], of["needs"], "the rule's", of["source"])
     return table
@@ -145,7 +145,7 @@ def _notes(matrix: Matrix, drafters: dict[str, Any]) -> list[str]:
         f"{cell.drafter} with {cell.rule}: {cell.outcome}" for cell in matrix.cells if _kind(cell.outcome) == REFUSED
     )
     lines += [
-        f"--drafter {name} without {of['needs']}: {of['by_name']}"
+        f"--decoding {name} without {of['needs']}: {of['by_name']}"
         for name, of in drafters.items()
         if of["by_name"] != WORKS
     ]

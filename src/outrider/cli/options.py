@@ -54,7 +54,7 @@ Device = Annotated[str, option("--device", help="Torch device.", panel=MODEL)]
 Drafter = Annotated[
     str | None,
     option(
-        "--drafter",
+        "--decoding",
         "-d",
         help=f"One of {', '.join(DRAFTER_CONFIGS)}. Default: ngram.",
         panel=DRAFTING,
@@ -62,7 +62,7 @@ Drafter = Annotated[
 ]
 Drafters = Annotated[
     list[str] | None,
-    option("--drafter", "--drafters", "-d", help="Names, or all; repeat it or use commas.", panel=DRAFTING),
+    option("--decoding", "-d", help="Names, or all; repeat it or use commas.", panel=DRAFTING),
 ]
 DraftModel = Annotated[
     str | None,
@@ -71,7 +71,7 @@ DraftModel = Annotated[
 DrafterSettings = Annotated[
     str | None,
     option(
-        "--drafter-config",
+        "--decoding-config",
         help="More settings of the drafter as JSON, such as '{\"depth\": 6}'.",
         panel=DRAFTING,
         metavar="JSON",
@@ -163,7 +163,7 @@ class EngineOptions:
     def drafter_name(self) -> str:
         if self.drafter is not None:
             return self.drafter
-        return EngineConfig().drafter.method
+        return EngineConfig().decoding.method
 
     def drafter_spec(self, name: str | None = None) -> dict[str, Any]:
         """What `LLM` takes as its drafter.
@@ -175,9 +175,11 @@ class EngineOptions:
             ConfigError: unknown method or setting, or a draft model for a method that has none.
         """
         name = name or self.drafter_name
-        settings = _json_object(self.drafter_settings, "--drafter-config")
+        settings = _json_object(self.drafter_settings, "--decoding-config")
         if "method" in settings:
-            raise ConfigError("--drafter-config", got="a method", expected="settings", remedy="name it by --drafter")
+            raise ConfigError(
+                "--decoding-config", got="a method", expected="settings", remedy="name it by --decoding"
+            )
         spec = {"method": name, **settings}
         if self.draft_model is not None:
             if not _has_draft_model(name):
@@ -224,7 +226,7 @@ class EngineOptions:
             task = bar.add_task("measuring forwards", visible=False)
             return LLM(
                 self.model,
-                drafter=spec,
+                decoding=spec,
                 verification=self.verification,
                 **model,
                 device=self.device,
@@ -273,16 +275,16 @@ def drafter_names(values: Sequence[str] | None, options: EngineOptions) -> list[
 
 
 def drafter_specs(names: Sequence[str], options: EngineOptions) -> dict[str, dict[str, Any]]:
-    """A drafter specification for each name; `--drafter-config` maps names to settings here.
+    """A drafter specification for each name; `--decoding-config` maps names to settings here.
 
     Raises:
         ConfigError: an unknown drafter or setting.
     """
-    settings = _json_object(options.drafter_settings, "--drafter-config")
+    settings = _json_object(options.drafter_settings, "--decoding-config")
     for name, of in settings.items():
         if name not in names or not isinstance(of, Mapping):
             raise ConfigError(
-                "--drafter-config",
+                "--decoding-config",
                 got=f"{name!r}: {json.dumps(of)}",
                 expected='settings by drafter, such as {"ngram": {...}}',
             )

@@ -85,14 +85,14 @@ def verify(
     if min(sizes) < 1:
         raise ConfigError("--batch-sizes", got=repr(batch_sizes), expected="integers of at least 1")
     if list(specs) == ["none"] and max(sizes) == 1:
-        raise ConfigError("--drafter", got="none alone, one prompt at a time", expected="something to compare")
+        raise ConfigError("--decoding", got="none alone, one prompt at a time", expected="something to compare")
     settings = _settings(temperatures, max_tokens, base_seed(seed, len(wanted)), verification)
     check_writable(output)
 
     plain = engine.load("none")
     from outrider.losslessness.report import Verifier
 
-    llms = {name: plain.with_drafter(spec) for name, spec in specs.items()}
+    llms = {name: plain.with_decoding(spec) for name, spec in specs.items()}
     verifier = Verifier(plain, llms, wanted, sizes)
     record = {
         "model": plain.model.name if model else "bundled model",

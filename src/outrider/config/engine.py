@@ -93,7 +93,7 @@ class EngineConfig:
     device: str = "cpu"
     exactness: Exactness = "auto"
     verification: str = "coupled"
-    drafter: DrafterConfig = field(default_factory=AutoConfig)
+    decoding: DrafterConfig = field(default_factory=AutoConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 

@@ -81,7 +81,7 @@ class ForwardCost:
     def as_mapping(self) -> dict[str, Any]:
         return {"rows": list(self.rows), "contexts": list(self.contexts), "seconds": [list(of) for of in self.table]}
 
-    def seconds(self, num_rows: int, context: int) -> float:
+    def seconds(self, num_rows: float, context: float) -> float:
         """Expected seconds of a forward; linear between and beyond the measured points."""
         r, at_row = _between(self.rows, num_rows)
         of_rows = self._factors[-1] if at_row > 1 else _line(self._factors, r, at_row)
@@ -106,7 +106,7 @@ class ForwardCost:
             self._factors[point] *= change ** (SHAPE_ADAPTATION * weight)
 
 
-def _between(points: Sequence[int], at: int) -> tuple[int, float]:
+def _between(points: Sequence[int], at: float) -> tuple[int, float]:
     """The interval of `points` to interpolate in, and where in it; beyond the last point above 1."""
     i = min(max(bisect_right(points, at) - 1, 0), len(points) - 2)
     return i, max(0.0, (at - points[i]) / (points[i + 1] - points[i]))

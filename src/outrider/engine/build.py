@@ -93,7 +93,7 @@ def build_engine(
     rule = build_rule(config.verification)
     cache = build_cache(config.cache, config.scheduler, model)
 
-    drafter_config = config.drafter
+    drafter_config = config.decoding
     if isinstance(drafter_config, AutoConfig) and drafter_config.drafters is None:
         drafter_config = replace(
             drafter_config, drafters=_drafters_for_any_text(config, drafter_config.draft_model), draft_model=None
@@ -108,7 +108,7 @@ def build_engine(
             vocab_size=model.vocab_size,
             vocab_fingerprint=lambda: tokenizer.fingerprint,
             build_draft_model=draft_models.build,
-            forward_cost=lambda: _forward_cost(config, model, on_calibration),
+            forward_cost=lambda: cost_of_target(config, model, on_calibration),
         ),
     )
     return Engine(
@@ -129,8 +129,9 @@ def _drafters_for_any_text(config: EngineConfig, draft_model: str | None) -> tup
     return lookups
 
 
-def _forward_cost(config: EngineConfig, model: Model, on_progress: Progress | None) -> ForwardCost:
-    if isinstance(config.drafter, AutoConfig) and not config.drafter.calibrate:
+def cost_of_target(config: EngineConfig, model: Model, on_progress: Progress | None = None) -> ForwardCost:
+    """What the target's forwards cost, measured now if it is not known; for a planner that should not, unknown."""
+    if isinstance(config.decoding, AutoConfig) and not config.decoding.calibrate:
         return ForwardCost.unknown()
     path = Path(config.model or BUNDLED_TARGET)
     identity = {

@@ -88,6 +88,18 @@ def measure(model: Model, *, row_invariant: bool, on_progress: Progress | None =
     return ForwardCost(rows, contexts, [[one * statistics.median(ratios[c, m]) for m in rows] for c in contexts])
 
 
+def one_row_timer(model: Model, *, row_invariant: bool) -> Callable[[], float]:
+    """Seconds of one more forward of one row after a short context, whenever it is called."""
+    context = min(CONTEXTS[0], max(1, model.context_length - max(ROWS)))
+    cache = _cache_with(model, context)
+
+    def timed() -> float:
+        with torch.inference_mode(), native.cores_for_kernels(model.runs_on_kernels):
+            return _forward(model, cache, context, 1, row_invariant)
+
+    return timed
+
+
 def _cache_with(model: Model, context: int) -> KVCache:
     cache = KVCache(
         model.layer_shapes,

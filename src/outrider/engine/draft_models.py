@@ -156,7 +156,7 @@ class DraftModels:
                 f"{drafter.method} drafter",
                 got="no draft model",
                 expected="a folder or hub id",
-                remedy=f"pass drafter={{'method': '{drafter.method}', 'model': ...}}, or --draft-model",
+                remedy=f"pass decoding={{'method': '{drafter.method}', 'model': ...}}, or --draft-model",
             )
         return drafter.model or BUNDLED_DRAFT
 
@@ -185,5 +185,5 @@ def check_same_vocabulary(target: Tokenizer, draft: Tokenizer) -> None:
         f"draft vocabulary of {len(draft.vocab)} tokens differs from the target's {len(target.vocab)}",
         got=f"tokens such as {differing}",
         expected="the same token ids in both",
-        remedy="use drafter='universal_draft' for it, a draft with the target's tokenizer, or drafter='ngram'",
+        remedy="use decoding='universal_draft' for it, a draft with the target's tokenizer, or decoding='ngram'",
     )

@@ -145,7 +145,7 @@ class PathRuns:
     def by_name(self, method: str) -> str:
         """What comes of asking for a method by its name alone."""
         try:
-            self.llm.with_drafter(method).generate(self.prompts[0], SamplingParams(temperature=0.0, max_tokens=4))
+            self.llm.with_decoding(method).generate(self.prompts[0], SamplingParams(temperature=0.0, max_tokens=4))
         except OutriderError as error:
             return _refusal(error)
         return m.WORKS
@@ -155,7 +155,7 @@ class PathRuns:
         llm.config = dataclasses.replace(
             llm.config, cache=dataclasses.replace(llm.config.cache, prefix_caching=prefix_caching)
         )
-        return llm.with_drafter(config, verification=rule)
+        return llm.with_decoding(config, verification=rule)
 
     def _plain_outputs(self, params: SamplingParams) -> list[RequestOutput]:
         llm = self._build(NoDrafterConfig(), "coupled", prefix_caching=False)

@@ -125,7 +125,7 @@ class Verifier:
 
     def _batch_sizes_of(self, llm: LLM) -> list[int]:
         """Single prompts decoded plainly are the reference itself."""
-        plain = isinstance(llm.config.drafter, NoDrafterConfig)
+        plain = isinstance(llm.config.decoding, NoDrafterConfig)
         return [size for size in self._batch_sizes if size > 1 or not plain]
 
     def run(self, settings: Sequence[Setting], advance: Callable[[int], None]) -> Report:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import getLogger
@@ -207,8 +207,12 @@ def _check_device_and_dtypes(device: str, dtype: str, cache_dtype: str) -> None:
         )
 
 
-def folder_of(path_or_hub_id: str | Path, revision: str | None) -> Path:
-    """The local folder, downloaded if it is a hub id."""
+def folder_of(path_or_hub_id: str | Path, revision: str | None, *, files: Sequence[str] = _DOWNLOADED) -> Path:
+    """The local folder, downloaded if it is a hub id.
+
+    Args:
+        files: patterns of what is downloaded.
+    """
     name = str(path_or_hub_id)
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -225,10 +229,10 @@ def folder_of(path_or_hub_id: str | Path, revision: str | None) -> Path:
             got="nothing there",
             expected="an existing folder, or a hub id owner/name",
         )
-    return _download(name, revision)
+    return _download(name, revision, files)
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -236,7 +240,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     quiet_already = are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_DOWNLOADED))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
     except GatedRepoError as error:
         remedy = "accept its licence on the hub and set HF_TOKEN"
         raise ModelLoadError(f"model {hub_id} is gated", got=first_line(error), remedy=remedy) from error

@@ -94,7 +94,7 @@ class DatastoreSource:
                 "datastore drafter",
                 got="no path",
                 expected="a datastore",
-                remedy="pass drafter={'method': 'datastore', 'path': ...}; `outrider datastore build` makes one",
+                remedy="pass decoding={'method': 'datastore', 'path': ...}; `outrider datastore build` makes one",
             )
         self._config = config
         store = open_datastore(Path(config.path), fingerprint=vocab_fingerprint())

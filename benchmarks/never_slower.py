@@ -1,0 +1,106 @@
+"""Does `auto` ever lose? Plain decoding and the planner take turns, batch by batch, on what drafts cannot guess.
+
+Memory on shared machines changes its speed within seconds, so each batch is decoded by both, one after the other,
+and in changing order; what counts is the median of the ratios of such pairs. Outputs are compared token for token.
+
+    OMP_NUM_THREADS=2 python benchmarks/never_slower.py --model build/inflated --dtype bfloat16 \
+        --draft-model src/outrider/bundled/draft --output benchmarks/results/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from outrider import LLM, SamplingParams
+from outrider.bench.report import environment
+from outrider.bench.workloads import open_workload
+
+# (workload, temperature, batch size, pairs of batches, tokens)
+CASES = (
+    ("random", 1.5, 1, 12, 96),
+    ("random", 0.0, 1, 12, 96),
+    ("code", 2.0, 1, 12, 96),
+    ("code", 1.0, 16, 4, 48),
+    ("random", 1.5, 16, 4, 48),
+    ("random", 1.5, 48, 3, 32),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--draft-model")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--cache-gb", type=float, default=0.5)
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    plain = LLM(
+        args.model,
+        decoding="none",
+        dtype=args.dtype,
+        cache={"prefix_caching": False, "memory_gb": args.cache_gb},
+    )
+    contenders = {
+        "training-free": {"method": "auto"} if args.model else {"method": "auto", "drafters": ["suffix", "merge"]},
+        "with a draft model": {"method": "auto", "draft_model": args.draft_model},
+    }
+    if args.draft_model is None and args.model is not None:
+        del contenders["with a draft model"]
+    rows = [row for name, spec in contenders.items() for row in measure(plain, name, spec)]
+    record = {"environment": environment(), "rows": rows}
+    if args.output:
+        Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def measure(plain: LLM, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row a case, printed as it is done."""
+    rows = []
+    for workload, temperature, batch_size, pairs, max_tokens in CASES:
+        auto = plain.with_decoding(spec)
+        params = SamplingParams(temperature=temperature, seed=5, max_tokens=max_tokens, ignore_eos=True)
+        encoded = open_workload(workload, batch_size * pairs).encode(
+            plain.tokenizer.encode, vocab_size=plain.model.vocab_size, room=400
+        )
+        ratios, equal, tokens = [], True, 0
+        for llm in (plain, auto):
+            llm.generate({"prompt_token_ids": encoded[0]}, params)
+        for pair in range(pairs):
+            batch: Any = [{"prompt_token_ids": ids} for ids in encoded[pair * batch_size : (pair + 1) * batch_size]]
+            seconds, outputs = {}, {}
+            for label, llm in (("plain", plain), ("auto", auto)) if pair % 2 else (("auto", auto), ("plain", plain)):
+                start = time.perf_counter()
+                outputs[label] = [output.outputs[0].token_ids for output in llm.generate(batch, params)]
+                seconds[label] = time.perf_counter() - start
+            ratios.append(seconds["plain"] / seconds["auto"])
+            equal &= outputs["plain"] == outputs["auto"]
+            tokens += sum(map(len, outputs["auto"]))
+        stats = auto.engine.stats
+        row = {
+            "auto": name,
+            "workload": workload,
+            "temperature": temperature,
+            "batch_size": batch_size,
+            "speedup_median": statistics.median(ratios),
+            "speedups": ratios,
+            "acceptance_length": stats.acceptance_length,
+            "draft_ms_per_step": 1e3 * stats.draft_s / stats.num_steps,
+            "outputs_equal": equal,
+            "num_tokens": tokens,
+        }
+        rows.append(row)
+        print(
+            f"{name}, {workload}, temperature {temperature}, batch {batch_size}: {row['speedup_median']:.3f}x "
+            f"({min(ratios):.3f} to {max(ratios):.3f}), {stats.acceptance_length:.2f} tokens a step, "
+            f"{'equal' if equal else 'DIFFERENT'}",
+            flush=True,
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""`outrider advise`: measured on the bundled model in a moment, and predicted for machines that are not here."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import outrider.llm
+from outrider.bench import advise as bench_advise
+from outrider.cli.app import app
+from outrider.config import drafter_config
+from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
+
+TINY = ("--seconds", "0.1", "--prompts", "2", "--max-tokens", "8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_load() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outrider.llm, "load_target", functools.cache(outrider.llm.load_target))
+        yield
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["advise", *arguments])
+
+
+def test_measured_on_the_bundled_model(tmp_path: Path) -> None:
+    output = tmp_path / "advice.json"
+    result = run(*TINY, "-o", str(output))
+    assert result.exit_code == 0, result.output
+    record = json.loads(output.read_text())
+    assert record["advice"] == "measurement"
+    names = {of["name"] for of in record["candidates"]}
+    assert names == {"ngram", "suffix", "recycling", "bundled draft, chain", "bundled draft, tree", "auto"}
+    for of in record["candidates"]:
+        assert of["num_equal"] == of["num_outputs"] >= 1
+        assert of["tokens_per_s"]["low"] <= of["tokens_per_s"]["median"] <= of["tokens_per_s"]["high"]
+        assert [plan["batch_size"] for plan in of["batches"]] == [1, 2, 4, 8, 16, 32, 64]
+        drafter_config(of["drafter"])
+    check = record["batch_check"]
+    assert check["num_equal"] == check["num_outputs"] == 8
+    drafter_config(record["drafter"])
+    assert ("Decode plainly" if record["recommended"] == "none" else "Use ") in result.stdout
+    assert "To paste:" in result.stdout
+    assert "llm = LLM(decoding=" in result.stdout
+
+
+def test_prompts_of_the_user_a_draft_and_json_alone(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def main():\nclass Stack:\n")
+    options = ("--prompts", str(prompts), "--seconds", "0.1", "--max-tokens", "6", "--draft", str(BUNDLED_DRAFT))
+    result = run(*options, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["prompts"]["workload"] == "file"
+    chain = next(of for of in record["candidates"] if of["name"] == "draft, chain")
+    assert chain["drafter"] == {"method": "draft_model", "model": str(BUNDLED_DRAFT)}
+
+
+def test_an_interruption_advises_on_what_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = bench_advise.measure
+
+    def interrupted(*arguments: object) -> None:
+        measure(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_advise, "measure", interrupted)
+    result = run(*TINY, "--json")
+    assert result.exit_code == 130
+    record = json.loads(result.stdout)
+    assert record["interrupted"]
+    assert record["batch_check"] is None
+    assert len(record["candidates"]) == 6
+
+
+def test_predicted_from_the_configuration_alone(tmp_path: Path) -> None:
+    shutil.copy(Path(BUNDLED_TARGET) / "config.json", tmp_path)
+    options = (
+        "--model",
+        str(tmp_path),
+        "--draft",
+        "1M",
+        "--draft",
+        "60M",
+        "--acceptance",
+        "0.8",
+        "--hardware",
+        "a100",
+    )
+    result = run(*options, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["advice"] == "prediction"
+    assert [of["name"] for of in record["predictions"]] == [
+        "prompt lookup",
+        "a 1M draft, chain",
+        "a 1M draft, tree",
+        "a 60M draft, chain",
+        "a 60M draft, tree",
+    ]
+    for of in record["predictions"]:
+        assert of["tokens_per_s"] == pytest.approx(of["batches"][0]["speedup"] * record["plain_tokens_per_s"])
+    drafter_config(record["drafter"])
+    text = run(*options).stdout
+    assert "PREDICTION, nothing was measured" in text
+    assert "NVIDIA A100" in text
+
+
+def test_where_nothing_pays_plain_decoding_is_the_advice() -> None:
+    result = run("--hardware", "h100", "--acceptance", "0")
+    assert result.exit_code == 0, result.output
+    assert "Decode plainly" in result.stdout
+    assert "--decoding none" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--hardware", "h10"), "did you mean 'h100'"),
+        (("--hardware", "l40s", "--model", "/nowhere/at/all"), "nothing there"),
+        (("--model", "/nowhere/at/all"), "nothing there"),
+        (("--hardware", "l40s", "--acceptance", "1.2"), "--acceptance"),
+        (("--hardware", "l40s", "--weights", "int3"), "weights"),
+        (("--hardware", "l40s", "--draft", "0.5X"), "0.5X"),
+        (("--hardware", "l40s", "--context", "-1"), "--context"),
+        (("--acceptance", "0.5"), "here acceptance is measured"),
+        (("--seconds", "0"), "--seconds"),
+        (("--seconds", "nan"), "--seconds"),
+        (("--workload", "poems"), "--workload"),
+        (("--draft", "/nowhere/at/all"), "nothing there"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ")
