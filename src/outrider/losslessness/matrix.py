@@ -150,7 +150,8 @@ def describe_methods(matrix: Matrix, rule: str | None = None) -> dict[str, Any]:
         matrix: all of it, or the part that is asked for.
         rule: the only one to describe; None describes all.
     """
-    methods = dict.fromkeys(of["method"] for of in matrix.drafters.values())
+    ran = {of["method"] for of in matrix.drafters.values()}
+    methods = [name for name in DRAFTER_DESCRIPTIONS if name in ran]
     rules = {name: of for name, of in RULE_DESCRIPTIONS.items() if rule in (None, name)}
     exactness = {name: of.exactness for name, of in rules.items()}
     return {
