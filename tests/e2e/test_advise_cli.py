@@ -45,7 +45,7 @@ def test_measured_on_the_bundled_model(tmp_path: Path) -> None:
         assert [plan["batch_size"] for plan in of["batches"]] == [1, 2, 4, 8, 16, 32, 64]
         drafter_config(of["drafter"])
     check = record["batch_check"]
-    assert check["num_equal"] == check["num_outputs"] == 8
+    assert check["num_equal"] == check["num_outputs"] == 16
     drafter_config(record["drafter"])
     assert ("Decode plainly" if record["recommended"] == "none" else "Use ") in result.stdout
     assert "To paste:" in result.stdout

@@ -92,7 +92,7 @@ def test_a_drafter_without_a_budget_keeps_its_own() -> None:
 
 @pytest.mark.parametrize("workload", ["edit", "random"])
 def test_bench_decode_records_its_workload(workload: str) -> None:
-    options = ("--workload", workload, *SMALL, "--repeats", "1", "ngram", "--no-transformers", "--json")
+    options = ("--workload", workload, *SMALL, "--repeats", "1", "--decoding", "ngram", "--no-transformers", "--json")
     result = run("decode", *options)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
@@ -106,7 +106,7 @@ def test_bench_decode_on_a_data_set(tmp_path: Path) -> None:
     path = tmp_path / "question.jsonl"
     path.write_text(json.dumps({"category": "qa", "turns": ["def f("]}) + "\n")
     options = ("--workload", "spec_bench", "--data", str(path), "--prompts", "1", "--max-tokens", "4")
-    result = run("decode", *options, "--repeats", "1", "none", "--no-transformers")
+    result = run("decode", *options, "--repeats", "1", "--decoding", "none", "--no-transformers")
     assert result.exit_code == 0, result.output
     assert "workload spec_bench" in " ".join(result.stdout.split())
 

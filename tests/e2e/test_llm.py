@@ -193,9 +193,9 @@ def test_one_params_for_each_prompt_or_one_for_all(plain: LLM) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"drafter": "medusa"}, ConfigError),
-        ({"drafter": {"method": "ngram", "max_ngrams": 3}}, ConfigError),
-        ({"drafter": {"method": "ngram", "depth": 0}}, ConfigError),
+        ({"decoding": "medusa"}, ConfigError),
+        ({"decoding": {"method": "ngram", "max_ngrams": 3}}, ConfigError),
+        ({"decoding": {"method": "ngram", "depth": 0}}, ConfigError),
         ({"verification": "typical"}, ConfigError),
         ({"exactness": "roughly"}, ConfigError),
         ({"dtype": "int3"}, ConfigError),

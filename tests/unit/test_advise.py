@@ -66,9 +66,9 @@ def test_the_configuration_is_left_as_it_was() -> None:
 def test_formats() -> None:
     assert bytes_per_weight("int4", 64) == 0.5 + 2 / 64
     assert model_figures(LLAMA, name="toy", weights="int8").weight_bytes == 1.0
-    packed = LlamaConfig(**LLAMA.to_dict(), quantization_config={"quant_method": "gptq", "bits": 4})
+    packed = LlamaConfig(**{**LLAMA.to_dict(), "quantization_config": {"quant_method": "gptq", "bits": 4}})
     assert model_figures(packed, name="toy").weights == "int4"
-    odd = LlamaConfig(**LLAMA.to_dict(), quantization_config={"quant_method": "gptq", "bits": 3})
+    odd = LlamaConfig(**{**LLAMA.to_dict(), "quantization_config": {"quant_method": "gptq", "bits": 3}})
     with pytest.raises(ConfigError, match="3 bits"):
         model_figures(odd, name="toy")
 
@@ -131,7 +131,7 @@ def test_the_length_of_a_chain_is_the_best_of_all(rates: list[float], draft_s: f
     plan = Draftings([(rate,) for rate in rates], max_nodes=12, max_depth=12).best(2, seconds)
     assert plan.num_nodes == plan.depth
     assert plan.speedup == pytest.approx(max(speeds.values()))
-    assert speeds[plan.num_nodes] == pytest.approx(max(speeds.values()))
+    assert speeds[plan.depth] == pytest.approx(max(speeds.values()))
     assert plan.tokens_per_s == pytest.approx(2 * plan.tokens_per_step / plan.step_s)
 
 
@@ -217,12 +217,14 @@ def test_the_interval_covers_as_often_as_it_says(num_values: int) -> None:
 
 def test_prompts_are_cut_to_the_time() -> None:
     cost = ForwardCost((1, 64), (0,), [(0.01, 0.02)])
-    prompts = [[1] * 64] * 4
-    # A prompt takes 0.02 s to read and 100 x 0.01 s; a run may take 0.8 x 100 / (5 x 4) = 4 s: three prompts.
-    assert fit_to_time(prompts, 100, cost, num_contenders=4, seconds=100.0) == (prompts[:3], 100)
-    assert fit_to_time(prompts, 100, cost, num_contenders=4, seconds=12.5) == (prompts[:1], 48)
-    assert fit_to_time(prompts, 100, cost, num_contenders=4, seconds=0.001) == (prompts[:1], 16)
-    assert fit_to_time(prompts, 4, cost, num_contenders=4, seconds=0.001) == (prompts[:1], 4)
+    prompts = [[1] * 64] * 6
+    # A prompt takes 0.02 s to read and a token 0.01 s; a run may take 0.8 x 150 / (5 x 4) = 6 s: five of 1.02 s.
+    assert fit_to_time(prompts, 100, cost, num_contenders=4, seconds=150.0) == (prompts[:5], 100)
+    # 1.6 s are 0.4 s for each of four; 0.1 s are too little for anything.
+    assert fit_to_time(prompts, 100, cost, num_contenders=4, seconds=40.1) == (prompts[:4], 38)
+    assert fit_to_time(prompts, 100, cost, num_contenders=4, seconds=2.5) == (prompts[:4], 16)
+    assert fit_to_time(prompts, 4, cost, num_contenders=4, seconds=0.001) == (prompts[:4], 4)
+    assert fit_to_time(prompts[:1], 100, cost, num_contenders=4, seconds=12.5) == (prompts[:1], 48)
 
 
 class Clocked:
@@ -267,7 +269,8 @@ def test_speed_in_a_batch_by_hand() -> None:
     here = Conditions(COST, 0.0, rest=0.2, rest_each=0.05)
     # 10 steps of 4 draft tokens: 0.1 s of drafting and 1.4 s of forward in each, and 0.3 s that is neither.
     profile = Profile.of([stats_of(10, [8, 4, 2, 0], 4, 1.0, 18.0)], here, runs_model=False)
-    assert profile == Profile(1.0, 4.0, (0.8, 0.4, 0.2, 0.0), pytest.approx(0.1), pytest.approx(0.3))
+    assert (profile.drafted, profile.nodes, profile.accepted) == (1.0, 4.0, (0.8, 0.4, 0.2, 0.0))
+    assert (profile.draft_s, profile.rest_s) == pytest.approx((0.1, 0.3))
     # One sequence, cut at 1, 2, 3, 4: tokens over forward, drafting and rest, against 1 / 1.2.
     one = max(t / (1.0 + 0.1 * k + 0.1 + 0.3) for k, t in enumerate((1.8, 2.2, 2.4, 2.4), 1))
     assert profile.plan(1, here).speedup == pytest.approx(1.2 * one)

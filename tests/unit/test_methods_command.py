@@ -90,7 +90,8 @@ def test_json_is_one_object_with_the_whole_matrix() -> None:
         **dict.fromkeys(RULE_NAMES[1:], "distribution"),
     }
     part = json.loads(run("--json", "--decoding", "recycling", "--rule", "coupled").stdout)
-    assert list(part["drafters"]) == list(part["compatibility"]["matrix"]) == ["recycling"]
+    assert list(part["drafters"]) == ["recycling"]
+    assert {variant.split("-")[0] for variant in part["compatibility"]["matrix"]} == {"recycling"}
     assert list(part["rules"]) == ["coupled"]
 
 

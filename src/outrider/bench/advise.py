@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import comb
 from pathlib import Path
 from statistics import median
@@ -21,9 +21,10 @@ from outrider.errors import VocabularyMismatchError
 from outrider.llm import LLM
 
 WANTED_ROUNDS, MAX_ROUNDS = 5, 20
-LEAST_TOKENS = 16  # of an output, however little time there is
+LEAST_PROMPTS, LEAST_TOKENS = 4, 16  # however little time there is
 LEVEL = 0.95
-BATCH, BATCH_SHARE = 8, 0.2  # of the sequences that are run together as a check, and of the time that it takes
+BATCH, BATCH_SHARE = 8, 0.2  # sequences that run together as a check, and its share of the time
+BATCH_PROMPTS = 2 * BATCH  # the next one begins where one ends, so that the batch is mostly full
 PREFILL_ROWS = 64
 TREE = {"growth": "opt_tree", "max_nodes": 24, "depth": 8}
 PLANNED = {"depth": 16, "max_nodes": 24}  # the planner cuts them itself
@@ -68,23 +69,21 @@ def _usable_draft(llm: LLM, path: str) -> dict[str, Any]:
 def fit_to_time(
     prompts: Sequence[list[int]], max_tokens: int, cost: ForwardCost, *, num_contenders: int, seconds: float
 ) -> tuple[list[list[int]], int]:
-    """The first prompts that every contender can run WANTED_ROUNDS times; shorter outputs if one is too many.
+    """The first prompts that every contender can run WANTED_ROUNDS times.
+
+    Drafts fare differently on every prompt, so outputs become shorter, and rounds fewer, before LEAST_PROMPTS do.
 
     Returns:
-        At least one prompt, and the most tokens to generate for each.
+        Prompts, and the most tokens to generate for each.
     """
     a_run = (1.0 - BATCH_SHARE) * seconds / (WANTED_ROUNDS * num_contenders)
-    chosen: list[list[int]] = []
-    for prompt in prompts:
-        prefill = cost.seconds(PREFILL_ROWS, 0) * len(prompt) / PREFILL_ROWS
-        token = cost.seconds(1, len(prompt) + max_tokens)
-        if not chosen:
-            max_tokens = min(max_tokens, max(LEAST_TOKENS, int((a_run - prefill) / token)))
-        a_run -= prefill + max_tokens * token
-        if chosen and a_run < 0.0:
-            break
-        chosen.append(prompt)
-    return chosen, max_tokens
+    least = min(LEAST_PROMPTS, len(prompts))
+    times = [cost.seconds(PREFILL_ROWS, 0) * len(prompt) / PREFILL_ROWS for prompt in prompts]
+    token = cost.seconds(1, len(prompts[0]) + max_tokens)
+    affordable = int((a_run - sum(times[:least])) / (least * token))
+    max_tokens = min(max_tokens, max(LEAST_TOKENS, affordable))
+    totals = accumulate(prefill + max_tokens * token for prefill in times)
+    return list(prompts[: max(least, sum(total <= a_run for total in totals))]), max_tokens
 
 
 def measure(

@@ -171,8 +171,8 @@ def _measurement(
                 progress.update(task, completed=next(finished), description=name)
 
             run(list(specs), chosen, 1, 1.0 - a.BATCH_SHARE, results)
-            together = list(islice(cycle(encoded), a.BATCH))
-            run([PLAIN, a.fastest(results) or PLAIN], together, a.BATCH, a.BATCH_SHARE, batched)
+            together = list(islice(cycle(encoded), a.BATCH_PROMPTS))
+            run([PLAIN, a.fastest(results) or PLAIN], together, a.BATCH_PROMPTS, a.BATCH_SHARE, batched)
     except KeyboardInterrupt:
         if not a.fastest(results):
             raise

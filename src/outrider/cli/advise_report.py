@@ -88,8 +88,9 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
         said.append("Decode plainly: no drafter gave plain decoding's output to the last token.")
     if best is not None:
         coverage = best["speedup"]["coverage"]
-        meaning = f"hold the true median with probability {coverage:.0%}" if coverage else "one repeat tells no error"
-        said.append(f"In brackets: {meaning}. Speedups are against plain decoding in the same round.")
+        error = f"In brackets: hold the true median with probability {coverage:.0%}."
+        said.append(error if coverage else "One repeat tells no error; give more --seconds.")
+        said.append("The error is over repeats of these prompts; others may fare otherwise.")
     said.append(
         f"Batches are computed, not run: context {record['context']}, rows beyond "
         f"{record['forward_cost']['rows'][-1]} "

@@ -34,7 +34,7 @@ class RecyclingDrafter:
     reads_logits = True
 
     def __init__(self, config: RecyclingConfig, style: DraftStyle, vocab_size: int) -> None:
-        self._num_candidates = 1 if style.chains_only else config.num_candidates
+        self._num_candidates = 1 if style.chains_only else min(config.num_candidates, vocab_size)
         last = len(DEPTH_RANK_PROBS) - 1
         acceptance = [DEPTH_RANK_PROBS[min(depth, last)][: self._num_candidates] for depth in range(config.depth)]
         match config.shape:
