@@ -19,7 +19,7 @@ from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.planner import choose_nodes
 from outrider.token_tree import TokenTree
 
-NEARLY_FREE = 0.01  # of a token: what all drafters of the first round together may cost a request's step
+NEARLY_FREE = 0.004  # of a token: what all drafters of the first round together may cost a request's step
 ROW_STEP = 4  # rows over which the price of one more is taken
 PAUSE = (
     4  # the least steps of a request between trials of a drafter that does not pay; their cost mostly asks for more
@@ -27,7 +27,7 @@ PAUSE = (
 NEW_RECORD, RECENT = 0.25, 0.08  # weights of a new figure: in short records, and in long ones
 LONGEST_SLEEP = 256
 OTHERS_WEIGHT = 8  # of a request's own trials that count as much as what other requests have found
-TRIAL_STEPS = 1.0  # plain steps that a drafter's trials may cost before any time has passed
+TRIAL_STEPS = 0.25  # plain steps that a drafter's trials may cost before any time has passed
 
 
 @dataclass
@@ -168,29 +168,21 @@ class AutoDrafter:
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         start = self.clock()
-        if self._all_asleep(contexts):
-            return [TokenTree.root_only(context.token_ids[-1]) for context in contexts]
+        trees = [TokenTree.root_only(context.token_ids[-1]) for context in contexts]
+        awake = [index for index, context in enumerate(contexts) if not self._sleeps(context.request_id)]
+        self.reads_logits = False
+        if not awake:
+            self._total_s += self._plain_s
+            return trees
         market = self._market = self._prices(contexts)
-        planned = self._planned = {context.request_id: _Planned(None) for context in contexts}
-        hopeful = [context for context in contexts if context.max_nodes > 0 and context.max_depth > 0]
-        first_round = self._nearly_free(market)
-        for arm in first_round:
-            self._ask(arm, hopeful, market)
-        promising: dict[_Arm, list[DraftContext]] = {}
-        on_trial: dict[_Arm, list[DraftContext]] = {}
-        for context in hopeful:
-            best, due = self._choose_arms(context, planned[context.request_id], first_round, market)
-            if best is not None:
-                promising.setdefault(best, []).append(context)
-            if due is not None:
-                on_trial.setdefault(due, [context])  # one request is enough for a step
-        for arm, some in promising.items():
-            self._ask(arm, some, market)
-        for arm, some in on_trial.items():
-            self._ask(arm, some, market, on_trial=True)
-        trees = self._allot(contexts, market)
+        watched = [contexts[index] for index in awake]
+        self._planned = {context.request_id: _Planned(None) for context in watched}
+        self._collect([c for c in watched if c.max_nodes > 0 and c.max_depth > 0], market)
+        for index, tree in zip(awake, self._allot(watched, market), strict=True):
+            trees[index] = tree
         self._num_step_rows = market.num_rows + sum(tree.num_nodes - 1 for tree in trees)
-        self.reads_logits = any(p.arm.drafter.reads_logits for plan in planned.values() for p in plan.proposals)
+        proposals = (proposal for plan in self._planned.values() for proposal in plan.proposals)
+        self.reads_logits = any(proposal.arm.drafter.reads_logits for proposal in proposals)
         self._forward_start = self.clock()
         self._draft_s = self._forward_start - start
         return trees
@@ -198,7 +190,7 @@ class AutoDrafter:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         market, now = self._market, self.clock()
         if market is None:
-            return  # everybody sleeps
+            return  # all sleep
         self._market = None
         self._learn_prices(market, now - self._forward_start, sum(len(outcome.new_tokens) for outcome in outcomes))
         for outcome in outcomes:
@@ -221,16 +213,32 @@ class AutoDrafter:
             if check is not None:
                 check()
 
-    def _all_asleep(self, contexts: Sequence[DraftContext]) -> bool:
-        """Whether nothing pays for any of the requests, and nothing is due for a trial: then a step costs nothing."""
-        steps, wake = self._steps, self._wake
-        if any(steps.get(context.request_id, 0) >= wake.get(context.request_id, 0) for context in contexts):
+    def _sleeps(self, request_id: str) -> bool:
+        """Whether nothing pays for a request, and nothing is due for a trial: then its step costs nothing."""
+        step = self._steps.get(request_id, 0)
+        if step >= self._wake.get(request_id, 0):
             return False
-        for context in contexts:
-            steps[context.request_id] += 1
-        self._total_s += self._plain_s
-        self.reads_logits = False
+        self._steps[request_id] = step + 1
         return True
+
+    def _collect(self, contexts: Sequence[DraftContext], market: _Market) -> None:
+        """Have drafters propose: first those that cost next to nothing, then those that promise more, or are due."""
+        first_round = self._nearly_free(market)
+        for arm in first_round:
+            self._ask(arm, contexts, market)
+        promising: dict[_Arm, list[DraftContext]] = {}
+        on_trial: dict[_Arm, list[DraftContext]] = {}
+        for context in contexts:
+            best, due = self._choose_arms(context, self._planned[context.request_id], first_round, market)
+            if best is not None:
+                promising.setdefault(best, []).append(context)
+            if due is not None:
+                on_trial.setdefault(due, []).append(context)
+        for arm, some in promising.items():
+            self._ask(arm, some, market)
+        for arm, some in on_trial.items():
+            # One request is enough for a step: the one that knows least.
+            self._ask(arm, [min(some, key=lambda context: self._num_trials(context, arm))], market, on_trial=True)
 
     def _prices(self, contexts: Sequence[DraftContext]) -> _Market:
         num_rows = max(len(contexts), contexts[0].num_step_rows)
@@ -384,6 +392,10 @@ class AutoDrafter:
             self._wake[request_id] = min(
                 step + LONGEST_SLEEP, *(self._next_trial(arm, own, step) for arm in self._arms)
             )
+
+    def _num_trials(self, context: DraftContext, arm: _Arm) -> int:
+        record = self._own(context.request_id).get(arm)
+        return record.num_trials if record is not None else 0
 
     def _own(self, request_id: str) -> dict[_Arm, _OwnRecord]:
         return self._records.setdefault(request_id, {})

@@ -8,7 +8,7 @@ last known token the request may have a tree behind it.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import SchedulerConfig
@@ -97,9 +97,10 @@ class Scheduler:
                 self._preempt(request)
                 break
             plan.append(scheduled)
-            budget -= scheduled.chunk_size + scheduled.max_draft_nodes
+            budget -= scheduled.chunk_size
         if not self.preempted:
-            self._admit(plan, budget)
+            budget = self._admit(plan, budget)
+        self._give_rows_to_drafts(plan, budget)
         assert plan or not self.has_unfinished, "nothing could be scheduled"
         return plan
 
@@ -112,23 +113,25 @@ class Scheduler:
         if request.request_id in self._cache:
             self._cache.release(request.request_id)
 
-    def _admit(self, plan: list[ScheduledSequence], budget: int) -> None:
+    def _admit(self, plan: list[ScheduledSequence], budget: int) -> int:
+        """Take waiting requests in as long as there is room; returns what is left of the budget."""
         while self.waiting and budget > 0 and len(self.running) < self._config.max_num_seqs:
             request = self.waiting[0]
             num_cached = self._cache.admit(request.request_id, request.token_ids)
             if self.running and not self._has_room(request):
                 self._cache.release(request.request_id)
-                return
+                return budget
             scheduled = self._place(request, budget, num_behind=0, num_spare_blocks=len(self.running))
             if scheduled is None:
                 self._cache.release(request.request_id)
-                return
+                return budget
             if request.metrics.num_preemptions == 0:
                 request.metrics.num_cached_tokens = num_cached
             self.waiting.popleft()
             self.running.append(request)
             plan.append(scheduled)
-            budget -= scheduled.chunk_size + scheduled.max_draft_nodes
+            budget -= scheduled.chunk_size
+        return budget
 
     def _has_room(self, request: Request) -> bool:
         """Whether all that a request and the running ones know fits, with a block each to grow into.
@@ -144,27 +147,41 @@ class Scheduler:
     def _place(
         self, request: Request, budget: int, *, num_behind: int, num_spare_blocks: int = 0
     ) -> ScheduledSequence | None:
-        """Reserve rows for a request: with drafts if there is room, else without; None if not even that fits.
+        """Reserve rows for what a request knows and has not computed; None if they do not fit.
 
         Args:
-            num_behind: running requests still to be placed in this step; each is left a row and a block before
-                drafts are given room, so that drafts never cost another request its step.
+            num_behind: running requests still to be placed in this step; each is left a row.
             num_spare_blocks: blocks that must stay available for running requests to grow into.
         """
         cache, request_id = self._cache, request.request_id
         num_computed = cache.num_computed(request_id)
         chunk_size = min(len(request.token_ids) - num_computed, budget - min(num_behind, budget - 1))
-        available = cache.pool.num_available - num_spare_blocks
-        max_nodes = 0
-        is_last_chunk = num_computed + chunk_size == len(request.token_ids)
-        if is_last_chunk and request.may_draft and request.max_length - len(request.token_ids) > 1:
-            max_nodes = min(self._max_draft_nodes, (budget - chunk_size - num_behind) // (num_behind + 1))
-            if cache.num_new_blocks(request_id, chunk_size + max_nodes) + num_behind > available:
-                max_nodes = 0
-        if cache.num_new_blocks(request_id, chunk_size + max_nodes) > available:
+        if cache.num_new_blocks(request_id, chunk_size) > cache.pool.num_available - num_spare_blocks:
             return None
-        cache.reserve(request_id, chunk_size + max_nodes)
-        return ScheduledSequence(request, num_computed, chunk_size, max_nodes)
+        cache.reserve(request_id, chunk_size)
+        return ScheduledSequence(request, num_computed, chunk_size, max_draft_nodes=0)
+
+    def _give_rows_to_drafts(self, plan: list[ScheduledSequence], budget: int) -> None:
+        """Share what rows and blocks nobody else wants among the requests that may have drafts.
+
+        Last of all, so that drafts never cost another request, or a prompt, its rows.
+        """
+        drafting = [
+            index
+            for index, scheduled in enumerate(plan)
+            if scheduled.yields_token
+            and scheduled.request.may_draft
+            and scheduled.request.max_length - len(scheduled.request.token_ids) > 1
+        ]
+        for done, index in enumerate(drafting):
+            scheduled = plan[index]
+            max_nodes = min(self._max_draft_nodes, budget // (len(drafting) - done))
+            num_rows, request_id = scheduled.chunk_size + max_nodes, scheduled.request.request_id
+            if max_nodes < 1 or not self._cache.can_reserve(request_id, num_rows):
+                continue
+            self._cache.reserve(request_id, num_rows)
+            plan[index] = replace(scheduled, max_draft_nodes=max_nodes)
+            budget -= max_nodes
 
     def _preempt(self, request: Request) -> None:
         """Take a request's blocks; it starts again from its known tokens, so its output does not change."""

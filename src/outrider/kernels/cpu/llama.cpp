@@ -182,13 +182,15 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     }
     const KvCache keys = {reinterpret_cast<void*>(batch.keys[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
     const KvCache values = {reinterpret_cast<void*>(batch.values[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
-    for (size_t i = thread; i < std::min<size_t>(step.tasks.size(), 2 * num_threads); i += num_threads) {
+    const auto fetch_first_keys = [&](size_t i) {
+        if (i >= step.tasks.size()) return;
         const AttentionTask& task = step.tasks[i];
         const SequenceView& sequence = batch.sequences[task.sequence];
         const int64_t count = std::min<int64_t>(sequence.num_context, kKeySplit);
         fetch_heads(keys, sequence.slots, count, task.kv_head);
         fetch_heads(values, sequence.slots, count, task.kv_head);
-    }
+    };
+    fetch_first_keys(thread);
     step.wait(num_threads);
 
     const Share mine = share_of(batch.num_rows, thread, num_threads);
@@ -215,6 +217,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
                                 1.0f / std::sqrt(static_cast<float>(spec_.head_dim)), 0.0f, layer.window, nullptr};
     for (size_t i; (i = step.next_task.fetch_add(1, std::memory_order_relaxed)) < step.tasks.size();) {
         const AttentionTask& task = step.tasks[i];
+        fetch_first_keys(i + num_threads);  // most likely this thread's next
         kernels.attention(args, batch.sequences[task.sequence], task.kv_head, task.row_begin, task.row_end,
                           step.scratch + thread * step.scratch_size);
     }
