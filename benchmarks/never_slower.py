@@ -66,10 +66,11 @@ def measure(plain: LLM, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]
             plain.tokenizer.encode, vocab_size=plain.model.vocab_size, room=400
         )
         ratios, equal, tokens = [], True, 0
+        plain = plain.with_decoding("none")  # a cache as fresh as the other's
         for llm in (plain, auto):
             llm.generate(WARM_UP, SamplingParams(temperature=0.0, max_tokens=8))
         for pair in range(pairs):
-            # Each prompt with a seed of its own: at a high temperature equal noise makes equal texts, which are no test.
+            # A seed for each prompt: at a high temperature equal noise makes equal texts, which are no test.
             params = [
                 SamplingParams(temperature=temperature, seed=100 * pair + i, max_tokens=max_tokens, ignore_eos=True)
                 for i in range(batch_size)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import AutoConfig, drafter_config
-from outrider.drafting.acceptance import AcceptanceEstimator
+from outrider.drafting.acceptance import DOUBT, AcceptanceEstimator
 from outrider.drafting.auto import AutoDrafter
 from outrider.drafting.drafter import DraftContext, DraftOutcome
 from outrider.drafting.forward_cost import ForwardCost
@@ -129,12 +129,12 @@ def test_unknown_costs_take_their_scale_from_the_first_step() -> None:
 def test_confidences_are_corrected_by_what_happens() -> None:
     estimator = AcceptanceEstimator()
     tree = TokenTree((0, 1, 2), (-1, 0, 0), confidences=(1.0, 0.8, 0.8))
-    assert estimator.path_probs("d", "a", tree)[1:] == pytest.approx([0.81, 0.81])
+    assert estimator.path_probs("d", "a", tree)[1:] == pytest.approx([DOUBT * 0.81] * 2)
     for _ in range(100):
         estimator.observe("d", "a", tree, [3])
     assert estimator.path_probs("d", "a", tree)[1] < 0.03, "never right, whatever it says"
     assert estimator.path_probs("d", "b", tree)[1] < 0.1, "and other requests hear of it"
-    assert estimator.path_probs("other", "a", tree)[1] > 0.7, "but not other drafters"
+    assert estimator.path_probs("other", "a", tree)[1] == pytest.approx(DOUBT * 0.81), "but not other drafters"
     for _ in range(30):
         estimator.observe("d", "b", tree, [1])
     assert estimator.path_probs("d", "b", tree)[1] > 0.4, "a request's own record counts more"
@@ -149,7 +149,7 @@ def test_only_nodes_below_the_path_are_counted() -> None:
         estimator.observe("d", "a", tree, [9])
     probs = estimator.path_probs("d", "a", tree)
     assert probs[1] < 0.1
-    assert probs[2] / probs[1] > 0.9
+    assert probs[2] / probs[1] == pytest.approx(DOUBT * 0.95)
 
 
 # Simulated decoding: a clock that only moves by what things cost
@@ -320,7 +320,7 @@ def test_prices_decide_the_size_of_a_tree() -> None:
             path = follow_choices(tree, [0] * tree.num_nodes)
             auto.observe([DraftOutcome("x", tree, path, None, [0] * tree.num_nodes)])
         sizes[row_s] = rows[0]
-    assert sizes[0.001] == 9
+    assert sizes[0.001] > 6
     assert sizes[0.6] < 4
 
 

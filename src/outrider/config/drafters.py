@@ -102,7 +102,7 @@ class AutoConfig:
     drafters: Sequence[str | Mapping[str, Any] | Any] | None = None
     draft_model: str | None = None
     max_nodes: int = 48
-    exploration: float = 0.005
+    exploration: float = 0.003
     calibrate: bool = True
 
     def __post_init__(self) -> None:

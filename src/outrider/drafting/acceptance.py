@@ -9,10 +9,10 @@ from outrider.token_tree import TokenTree
 
 EDGES = (0.02, 0.05, 0.1, 0.18, 0.28, 0.4, 0.52, 0.64, 0.76, 0.86, 0.93, 0.97, 0.99)
 CENTRES = tuple((a + b) / 2 for a, b in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))
-SHARED_PRIOR, OWN_PRIOR = (
-    4.0,
-    6.0,
-)  # trials that a drafter's word counts for, and that other requests' trials count for
+# Trials that a drafter's word, and other requests' trials, count for.
+SHARED_PRIOR, OWN_PRIOR = 4.0, 6.0
+# What a drafter's word is worth before anything is known: being slow to trust costs less than being fooled.
+DOUBT = 0.6
 SHARED_MEMORY, OWN_MEMORY = 400.0, 40.0  # trials after which old ones begin to be forgotten
 
 
@@ -89,9 +89,9 @@ class AcceptanceEstimator:
             own = self._own.get(request_id, {}).get(name)
             table = []
             for index, centre in enumerate(CENTRES):
-                estimate = centre
+                estimate = DOUBT * centre
                 if shared is not None:
-                    estimate = (shared.hits[index] + SHARED_PRIOR * centre) / (shared.trials[index] + SHARED_PRIOR)
+                    estimate = (shared.hits[index] + SHARED_PRIOR * estimate) / (shared.trials[index] + SHARED_PRIOR)
                 if own is not None:
                     estimate = (own.hits[index] + OWN_PRIOR * estimate) / (own.trials[index] + OWN_PRIOR)
                 table.append(estimate)
