@@ -20,6 +20,7 @@ from outrider.drafting.planner import choose_nodes
 from outrider.token_tree import TokenTree
 
 NEARLY_FREE = 0.004  # of a token: what all drafters of the first round together may cost a request's step
+MARGIN = 1.3  # times its price a row must promise: the nodes that look best are those that are overrated
 ROW_STEP = 4  # rows over which the price of one more is taken
 PAUSE = (
     4  # the least steps of a request between trials of a drafter that does not pay; their cost mostly asks for more
@@ -124,7 +125,7 @@ class _Market:
 
     Attributes:
         tokens_per_s: what a second is worth.
-        row_price: what one more row costs, in tokens.
+        row_price: what one more row costs, in tokens, with the margin.
     """
 
     num_rows: int
@@ -247,7 +248,7 @@ class AutoDrafter:
         self._plain_s = seconds
         tokens_per_s = max(len(contexts) / seconds, self._tokens / self._seconds if self._seconds else 0.0)
         marginal = self._cost.seconds(num_rows + ROW_STEP, context) - self._cost.seconds(num_rows, context)
-        return _Market(num_rows, context, tokens_per_s, tokens_per_s * max(0.0, marginal) / ROW_STEP)
+        return _Market(num_rows, context, tokens_per_s, MARGIN * tokens_per_s * max(0.0, marginal) / ROW_STEP)
 
     def _nearly_free(self, market: _Market) -> list[_Arm]:
         """Drafters that may always propose, the cheapest first."""
@@ -292,7 +293,7 @@ class AutoDrafter:
             # tells the nodes apart. Then the record of such trees must do.
             accepted, _ = arm.expected(self._own(request_id).get(arm))
             rows = self._cost.seconds(market.num_rows + num_nodes, market.context)
-            price = market.tokens_per_s * (rows - self._cost.seconds(market.num_rows, market.context))
+            price = MARGIN * market.tokens_per_s * (rows - self._cost.seconds(market.num_rows, market.context))
             return _Proposal(arm, tree, None, accepted - price)
         probs = self._acceptance.path_probs(arm.drafter.name, request_id, tree)
         return _Proposal(arm, tree, probs, sum(p - market.row_price for p in probs[1:] if p > market.row_price))
@@ -345,7 +346,7 @@ class AutoDrafter:
             [p.chosen.probs for p in divisible if p.chosen and p.chosen.probs],
             lambda rows: self._cost.seconds(rows, market.context),
             market.num_rows + whole,
-            market.tokens_per_s,
+            MARGIN * market.tokens_per_s,
         )
         nodes = {id(plan): of for plan, of in zip(divisible, kept, strict=True)}
         trees = []
