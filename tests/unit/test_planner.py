@@ -298,8 +298,8 @@ def test_several_drafters_in_one_batch() -> None:
 
     clock = Clock()
     per_token, auto = decode([OnlyFor("r0", clock), OnlyFor("r1", clock)], clock, 1500, batch=2)
-    assert per_token < 0.5, "far faster than plain decoding's 1.02"
-    assert min(auto.num_chosen.values()) > 50
+    assert per_token < 0.6, "far faster than plain decoding's 1.02"
+    assert min(auto.num_chosen.values()) > 20
 
 
 def test_prices_decide_the_size_of_a_tree() -> None:
