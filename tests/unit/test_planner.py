@@ -206,10 +206,19 @@ def true_token(position: int) -> int:
     return position % 997
 
 
-def decode(drafters, clock: Clock, num_tokens: int, *, plain_s: float = 1.0, row_s: float = 0.02, batch: int = 1):
+def decode(
+    drafters,
+    clock: Clock,
+    num_tokens: int,
+    *,
+    plain_s: float = 1.0,
+    row_s: float = 0.02,
+    batch: int = 1,
+    exploration: float = AutoConfig.exploration,
+):
     """Seconds of decoding `num_tokens` for each of `batch` requests, and the planner."""
     true_cost = ForwardCost([1, 64], [0], [[plain_s, plain_s + 63 * row_s]])
-    auto = AutoDrafter(AutoConfig(drafters=["none"]), drafters, true_cost, clock=clock)
+    auto = AutoDrafter(AutoConfig(drafters=["none"], exploration=exploration), drafters, true_cost, clock=clock)
     texts = {f"r{i}": [true_token(p) for p in range(10)] for i in range(batch)}
     while min(map(len, texts.values())) < num_tokens:
         contexts = [
@@ -297,7 +306,7 @@ def test_several_drafters_in_one_batch() -> None:
             return trees
 
     clock = Clock()
-    per_token, auto = decode([OnlyFor("r0", clock), OnlyFor("r1", clock)], clock, 1500, batch=2)
+    per_token, auto = decode([OnlyFor("r0", clock), OnlyFor("r1", clock)], clock, 1500, batch=2, exploration=0.02)
     assert per_token < 0.6, "far faster than plain decoding's 1.02"
     assert min(auto.num_chosen.values()) > 20
 

@@ -19,7 +19,7 @@ from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.planner import choose_nodes
 from outrider.token_tree import TokenTree
 
-NEARLY_FREE = 0.004  # of a token: what all drafters of the first round together may cost a request's step
+NEARLY_FREE = 0.008  # of a token: what all drafters of the first round together may cost a request's step
 MARGIN = 1.3  # times its price a row must promise: the nodes that look best are those that are overrated
 ROW_STEP = 4  # rows over which the price of one more is taken
 PAUSE = (
