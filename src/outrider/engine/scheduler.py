@@ -176,10 +176,12 @@ class Scheduler:
         for done, index in enumerate(drafting):
             scheduled = plan[index]
             max_nodes = min(self._max_draft_nodes, budget // (len(drafting) - done))
-            num_rows, request_id = scheduled.chunk_size + max_nodes, scheduled.request.request_id
-            if max_nodes < 1 or not self._cache.can_reserve(request_id, num_rows):
+            request_id, chunk_size = scheduled.request.request_id, scheduled.chunk_size
+            while max_nodes > 0 and not self._cache.can_reserve(request_id, chunk_size + max_nodes):
+                max_nodes -= 1  # the rest of its last block is left in any case
+            if max_nodes < 1:
                 continue
-            self._cache.reserve(request_id, num_rows)
+            self._cache.reserve(request_id, chunk_size + max_nodes)
             plan[index] = replace(scheduled, max_draft_nodes=max_nodes)
             budget -= max_nodes
 
