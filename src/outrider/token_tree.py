@@ -154,6 +154,18 @@ class TokenTree:
             found.setdefault((self.parents[node], self.tokens[node]), node)
         return found
 
+    def nodes_along(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Nodes of the path that begins with `tokens`, as far as the tree has them; the root excluded."""
+        child_of = self.child_of()
+        nodes, node = [], 0
+        for token in tokens:
+            child = child_of.get((node, token))
+            if child is None:
+                break
+            nodes.append(child)
+            node = child
+        return tuple(nodes)
+
     def path(self, node: int) -> tuple[int, ...]:
         """Nodes from below the root down to `node`; empty for the root."""
         nodes = []

@@ -253,7 +253,7 @@ def test_an_engine_goes_on_after_a_failed_forward(drafter: str, monkeypatch: pyt
     right, count = model.forward, iter(range(1000))
 
     def forward(batch, cache):
-        if next(count) % 5 == 3:
+        if next(count) % 3 == 1:
             raise RuntimeError("out of memory")
         return right(batch, cache)
 
@@ -265,7 +265,7 @@ def test_an_engine_goes_on_after_a_failed_forward(drafter: str, monkeypatch: pyt
         except RuntimeError:
             failures += 1
         engine.cache.check_integrity()
-    assert failures >= 2
+    assert failures > 2
     for prompt, request in zip(prompts(4), requests, strict=True):
         assert summary(request) == plain("sampled", prompt, SETTINGS["sampled"])
 

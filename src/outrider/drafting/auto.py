@@ -22,10 +22,8 @@ from outrider.token_tree import TokenTree
 NEARLY_FREE = 0.008  # of a token: what all drafters of the first round together may cost a request's step
 MARGIN = 1.3  # times its price a row must promise: the nodes that look best are those that are overrated
 ROW_STEP = 4  # rows over which the price of one more is taken
-PAUSE = (
-    4  # the least steps of a request between trials of a drafter that does not pay; their cost mostly asks for more
-)
-NEW_RECORD, RECENT = 0.25, 0.08  # weights of a new figure: in short records, and in long ones
+PAUSE = 4  # steps of a request, at least, between trials of a drafter that does not pay
+RECENT = 0.08  # weight of a new figure in a long record; in a short one all count alike
 LONGEST_SLEEP = 256
 OTHERS_WEIGHT = 8  # of a request's own trials that count as much as what other requests have found
 TRIAL_STEPS = 0.25  # plain steps that a drafter's trials may cost before any time has passed
@@ -41,7 +39,7 @@ class _Record:
 
     def add(self, accepted: int, rows: int) -> None:
         self.num_trials += 1
-        weight = max(RECENT, min(NEW_RECORD * 2, 1.0 / self.num_trials))
+        weight = max(RECENT, 1.0 / self.num_trials)
         self.accepted += weight * (accepted - self.accepted)
         self.rows += weight * (rows - self.rows)
 
@@ -62,16 +60,20 @@ class _Arm:
     """A drafter and its price.
 
     Attributes:
-        seconds: of drafting, a request and step; None until measured. The first of a request, which reads its whole
-            prompt, is not counted.
+        name: of the drafter, made unique among the arms.
+        seconds: of drafting, a request and step; None until measured.
         seconds_per_node: likewise a drafted node.
+        is_steady: whether these come from requests that were asked before. The first time reads a whole prompt; it
+            counts only while there is nothing better.
         trials_s: what its trials have cost beyond what they won.
     """
 
+    name: str
     drafter: Drafter
     shared: _Record = field(default_factory=_Record)
     seconds: float | None = None
     seconds_per_node: float = 0.0
+    is_steady: bool = False
     trials_s: float = 0.0
 
     def expected(self, own: _Record | None) -> tuple[float, float]:
@@ -82,9 +84,12 @@ class _Arm:
             return accepted, rows
         return accepted + weight * (own.accepted - accepted), rows + weight * (own.rows - rows)
 
-    def measured(self, seconds: float, num_nodes: int) -> None:
-        if self.seconds is None:
-            self.seconds, self.seconds_per_node = seconds, seconds / max(1, num_nodes)
+    def measured(self, seconds: float, num_nodes: int, *, steady: bool) -> None:
+        """Learn from a proposal; `steady` if its requests had been asked before."""
+        if self.is_steady and not steady:
+            return
+        if not self.is_steady and (steady or self.seconds is None):
+            self.seconds, self.seconds_per_node, self.is_steady = seconds, seconds / max(1, num_nodes), steady
             return
         seconds = min(seconds, 4 * self.seconds)
         self.seconds += 0.1 * (seconds - self.seconds)
@@ -152,7 +157,11 @@ class AutoDrafter:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._config, self._cost, self.clock = config, cost, clock
-        self._arms = [_Arm(drafter) for drafter in drafters]
+        names = [drafter.name for drafter in drafters]
+        self._arms = [
+            _Arm(name if names.count(name) == 1 else f"{name}-{names[:index].count(name) + 1}", drafter)
+            for index, (name, drafter) in enumerate(zip(names, drafters, strict=True))
+        ]
         self.max_nodes = max((min(config.max_nodes, drafter.max_nodes) for drafter in drafters), default=0)
         self.returns_probs = any(drafter.returns_probs for drafter in drafters)
         self.reads_logits = False
@@ -165,20 +174,21 @@ class AutoDrafter:
         self._planned: dict[str, _Planned] = {}
         self._market: _Market | None = None
         self._draft_s, self._forward_start, self._num_step_rows = 0.0, 0.0, 0
-        self.num_chosen = {drafter.name: 0 for drafter in drafters}
+        self.num_chosen = {arm.name: 0 for arm in self._arms}
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         start = self.clock()
         trees = [TokenTree.root_only(context.token_ids[-1]) for context in contexts]
         awake = [index for index, context in enumerate(contexts) if not self._sleeps(context.request_id)]
         self.reads_logits = False
+        self._market = None  # a step that failed left its own
         if not awake:
             self._total_s += self._plain_s
             return trees
         market = self._market = self._prices(contexts)
         watched = [contexts[index] for index in awake]
         self._planned = {context.request_id: _Planned(None) for context in watched}
-        self._collect([c for c in watched if c.max_nodes > 0 and c.max_depth > 0], market)
+        self._collect([c for c in contexts if c.max_nodes > 0 and c.max_depth > 0], market)
         for index, tree in zip(awake, self._allot(watched, market), strict=True):
             trees[index] = tree
         self._num_step_rows = market.num_rows + sum(tree.num_nodes - 1 for tree in trees)
@@ -225,21 +235,18 @@ class AutoDrafter:
     def _collect(self, contexts: Sequence[DraftContext], market: _Market) -> None:
         """Have drafters propose: first those that cost next to nothing, then those that promise more, or are due."""
         first_round = self._nearly_free(market)
+        second_round = [arm for arm in self._arms if arm not in first_round]
+        awake = [context for context in contexts if context.request_id in self._planned]
         for arm in first_round:
-            self._ask(arm, contexts, market)
-        promising: dict[_Arm, list[DraftContext]] = {}
-        on_trial: dict[_Arm, list[DraftContext]] = {}
-        for context in contexts:
-            best, due = self._choose_arms(context, self._planned[context.request_id], first_round, market)
+            self._ask(arm, awake, market)
+        asked: dict[_Arm, list[DraftContext]] = {}
+        for context in awake:
+            best = self._most_promising(context.request_id, second_round, market)
             if best is not None:
-                promising.setdefault(best, []).append(context)
-            if due is not None:
-                on_trial.setdefault(due, []).append(context)
-        for arm, some in promising.items():
+                asked.setdefault(best, []).append(context)
+        for arm, some in asked.items():
             self._ask(arm, some, market)
-        for arm, some in on_trial.items():
-            # One request is enough for a step: the one that knows least.
-            self._ask(arm, [min(some, key=lambda context: self._num_trials(context, arm))], market, on_trial=True)
+        self._try_out(second_round, contexts, market)
 
     def _prices(self, contexts: Sequence[DraftContext]) -> _Market:
         num_rows = max(len(contexts), contexts[0].num_step_rows)
@@ -277,8 +284,8 @@ class AutoDrafter:
         start = self.clock()
         trees = arm.drafter.propose(limited)
         seconds = (self.clock() - start) / len(contexts)
-        if all(arm in self._own(context.request_id) for context in contexts):
-            arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees))
+        steady = all(arm in self._own(context.request_id) for context in contexts)
+        arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees), steady=steady)
         for context, tree in zip(contexts, trees, strict=True):
             proposal = self._weigh(arm, context.request_id, tree, market)
             proposal.on_trial, proposal.seconds = on_trial, seconds
@@ -289,35 +296,63 @@ class AutoDrafter:
         if num_nodes == 0:
             return _Proposal(arm, tree, None, 0.0)
         if tree.draft is not None or tree.confidences is None:
-            # Rejection rules forbid to leave a drawn token out because of what it is; without confidences nothing
-            # tells the nodes apart. Then the record of such trees must do.
-            accepted, _ = arm.expected(self._own(request_id).get(arm))
-            rows = self._cost.seconds(market.num_rows + num_nodes, market.context)
-            price = MARGIN * market.tokens_per_s * (rows - self._cost.seconds(market.num_rows, market.context))
+            # Rejection rules forbid to leave a drawn token out because of what it is, and what was drawn decides how
+            # far a tree goes; without confidences nothing tells the nodes apart. Then the record of such trees must
+            # do, for what they bring and for what they cost.
+            accepted, rows = arm.expected(self._own(request_id).get(arm))
+            seconds = self._cost.seconds(market.num_rows + rows, market.context)
+            price = MARGIN * market.tokens_per_s * (seconds - self._cost.seconds(market.num_rows, market.context))
             return _Proposal(arm, tree, None, accepted - price)
-        probs = self._acceptance.path_probs(arm.drafter.name, request_id, tree)
+        probs = self._acceptance.path_probs(arm.name, request_id, tree)
         return _Proposal(arm, tree, probs, sum(p - market.row_price for p in probs[1:] if p > market.row_price))
 
-    def _choose_arms(
-        self, context: DraftContext, plan: _Planned, first_round: Sequence[_Arm], market: _Market
-    ) -> tuple[_Arm | None, _Arm | None]:
-        """Of the drafters of the second round the one that promises most, and one that is due for a trial."""
-        best, best_worth = None, max((p.worth for p in plan.proposals), default=0.0)
-        due: _Arm | None = None
-        own, step = self._own(context.request_id), self._steps.get(context.request_id, 0)
-        for arm in self._arms:
-            if arm in first_round:
-                continue
-            record = own.get(arm)
+    def _most_promising(self, request_id: str, arms: Sequence[_Arm], market: _Market) -> _Arm | None:
+        """The drafter whose record promises a request most, and more than what is on the table."""
+        best, best_worth = None, self._best_worth(request_id)
+        own = self._own(request_id)
+        for arm in arms:
             if arm.shared.num_trials and arm.seconds is not None:
-                accepted, rows = arm.expected(record)
+                accepted, rows = arm.expected(own.get(arm))
                 worth = accepted - market.row_price * rows - market.tokens_per_s * arm.seconds
                 if worth > best_worth:
                     best, best_worth = arm, worth
-                    continue
-            if due is None and (record is None or step >= record.next_trial) and self._debt(arm) <= 0.0:
-                due = arm
-        return best, due if due is not best else None
+        return best
+
+    def _try_out(self, arms: Sequence[_Arm], contexts: Sequence[DraftContext], market: _Market) -> None:
+        """Let every drafter whose account allows it propose once more, to the request that may gain most by it.
+
+        That is one which knows little of the drafter and has little without it. If it sleeps, it is woken for the
+        next step, or those that are awake, because something else pays for them, would use the account up.
+        """
+        tried = set[str]()
+        for arm in arms:
+            if self._debt(arm) > 0.0:
+                continue
+            due = [c for c in contexts if c.request_id not in tried and self._is_due(arm, c.request_id)]
+            if not due:
+                continue
+            context = min(due, key=lambda context: self._knowledge(arm, context.request_id))
+            tried.add(context.request_id)
+            if context.request_id in self._planned:
+                self._ask(arm, [context], market, on_trial=True)
+            else:
+                self._wake[context.request_id] = 0
+
+    def _is_due(self, arm: _Arm, request_id: str) -> bool:
+        record = self._own(request_id).get(arm)
+        if record is not None and self._steps.get(request_id, 0) < record.next_trial:
+            return False
+        plan = self._planned.get(request_id)
+        return plan is None or all(proposal.arm is not arm for proposal in plan.proposals)
+
+    def _knowledge(self, arm: _Arm, request_id: str) -> float:
+        """What a request knows of a drafter, in trials, times the tokens that it gets without it."""
+        record = self._own(request_id).get(arm)
+        return (1 + (record.num_trials if record is not None else 0)) * (1.0 + self._best_worth(request_id))
+
+    def _best_worth(self, request_id: str) -> float:
+        plan = self._planned.get(request_id)
+        return max((p.worth for p in plan.proposals), default=0.0) if plan is not None else 0.0
 
     def _debt(self, arm: _Arm) -> float:
         """Seconds that trials of a drafter have cost beyond what they may."""
@@ -356,7 +391,7 @@ class AutoDrafter:
                 tree = tree.restricted_to(nodes[id(plan)])
             plan.num_nodes = tree.num_nodes - 1
             if plan.chosen and plan.num_nodes:
-                self.num_chosen[plan.chosen.arm.drafter.name] += 1
+                self.num_chosen[plan.chosen.arm.name] += 1
             trees.append(tree)
         return trees
 
@@ -375,10 +410,11 @@ class AutoDrafter:
         own = self._own(request_id)
         for proposal in plan.proposals:
             arm, taken = proposal.arm, proposal is plan.chosen
-            self._acceptance.observe(arm.drafter.name, request_id, proposal.tree, outcome.new_tokens)
+            self._acceptance.observe(arm.name, request_id, proposal.tree, outcome.new_tokens)
             record = own.setdefault(arm, _OwnRecord())
             # A proposal that was not taken counts with what it would have come to, as far as is known.
-            accepted = len(outcome.path.accepted_nodes) if taken else _num_common(proposal.tree, outcome.new_tokens)
+            walked = outcome.path.accepted_nodes if taken else proposal.tree.nodes_along(outcome.new_tokens)
+            accepted = len(walked)
             rows = plan.num_nodes if taken else proposal.tree.num_nodes - 1
             record.add(accepted, rows)
             arm.shared.add(accepted, rows)
@@ -388,27 +424,11 @@ class AutoDrafter:
                 arm.trials_s = max(0.0, arm.trials_s + spent - won)
             expected, expected_rows = arm.expected(record)
             pays = expected > market.row_price * expected_rows + market.tokens_per_s * (arm.seconds or 0.0)
-            record.next_trial = step if pays or arm.seconds is None else step + PAUSE
+            record.next_trial = step if pays or not arm.is_steady else step + PAUSE
         if plan.chosen is None and all(p.on_trial for p in plan.proposals):
             self._wake[request_id] = min(
                 step + LONGEST_SLEEP, *(self._next_trial(arm, own, step) for arm in self._arms)
             )
 
-    def _num_trials(self, context: DraftContext, arm: _Arm) -> int:
-        record = self._own(context.request_id).get(arm)
-        return record.num_trials if record is not None else 0
-
     def _own(self, request_id: str) -> dict[_Arm, _OwnRecord]:
         return self._records.setdefault(request_id, {})
-
-
-def _num_common(tree: TokenTree, tokens: Sequence[int]) -> int:
-    """How many of `tokens` lie on a path of the tree, from the root on."""
-    child_of = {(tree.parents[node], tree.tokens[node]): node for node in range(tree.num_nodes - 1, 0, -1)}
-    node, count = 0, 0
-    for token in tokens:
-        child = child_of.get((node, token))
-        if child is None:
-            break
-        node, count = child, count + 1
-    return count

@@ -102,23 +102,10 @@ class Guesser:
         if not read or not followed or list(token_ids[: len(before)]) != before:
             self._drafter.release(request_id)
             return
-        nodes = tree_nodes_along(tree, followed[:-1])
-        path = VerifiedPath(tuple(nodes), followed[len(nodes)])
+        nodes = tree.nodes_along(followed[:-1])
+        path = VerifiedPath(nodes, followed[len(nodes)])
         self._drafter.observe([DraftOutcome(request_id, tree, path, asked.log_weights)])
 
     def _forget(self, request_id: str) -> None:
         self._asked.pop(request_id, None)
         self._drafter.release(request_id)
-
-
-def tree_nodes_along(tree: TokenTree, tokens: Sequence[int]) -> list[int]:
-    """Nodes of the path that begins with `tokens`, as far as the tree has them."""
-    children = tree.children()
-    nodes, node = [], 0
-    for token in tokens:
-        child = next((child for child in children[node] if tree.tokens[child] == token), None)
-        if child is None:
-            break
-        nodes.append(child)
-        node = child
-    return nodes
