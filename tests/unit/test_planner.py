@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import AutoConfig, drafter_config
-from outrider.drafting.acceptance import DOUBT, AcceptanceEstimator
+from outrider.drafting.acceptance import AcceptanceEstimator
 from outrider.drafting.auto import AutoDrafter
 from outrider.drafting.drafter import DraftContext, DraftOutcome
 from outrider.drafting.forward_cost import ForwardCost
@@ -130,13 +130,13 @@ def test_unknown_costs_take_their_scale_from_the_first_step() -> None:
 def test_confidences_are_corrected_by_what_happens() -> None:
     estimator = AcceptanceEstimator()
     tree = TokenTree((0, 1, 2), (-1, 0, 0), confidences=(1.0, 0.8, 0.8))
-    assert estimator.path_probs("d", "a", tree)[1:] == pytest.approx([DOUBT * 0.81] * 2)
+    assert estimator.path_probs("d", "a", tree)[1:] == pytest.approx([0.81] * 2)
     for _ in range(100):
         estimator.observe("d", "a", tree, [3])
     assert estimator.path_probs("d", "a", tree)[1] < 0.03, "never right, whatever it says"
     assert estimator.path_probs("d", "b", tree)[1] < 0.1, "and other requests hear of it"
-    assert estimator.path_probs("other", "a", tree)[1] == pytest.approx(DOUBT * 0.81), "but not other drafters"
-    for _ in range(30):
+    assert estimator.path_probs("other", "a", tree)[1] == pytest.approx(0.81), "but not other drafters"
+    for _ in range(60):
         estimator.observe("d", "b", tree, [1])
     assert estimator.path_probs("d", "b", tree)[1] > 0.4, "a request's own record counts more"
     estimator.release("b")
@@ -150,7 +150,19 @@ def test_only_nodes_below_the_path_are_counted() -> None:
         estimator.observe("d", "a", tree, [9])
     probs = estimator.path_probs("d", "a", tree)
     assert probs[1] < 0.1
-    assert probs[2] / probs[1] == pytest.approx(DOUBT * 0.95)
+    assert probs[2] / probs[1] == pytest.approx(0.95)
+
+
+def test_depths_are_told_apart() -> None:
+    """Of equal confidence the first token is mostly wrong, and what stands behind a right one mostly right."""
+    estimator = AcceptanceEstimator()
+    tree = TokenTree((0, 1, 2, 3), (-1, 0, 1, 2), confidences=(1.0, 0.7, 0.7, 0.7))
+    for i in range(100):
+        estimator.observe("d", f"r{i}", tree, [1, 2, 3, 9] if i % 5 == 0 else [9])
+    first, second, third = (estimator.path_probs("d", "new", tree)[node] for node in (1, 2, 3))
+    assert 0.1 < first < 0.4
+    assert second / first > 0.7
+    assert third / second > 0.7
 
 
 # Simulated decoding: a clock that only moves by what things cost

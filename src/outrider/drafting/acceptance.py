@@ -1,4 +1,7 @@
-"""What a drafter's confidences are worth: acceptance as counted, by drafter and request."""
+"""What a drafter's confidences are worth: acceptance as counted, by drafter, depth and request.
+
+`scripts/replay_planner.py` compares settings on recorded proposals: what the chosen nodes bring, less their rows.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,24 @@ from outrider.token_tree import TokenTree
 
 EDGES = (0.02, 0.05, 0.1, 0.18, 0.28, 0.4, 0.52, 0.64, 0.76, 0.86, 0.93, 0.97, 0.99)
 CENTRES = tuple((a + b) / 2 for a, b in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))
-# Trials that a drafter's word, and other requests' trials, count for.
-SHARED_PRIOR, OWN_PRIOR = 4.0, 6.0
-# What a drafter's word is worth before anything is known: being slow to trust costs less than being fooled.
-DOUBT = 0.6
-SHARED_MEMORY, OWN_MEMORY = 400.0, 40.0  # trials after which old ones begin to be forgotten
+# Trials that a drafter's word counts for; that all depths count for at one; that other requests count for.
+SHARED_PRIOR, DEPTH_PRIOR, OWN_PRIOR = 4.0, 10.0, 24.0
+SHARED_MEMORY, OWN_MEMORY = 400.0, 160.0  # trials after which old ones begin to be forgotten
 
 
 class _Counts:
-    """Hits and trials of each bin of confidence, the older ones worth less."""
+    """Hits and trials of each bin of confidence, the older ones worth less.
 
-    __slots__ = ("hits", "memory", "trials")
+    Args:
+        prior: trials that an estimate from elsewhere counts for.
+    """
 
-    def __init__(self, memory: float) -> None:
+    __slots__ = ("hits", "memory", "prior", "trials")
+
+    def __init__(self, memory: float, prior: float) -> None:
         self.hits = [0.0] * len(CENTRES)
         self.trials = [0.0] * len(CENTRES)
-        self.memory = memory
+        self.memory, self.prior = memory, prior
 
     def count(self, index: int, hit: bool) -> None:
         if self.trials[index] >= self.memory:
@@ -33,42 +38,66 @@ class _Counts:
         self.trials[index] += 1.0
         self.hits[index] += hit
 
+    def refined(self, estimates: Sequence[float]) -> list[float]:
+        """``[bins]`` of beta estimates around others."""
+        return [
+            (hits + self.prior * estimate) / (trials + self.prior)
+            for hits, trials, estimate in zip(self.hits, self.trials, estimates, strict=True)
+        ]
+
+
+class _SharedCounts:
+    """All requests' outcomes: together, and those of first draft tokens and of deeper ones for themselves.
+
+    A first draft token is judged before it is known whether the source has found the right place; a deeper one of
+    equal confidence stands behind tokens that were right.
+    """
+
+    def __init__(self) -> None:
+        self.together = _Counts(SHARED_MEMORY, SHARED_PRIOR)
+        self.first = _Counts(SHARED_MEMORY, DEPTH_PRIOR)
+        self.deeper = _Counts(SHARED_MEMORY, DEPTH_PRIOR)
+
 
 class AcceptanceEstimator:
     """Turns a drafter's confidences into probabilities, learning from every node whose outcome is known.
 
     A node's outcome is known once its parent is on the path, whether the node itself was verified or left out. Each
-    bin of confidence is a beta estimate: a request's own trials on top of all requests' on top of the drafter's word.
+    bin of confidence is a beta estimate: a request's own trials on top of all requests' at that depth, on top of
+    theirs at any, on top of the drafter's word.
     """
 
     def __init__(self) -> None:
-        self._shared: dict[str, _Counts] = {}
+        self._shared: dict[str, _SharedCounts] = {}
         self._own: dict[str, dict[str, _Counts]] = {}  # by request, then drafter
-        self._tables: dict[str, dict[str, list[float]]] = {}
+        self._tables: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
 
     def path_probs(self, name: str, request_id: str, tree: TokenTree) -> list[float]:
         """``[num_nodes]`` probability that each node is reached and accepted; the root's is 1."""
         assert tree.confidences is not None, "a tree without confidences cannot be weighed"
-        table = self._table(name, request_id)
+        first, deeper = self._table(name, request_id)
         probs = [1.0] * tree.num_nodes
         for node in range(1, tree.num_nodes):
-            probs[node] = probs[tree.parents[node]] * table[bisect_right(EDGES, tree.confidences[node])]
+            parent = tree.parents[node]
+            table = deeper if parent else first
+            probs[node] = probs[parent] * table[bisect_right(EDGES, tree.confidences[node])]
         return probs
 
     def observe(self, name: str, request_id: str, tree: TokenTree, new_tokens: Sequence[int]) -> None:
         """Walk a proposed tree along the tokens that came, counting the children of every node on the way."""
         if tree.confidences is None or tree.num_nodes == 1:
             return
-        shared = self._shared.setdefault(name, _Counts(SHARED_MEMORY))
-        own = self._own.setdefault(request_id, {}).setdefault(name, _Counts(OWN_MEMORY))
+        shared = self._shared.setdefault(name, _SharedCounts())
+        own = self._own.setdefault(request_id, {}).setdefault(name, _Counts(OWN_MEMORY, OWN_PRIOR))
         children, node = tree.children(), 0
         for token in new_tokens:
             reached = None
+            concerned = (shared.together, shared.deeper if node else shared.first, own)
             for child in children[node]:
                 hit = tree.tokens[child] == token
                 index = bisect_right(EDGES, tree.confidences[child])
-                shared.count(index, hit)
-                own.count(index, hit)
+                for counts in concerned:
+                    counts.count(index, hit)
                 if hit and reached is None:
                     reached = child
             if reached is None:
@@ -80,20 +109,17 @@ class AcceptanceEstimator:
         self._own.pop(request_id, None)
         self._tables.pop(request_id, None)
 
-    def _table(self, name: str, request_id: str) -> list[float]:
-        """``[bins]`` probability of each bin for a request, kept until something is learnt."""
+    def _table(self, name: str, request_id: str) -> tuple[list[float], list[float]]:
+        """``[bins]`` probability of first and of deeper nodes for a request, kept until something is learnt."""
         tables = self._tables.setdefault(request_id, {})
         table = tables.get(name)
         if table is None:
-            shared = self._shared.get(name)
-            own = self._own.get(request_id, {}).get(name)
-            table = []
-            for index, centre in enumerate(CENTRES):
-                estimate = DOUBT * centre
-                if shared is not None:
-                    estimate = (shared.hits[index] + SHARED_PRIOR * estimate) / (shared.trials[index] + SHARED_PRIOR)
-                if own is not None:
-                    estimate = (own.hits[index] + OWN_PRIOR * estimate) / (own.trials[index] + OWN_PRIOR)
-                table.append(estimate)
-            tables[name] = table
+            shared, own = self._shared.get(name), self._own.get(request_id, {}).get(name)
+            first = deeper = list(CENTRES)
+            if shared is not None:
+                together = shared.together.refined(CENTRES)
+                first, deeper = shared.first.refined(together), shared.deeper.refined(together)
+            if own is not None:
+                first, deeper = own.refined(first), own.refined(deeper)
+            table = tables[name] = first, deeper
         return table

@@ -88,7 +88,7 @@ class _Arm:
         """Learn from a proposal; `steady` if its requests had been asked before."""
         if self.is_steady and not steady:
             return
-        if not self.is_steady and (steady or self.seconds is None):
+        if self.seconds is None or self.is_steady != steady:
             self.seconds, self.seconds_per_node, self.is_steady = seconds, seconds / max(1, num_nodes), steady
             return
         seconds = min(seconds, 4 * self.seconds)
