@@ -5,9 +5,10 @@
 
 `record` lets three drafters decode five workloads with the bundled models and keeps every tree and what came of it.
 `replay` goes through them as the planner would: of each tree it takes the nodes that promise `--margin` times the
-price of a row, and then learns what came. Printed is what a proposal brings on average over workloads and drafters, at
-five prices of a row: accepted tokens less the price of the nodes taken; then the worst of the workloads, which is what
-estimates cost where drafts are wrong; then what would be got if all nodes were taken, and if the future were known.
+price of a row, and then learns what came. Printed is what a proposal brings on average over workloads and drafters,
+at five prices of a row: accepted tokens less the price of the nodes taken; then the worst of the workloads, which is
+what estimates cost where drafts are wrong; then what would be got if all nodes were taken, and if the future were
+known.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from outrider.drafting.growth.expected import best_nodes, expected_length
 from outrider.drafting.growth.levels import CAPE_CANDIDATES
 from outrider.drafting.growth.stochastic_beam import truncated
 from outrider.drafting.growth.tree import GrowingTree, Row
-from outrider.drafting.tree_shape import best_first_shape
+from outrider.drafting.sequoia import sequoia_shape
 from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams
@@ -240,12 +240,13 @@ def test_cape_widens_a_chain_where_it_is_not_sure() -> None:
     assert [made.depths.count(depth) for depth in range(1, 5)] == counts
 
 
-def test_static_trees_have_the_shape_of_their_ranks() -> None:
-    ranks = (0.6, 0.3, 0.05)
+@pytest.mark.parametrize("ranks", [(0.6, 0.3, 0.05), [(0.5, 0.4, 0.3), (0.9, 0.01, 0.0), (0.8, 0.1, 0.0)]])
+def test_static_trees_are_the_best_for_their_acceptance(ranks) -> None:
     tree = grown(
         DraftModelConfig(growth="static", depth=4, max_nodes=9, rank_probs=ranks, min_path_prob=0.0)
     ).finished()
-    shape = best_first_shape(9, 4, ranks)
+    shape = sequoia_shape(9, 4, ranks)
+    assert max(shape.depths) == (4 if isinstance(ranks[0], float) else 3)
     assert tree.parents[1:] == shape.parents
     for node, (parent, rank) in enumerate(zip(shape.parents, shape.ranks, strict=True), 1):
         row = log_q(tuple(tree.tokens[above] for above in tree.path(parent)))
@@ -375,6 +376,9 @@ def test_the_tree_of_another_drafter_is_followed_as_far_as_it_is_known(monkeypat
         {"branching": "3"},
         {"rank_probs": (0.1, 0.5)},
         {"rank_probs": (1.5,)},
+        {"rank_probs": ((0.5, 0.1), 0.5)},
+        {"rank_probs": ((0.5, 0.1), (0.1, 0.5))},
+        {"rank_probs": ((0.5, 0.1), ())},
         {"min_gain": -1.0},
         {"growth": "dyspec_threshold", "min_path_prob": 0.0},
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
-from statistics import mean
 from typing import Any
 
 from outrider.bench.hardware import Hardware
@@ -89,8 +88,8 @@ class Prediction:
         spec = {**spec, "model": self.drafting.path or "PATH_OR_HUB_ID", "min_path_prob": 0.0}
         if self.width <= 1:
             return spec
-        by_rank = zip(*self.drafting.acceptance, strict=True)
-        return {**spec, "growth": "static", "rank_probs": [min(0.999, round(mean(of), 3)) for of in by_rank]}
+        rows = [[min(0.999, round(p, 3)) for p in sorted(row, reverse=True)] for row in self.drafting.acceptance]
+        return {**spec, "growth": "static", "rank_probs": rows}
 
     def record(self) -> dict[str, Any]:
         return {

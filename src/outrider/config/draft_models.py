@@ -42,7 +42,7 @@ class DraftModelConfig:
             "dyspec_threshold": all places likelier than `min_path_prob`, depth by depth;
             "specexec": the most probable paths, `max_expanded` nodes read per forward;
             "opt_tree": the same, a layer per forward, until a layer is worth less than `min_gain`;
-            "static": the best shape for `rank_probs`.
+            "static": the best shape for `rank_probs`, by Sequoia's dynamic programme.
         depth: the longest path of the tree.
         width: children drawn below an expanded node, or paths side by side; 1 is a chain.
         max_expanded: nodes expanded per depth or forward, the most probable paths first.
@@ -50,7 +50,8 @@ class DraftModelConfig:
         max_nodes: the most draft tokens in a tree.
         branching: children of each node of depth 0, 1, ...
         min_gain: least gain in expected accepted tokens for which a further layer is read.
-        rank_probs: how likely the child of each rank is accepted.
+        rank_probs: how likely the child of each rank is accepted once its parent is: ``[rank]``, or
+            ``[depth][rank]``, which ends the tree at the last depth.
         dtype: of the draft's activations and cache; "auto" is the checkpoint's.
         weights, group_size: of the draft's linear layers, as in `EngineConfig`.
     """
@@ -66,7 +67,7 @@ class DraftModelConfig:
     max_nodes: int = 12
     branching: Sequence[int] = (3, 1, 1, 1)
     min_gain: float = 0.1
-    rank_probs: Sequence[float] = (0.6, 0.12, 0.05, 0.03)
+    rank_probs: Sequence[float] | Sequence[Sequence[float]] = (0.6, 0.12, 0.05, 0.03)
     dtype: str = "auto"
     weights: Weights = "auto"
     group_size: int = 64
@@ -85,17 +86,25 @@ class DraftModelConfig:
             check_int("draft_model.branching", factor, 1, 64)
         valid = isinstance(self.min_gain, int | float) and 0 <= self.min_gain < 128
         require(valid, "draft_model.min_gain", self.min_gain, "a number in [0, 128)")
-        _check_list("rank_probs", self.rank_probs, 64)
-        for probability in self.rank_probs:
-            _check_fraction("rank_probs", probability)
-        falling = all(a >= b for a, b in zip(self.rank_probs, self.rank_probs[1:], strict=False))
-        require(falling, "draft_model.rank_probs", self.rank_probs, "falling probabilities")
+        _check_rank_probs(self.rank_probs)
         check_weights("draft_model.", self.weights, self.group_size)
 
 
 def _check_fraction(name: str, value: object) -> None:
     valid = isinstance(value, int | float) and 0 <= value < 1
     require(valid, f"draft_model.{name}", value, "a number in [0, 1)")
+
+
+def _check_rank_probs(rank_probs: Sequence[float] | Sequence[Sequence[float]]) -> None:
+    _check_list("rank_probs", rank_probs, 64)
+    by_depth = [list(row) for row in rank_probs if isinstance(row, list | tuple)]
+    require(len(by_depth) in (0, len(rank_probs)), "draft_model.rank_probs", rank_probs, "numbers, or lists of them")
+    rows: list[list[Any]] = by_depth or [list(rank_probs)]
+    for row in rows:
+        _check_list("rank_probs", row, 64)
+        for probability in row:
+            _check_fraction("rank_probs", probability)
+        require(row == sorted(row, reverse=True), "draft_model.rank_probs", rank_probs, "falling probabilities")
 
 
 def _check_list(name: str, values: object, most: int) -> None:

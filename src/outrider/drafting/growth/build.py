@@ -11,7 +11,7 @@ from outrider.drafting.growth.levels import Beam, Branching, ExpandedChain, Stat
 from outrider.drafting.growth.policy import Growth
 from outrider.drafting.growth.stochastic_beam import StochasticBeam
 from outrider.drafting.growth.tree import Draws, GrowthLimits
-from outrider.drafting.tree_shape import best_first_shape
+from outrider.drafting.sequoia import sequoia_shape
 
 
 def build_growth(config: DraftModelConfig, style: DraftStyle) -> Growth:
@@ -59,6 +59,6 @@ def _as_the_rule_asks(config: DraftModelConfig, limits: GrowthLimits, draws: Dra
         case "cape":
             return ExpandedChain(limits, draws)
         case "static":
-            return Static(limits, draws, best_first_shape(config.max_nodes, config.depth, config.rank_probs))
+            return Static(limits, draws, sequoia_shape(config.max_nodes, config.depth, config.rank_probs))
         case _:
             return Beam(limits, draws, config.width, config.max_expanded)
