@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import typer
+
 from outrider.bench.hardware import KNOWN, THIS, hardware_of
 from outrider.cli import options as opt
 from outrider.cli.bench_acceptance import encode_for
@@ -33,9 +35,16 @@ LARGEST_RUN = 8  # sequences at once
 MAX_CONTEXT, MAX_SECONDS = 1 << 24, 24 * 3600.0
 PROBE_BYTES, PROBE_CACHES = 1 << 28, 8
 PREDICTION = "Prediction"
+# What a prediction has no use for: nothing is loaded, run or sampled.
+MEASURED_ONLY = (
+    *("dtype", "device", "exactness", "threads"),
+    *("workload", "prompts", "data", "seconds", "recalibrate"),
+    *("max_tokens", "temperature", "seed"),
+)
 
 
 def advise(
+    ctx: typer.Context,
     *,
     model: opt.Model = None,
     revision: opt.Revision = None,
@@ -62,6 +71,10 @@ def advise(
         float,
         option("--seconds", help="To spend on decoding; one round of all drafters always runs.", panel=MEASURING),
     ] = 60.0,
+    recalibrate: Annotated[
+        bool,
+        option("--recalibrate", help="Measure anew what a forward costs, and keep that.", panel=MEASURING),
+    ] = False,
     context: Annotated[
         int | None,
         option(
@@ -109,6 +122,8 @@ def advise(
         prefix_caching=False,
     )
     if hardware.lower() != THIS:
+        hardware_of(hardware)
+        _check_used_by_prediction(ctx, hardware)
         check_writable(output)
         record = _prediction(
             hardware, engine, draft or [], acceptance, context=DEFAULT_CONTEXT if context is None else context
@@ -123,7 +138,9 @@ def advise(
             seed=base_seed(seed, 1),
         )
         check_writable(output)
-        record = _measurement(engine, draft or [], wanted, params, seconds=seconds, context=context)
+        record = _measurement(
+            engine, draft or [], wanted, params, seconds=seconds, recalibrate=recalibrate, context=context
+        )
     report_json(record, to_stdout=json_out, path=output)
     if not json_out:
         from outrider.cli.advise_report import print_measurement, print_prediction
@@ -134,6 +151,29 @@ def advise(
         raise KeyboardInterrupt
 
 
+def _check_used_by_prediction(ctx: typer.Context, hardware: str) -> None:
+    """Raises:
+    ConfigError: an option was given that changes nothing of a prediction.
+    """
+    unused = [
+        max(parameter.opts, key=len)
+        for parameter in ctx.command.params
+        if parameter.name in MEASURED_ONLY and _is_given(ctx, parameter.name)
+    ]
+    if unused:
+        raise ConfigError(
+            ", ".join(unused),
+            got=f"hardware {hardware!r}, of which nothing is measured",
+            expected=f"hardware {THIS!r}",
+            remedy="leave it out for a prediction",
+        )
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
 def _measurement(
     options: EngineOptions,
     drafts: list[str],
@@ -141,6 +181,7 @@ def _measurement(
     params: SamplingParams,
     *,
     seconds: float,
+    recalibrate: bool,
     context: int | None,
 ) -> dict[str, Any]:
     llm = options.load("none")
@@ -153,7 +194,7 @@ def _measurement(
     specs: dict[str, dict[str, Any]] = {PLAIN: {"method": "none"}, **a.candidates(llm, drafts)}
     encoded = encode_for(llm, workload, params.max_tokens or 0)
     note("measuring what a forward costs")
-    cost = cost_of_target(llm.config, llm.model)
+    cost = cost_of_target(llm.config, llm.model, recalibrate=recalibrate)
     chosen, max_tokens = a.fit_to_time(
         encoded, params.max_tokens or 0, cost, num_contenders=len(specs), seconds=seconds
     )
