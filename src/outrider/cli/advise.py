@@ -16,9 +16,9 @@ import typer
 from outrider.bench.hardware import KNOWN, THIS, hardware_of
 from outrider.cli import options as opt
 from outrider.cli.bench_acceptance import encode_for
-from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
-from outrider.cli.options import MEASURING, EngineOptions, base_seed, option
-from outrider.cli.prompts import chosen_workload
+from outrider.cli.console import note, progress_bar, stdout_console
+from outrider.cli.option_groups import ModelOptions, ReportOptions, WorkloadOptions, with_groups
+from outrider.cli.options import MEASURING, EngineOptions, base_seed, option, require_in_range
 from outrider.config import EngineConfig, Weights
 from outrider.config.checks import check_weights
 from outrider.errors import ConfigError
@@ -43,15 +43,11 @@ MEASURED_ONLY = (
 )
 
 
+@with_groups
 def advise(
     ctx: typer.Context,
     *,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = EngineConfig.dtype,
-    weights: opt.WeightFormat = EngineConfig.weights,
-    group_size: opt.GroupSize = EngineConfig.group_size,
-    device: opt.Device = EngineConfig.device,
+    target: ModelOptions,
     draft: Annotated[
         list[str] | None,
         option(
@@ -64,9 +60,7 @@ def advise(
         str,
         option("--hardware", help=f"{THIS}: measure; {', '.join(KNOWN)}, or a JSON file: predict.", panel=MEASURING),
     ] = THIS,
-    workload: opt.WorkloadName = None,
-    prompts: opt.Prompts = None,
-    data: opt.DataFile = None,
+    source: WorkloadOptions,
     seconds: Annotated[
         float,
         option("--seconds", help="To spend on decoding; one round of all drafters always runs.", panel=MEASURING),
@@ -97,25 +91,19 @@ def advise(
     seed: opt.Seed = None,
     exactness: opt.ExactnessMode = EngineConfig.exactness,
     threads: opt.Threads = None,
-    json_out: opt.JsonOut = False,
-    output: opt.OutputFile = None,
+    report: ReportOptions,
 ) -> None:
     """Say which drafter, tree and length to use, what it brings, and from which batch on plain decoding is as good.
 
     On this machine by measuring (an interruption advises on what there is); for another one from its published
     figures and the model's config.json alone.
     """
-    if context is not None and not 0 <= context <= MAX_CONTEXT:
-        raise ConfigError("--context", got=context, expected=f"0 to {MAX_CONTEXT}")
+    if context is not None:
+        require_in_range("--context", context, 0, MAX_CONTEXT)
     if not 0.0 < seconds <= MAX_SECONDS:
         raise ConfigError("--seconds", got=seconds, expected=f"above 0, at most {MAX_SECONDS}")
-    engine = EngineOptions(
-        model=model,
-        revision=revision,
-        dtype=dtype,
-        weights=weights,
-        group_size=group_size,
-        device=device,
+    engine = EngineOptions.of(
+        target,
         exactness=exactness,
         max_num_seqs=LARGEST_RUN,
         threads=threads,
@@ -124,29 +112,29 @@ def advise(
     if hardware.lower() != THIS:
         hardware_of(hardware)
         _check_used_by_prediction(ctx, hardware)
-        check_writable(output)
+        report.check()
         record = _prediction(
             hardware, engine, draft or [], acceptance, context=DEFAULT_CONTEXT if context is None else context
         )
     else:
         if acceptance is not None:
             raise ConfigError("--acceptance", got="hardware 'this'", expected="another: here acceptance is measured")
-        wanted = chosen_workload(workload, prompts, data, DEFAULT_NUM_PROMPTS)
+        wanted = source.chosen(DEFAULT_NUM_PROMPTS)
         params = SamplingParams(
             temperature=wanted.temperature if temperature is None else temperature,
             max_tokens=max_tokens,
             seed=base_seed(seed, 1),
         )
-        check_writable(output)
+        report.check()
         record = _measurement(
             engine, draft or [], wanted, params, seconds=seconds, recalibrate=recalibrate, context=context
         )
-    report_json(record, to_stdout=json_out, path=output)
-    if not json_out:
+    report.write(record)
+    if not report.json_out:
         from outrider.cli.advise_report import print_measurement, print_prediction
 
-        report = print_prediction if record["advice"] == "prediction" else print_measurement
-        report(stdout_console(), record)
+        shown = print_prediction if record["advice"] == "prediction" else print_measurement
+        shown(stdout_console(), record)
     if record.get("interrupted"):
         raise KeyboardInterrupt
 
