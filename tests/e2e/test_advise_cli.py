@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.models import OptionInfo
 from typer.testing import CliRunner, Result
+from typer.utils import get_params_from_function
 
 import outrider.llm
 from outrider.bench import advise as bench_advise
+from outrider.cli.advise import advise
 from outrider.cli.app import app
 from outrider.config import drafter_config
+from outrider.drafting.forward_cost import ForwardCost
+from outrider.engine import calibration
 from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
 
 TINY = ("--seconds", "0.1", "--prompts", "2", "--max-tokens", "8")
@@ -113,6 +119,83 @@ def test_predicted_from_the_configuration_alone(tmp_path: Path) -> None:
     assert "NVIDIA A100" in text
 
 
+MEASURED_ONLY = {
+    "--dtype": "float32",
+    "--device": "cpu",
+    "--exactness": "auto",
+    "--threads": "1",
+    "--workload": "code",
+    "--prompts": "2",
+    "--data": "questions.jsonl",
+    "--seconds": "60",
+    "--recalibrate": None,
+    "--max-tokens": "128",
+    "--temperature": "0",
+    "--seed": "0",
+}
+PREDICTED = {
+    "--model": str(BUNDLED_TARGET),
+    "--revision": "main",
+    "--weights": "int4",
+    "--group-size": "64",
+    "--draft": "1M",
+    "--context": "100",
+    "--acceptance": "0.5",
+    "--json": None,
+    "--output": os.devnull,
+}
+
+
+def words(option: str, value: str | None) -> tuple[str, ...]:
+    return (option,) if value is None else (option, value)
+
+
+def test_options_without_effect_on_a_prediction_are_refused() -> None:
+    for option, value in MEASURED_ONLY.items():
+        result = run("--hardware", "h100", *words(option, value))
+        assert result.exit_code == 2, option
+        assert result.stderr.startswith(f"error: {option}: got hardware 'h100'"), option
+
+
+def test_a_prediction_takes_every_other_option() -> None:
+    command = next(of for of in app.registered_commands if of.callback is advise)
+    parameters = get_params_from_function(command.callback)  # type: ignore[arg-type]
+    options = {
+        (of.default.param_decls or ("",))[0] for of in parameters.values() if isinstance(of.default, OptionInfo)
+    }
+    assert options == {*MEASURED_ONLY, *PREDICTED, "--hardware"}
+    for option, value in PREDICTED.items():
+        result = run("--hardware", "h100", *words(option, value))
+        refused = option == "--revision"  # used, but the bundled model is a folder and has none
+        assert result.exit_code == (2 if refused else 0), (option, result.output)
+        assert "nothing is measured" not in result.stderr
+
+
+def test_costs_are_measured_once_and_again_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[ForwardCost] = []
+
+    def measured(*_: object, **__: object) -> ForwardCost:
+        made.append(ForwardCost((1, 64), (32,), [[0.001 * (1 + len(made)), 0.02]]))
+        return made[-1]
+
+    monkeypatch.setattr(calibration, "measure", measured)
+
+    def seconds_of_a_row(*options: str) -> float:
+        result = run(*TINY, "--json", *options)
+        assert result.exit_code == 0, result.output
+        (kept,) = (tmp_path / "outrider").rglob("*.json")
+        cost = json.loads(result.stdout)["forward_cost"]
+        assert json.loads(kept.read_text()) == made[-1].as_mapping()
+        return cost["seconds"][0][0]
+
+    first = seconds_of_a_row()
+    assert (seconds_of_a_row(), len(made)) == (first, 1)
+    again = seconds_of_a_row("--recalibrate")
+    assert (len(made), again > first) == (2, True)
+    assert (seconds_of_a_row(), len(made)) == (again, 2)
+
+
 def test_where_nothing_pays_plain_decoding_is_the_advice() -> None:
     result = run("--hardware", "h100", "--acceptance", "0")
     assert result.exit_code == 0, result.output
@@ -131,6 +214,9 @@ def test_where_nothing_pays_plain_decoding_is_the_advice() -> None:
         (("--hardware", "l40s", "--draft", "0.5X"), "0.5X"),
         (("--hardware", "l40s", "--context", "-1"), "--context"),
         (("--acceptance", "0.5"), "here acceptance is measured"),
+        (("--hardware", "h100", "--seconds", "60"), "error: --seconds: got hardware 'h100'"),
+        (("--hardware", "h100", "-t", "0", "-p", "4", "--seed", "1"), "error: --prompts, --temperature, --seed: got"),
+        (("--hardware", "H100", "--recalibrate"), "expected hardware 'this'; leave it out for a prediction"),
         (("--seconds", "0"), "--seconds"),
         (("--seconds", "nan"), "--seconds"),
         (("--workload", "poems"), "--workload"),

@@ -13,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from outrider.drafting.growth.tree import Draws
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.processors import RowContext, process_logits
-from outrider.sampling.sampler import KeyedDecisions, draw_children
-from outrider.token_tree import DraftDistribution, TokenTree, TokenTreeBatch
+from outrider.sampling.sampler import KeyedDecisions
+from outrider.token_tree import TokenTree, TokenTreeBatch
 from outrider.verification.build import build_rule
 from outrider.verification.rule import Decisions
+from tests.growing_trees import growing_tree
 from tests.losslessness.enumeration import emitted_tokens
 
 VOCAB = 7
@@ -58,28 +60,19 @@ class Stream:
 
     def draft(self, output: Sequence[int], rng: np.random.Generator) -> TokenTree:
         """A random tree, part of it drawn by a noisy copy of the target with the target's noise."""
-        tokens, parents = [(*PROMPT, *output)[-1]], [-1]
-        paths: list[tuple[int, ...]] = [()]
+        context = (*PROMPT, *output)
+        draws = Draws("shared", "without_replacement")
+        tree = growing_tree(draws, context, params=self.params, seed=self.seed)
         for _ in range(int(rng.integers(0, 8))):
-            parent = int(rng.integers(len(tokens)))
-            draws = [int(rng.integers(VOCAB))]
+            parent = int(rng.integers(1 + tree.num_drafted))
             if rng.random() < 0.7:
-                context = (*PROMPT, *output, *paths[parent])
-                mixed = self.skill * self.logits(context) + (1 - self.skill) * self.logits(context, which=1)
-                draws, _ = draw_children(
-                    mixed,
-                    seed=self.seed,
-                    position=len(context),
-                    num_children=2,
-                    noise="shared",
-                    draws="without_replacement",
-                    greedy=self.params.greedy,
-                )
-            for token in draws:
-                tokens.append(token)
-                parents.append(parent)
-                paths.append((*paths[parent], token))
-        return TokenTree(tuple(tokens), tuple(parents))
+                path = (*context, *tree.path_tokens(parent))
+                mixed = self.skill * self.logits(path) + (1 - self.skill) * self.logits(path, which=1)
+                tree.set_log_weights(parent, mixed.numpy())
+                assert len(tree.draw(parent, 2)) == 2
+            else:
+                tree.add(parent, int(rng.integers(VOCAB)), tree.scores[parent])
+        return tree.finished()
 
 
 def speculative(
@@ -208,23 +201,17 @@ def test_wrong_noise_is_found(wrong: MakeDecisions) -> None:
 def test_keyed_rejection_samples_the_target(name: str) -> None:
     """The keyed uniforms, residual noise and draft noise are independent: frequencies come out as p."""
     rule = build_rule(name)
+    draws = Draws(rule.draft_noise, rule.sibling_draws)
     p = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.3, 0.1, 0.5]])
     q = torch.tensor([0.1, 0.4, 0.4, 0.1])
     counts = np.zeros(4)
     num_samples = 4000
     for seed in range(num_samples):
-        tokens, _ = draw_children(
-            q.log(),
-            seed=seed,
-            position=9,
-            num_children=1 if rule.chains_only else 3,
-            noise=rule.draft_noise,
-            draws=rule.sibling_draws,
-            greedy=False,
-        )
-        rows = torch.stack([p[0], *[p[1]] * len(tokens)]).log()
-        draft = DraftDistribution(q.log().expand(len(tokens) + 1, 4), rule.sibling_draws)
-        tree = TokenTree((0, *tokens), (-1, *[0] * len(tokens)), draft)
+        growing = growing_tree(draws, [0] * 9, params=SamplingParams(temperature=1.0), seed=seed)
+        growing.set_log_weights(0, q.log().numpy())
+        growing.draw(0, 1 if rule.chains_only else 3)
+        tree = growing.finished()
+        rows = torch.stack([p[0], *[p[1]] * (tree.num_nodes - 1)]).log()
         trees = TokenTreeBatch.from_trees([tree])
         path = rule.verify(trees, rows, KeyedDecisions(trees, [seed], [9], [False])).paths[0]
         counts[emitted_tokens(tree, path)[0]] += 1

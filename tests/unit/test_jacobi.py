@@ -70,7 +70,7 @@ def solution(choose: Choose) -> list[int]:
 def test_one_block_is_the_jacobi_iteration_of_the_whole_system(
     params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All equations at once from a start of zeros, as in Song et al., algorithm 1."""
+    """All equations at once from a start of zeros, as in Song et al."""
     choose = target(params)
     iterates = [[0] * LENGTH]
     expected = solution(choose)

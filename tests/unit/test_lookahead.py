@@ -39,7 +39,7 @@ def maximal(paths: Sequence[Sequence[int]]) -> set[tuple[int, ...]]:
 
 
 class NaiveLookahead:
-    """The paper's algorithm 2 on lists, each token of the window computed from the tokens that its mask shows."""
+    """The paper's window on lists, each token of the window computed from the tokens that its mask shows."""
 
     def __init__(self, choose: Choose, config: LookaheadConfig) -> None:
         self.choose, self.config = choose, config

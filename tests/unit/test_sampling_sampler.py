@@ -3,13 +3,12 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from outrider.sampling.noise import Purpose, gumbel_noise, uniform
-from outrider.sampling.sampler import KeyedDecisions, check_finite, draw_children
-from outrider.token_tree import DraftNoise, SiblingDraws, TokenTree, TokenTreeBatch
+from outrider.sampling.sampler import KeyedDecisions, check_finite
+from outrider.token_tree import TokenTree, TokenTreeBatch
 
 TREES = TokenTreeBatch.from_trees([TokenTree((0, 1, 2, 3), (-1, 0, 0, 2)), TokenTree.chain(0, [1])])
 DEPTHS = [0, 1, 1, 2, 0, 1]
@@ -72,79 +71,3 @@ def test_check_finite() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         assert check_finite(rows.to(dtype)).tolist() == expected
     assert check_finite(rows.t().contiguous().t()).tolist() == expected
-
-
-def draw(
-    q: list[float],
-    seed: int,
-    num_children: int,
-    *,
-    noise: DraftNoise = "independent",
-    draws: SiblingDraws = "without_replacement",
-    greedy: bool = False,
-) -> list[int]:
-    log_q = torch.tensor(q).log() + 3.0  # known up to a constant
-    tokens, scores = draw_children(
-        log_q, seed=seed, position=3, num_children=num_children, noise=noise, draws=draws, greedy=greedy
-    )
-    assert scores == pytest.approx([math.log(q[token]) for token in tokens], abs=1e-5)
-    return tokens
-
-
-@pytest.mark.parametrize("noise", ["shared", "independent"])
-def test_gumbel_top_k_draws_in_order_without_replacement(noise: DraftNoise) -> None:
-    q = [0.5, 0.25, 0.15, 0.1]
-    num_samples = 20_000
-    counts = dict.fromkeys(itertools.permutations(range(4), 2), 0)
-    for seed in range(num_samples):
-        first, second = draw(q, seed, 2, noise=noise)
-        counts[first, second] += 1
-    expected = {(a, b): num_samples * q[a] * q[b] / (1 - q[a]) for a, b in counts}
-    chi_square = sum((counts[pair] - expected[pair]) ** 2 / expected[pair] for pair in counts)
-    assert chi_square < 31.3  # 11 degrees of freedom, 0.1%
-
-
-def test_draws_with_replacement_are_independent() -> None:
-    q = [0.5, 0.3, 0.2]
-    num_samples = 10_000
-    counts = np.zeros((3, 3))
-    for seed in range(num_samples):
-        first, second = draw(q, seed, 2, draws="with_replacement")
-        counts[first, second] += 1
-    expected = num_samples * np.outer(q, q)
-    assert ((counts - expected) ** 2 / expected).sum() < 26.2  # 8 degrees of freedom, 0.1%
-
-
-def test_shared_noise_gives_the_targets_own_choice_first() -> None:
-    q = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    trees = TokenTreeBatch.from_trees([TokenTree.root_only(0)])
-    for seed in range(50):
-        choice = KeyedDecisions(trees, [seed], [3], [False]).sample(q[None], [0], Purpose.TARGET)
-        assert draw(q.exp().tolist(), seed, 3, noise="shared")[:1] == choice
-        assert draw(q.exp().tolist(), seed, 1, noise="shared") == choice
-
-
-@pytest.mark.parametrize("draws", ["with_replacement", "without_replacement"])
-def test_greedy_children_are_the_most_probable(draws: SiblingDraws) -> None:
-    assert draw([0.1, 0.3, 0.4, 0.2], 5, 3, draws=draws, greedy=True) == [2, 1, 3]
-    assert draw([0.3, 0.4, 0.4 - 0.1, 0.0], 5, 1, draws=draws, greedy=True) == [1]
-
-
-def test_impossible_children_are_left_out() -> None:
-    assert sorted(draw([0.0, 0.7, 0.3], 5, 3)) == [1, 2]
-    assert draw([0.0, 1.0, 0.0], 5, 2, greedy=True) == [1]
-    assert draw([0.0, 1.0, 0.0], 5, 3, draws="with_replacement") == [1, 1, 1]
-    assert len(draw([0.25] * 4, 5, 9)) == 4
-
-
-def test_unsound_drafters_draw_nothing() -> None:
-    tokens, scores = draw_children(
-        torch.full((5,), math.nan),
-        seed=1,
-        position=3,
-        num_children=2,
-        noise="shared",
-        draws="without_replacement",
-        greedy=False,
-    )
-    assert tokens == scores == []

@@ -11,12 +11,14 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import typer
+
 from outrider.bench.hardware import KNOWN, THIS, hardware_of
 from outrider.cli import options as opt
 from outrider.cli.bench_acceptance import encode_for
-from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
-from outrider.cli.options import MEASURING, EngineOptions, base_seed, option
-from outrider.cli.prompts import chosen_workload
+from outrider.cli.console import note, progress_bar, stdout_console
+from outrider.cli.option_groups import ModelOptions, ReportOptions, WorkloadOptions, with_groups
+from outrider.cli.options import MEASURING, EngineOptions, base_seed, option, require_in_range
 from outrider.config import EngineConfig, Weights
 from outrider.config.checks import check_weights
 from outrider.errors import ConfigError
@@ -33,16 +35,19 @@ LARGEST_RUN = 8  # sequences at once
 MAX_CONTEXT, MAX_SECONDS = 1 << 24, 24 * 3600.0
 PROBE_BYTES, PROBE_CACHES = 1 << 28, 8
 PREDICTION = "Prediction"
+# What a prediction has no use for: nothing is loaded, run or sampled.
+MEASURED_ONLY = (
+    *("dtype", "device", "exactness", "threads"),
+    *("workload", "prompts", "data", "seconds", "recalibrate"),
+    *("max_tokens", "temperature", "seed"),
+)
 
 
+@with_groups
 def advise(
+    ctx: typer.Context,
     *,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = EngineConfig.dtype,
-    weights: opt.WeightFormat = EngineConfig.weights,
-    group_size: opt.GroupSize = EngineConfig.group_size,
-    device: opt.Device = EngineConfig.device,
+    target: ModelOptions,
     draft: Annotated[
         list[str] | None,
         option(
@@ -55,13 +60,15 @@ def advise(
         str,
         option("--hardware", help=f"{THIS}: measure; {', '.join(KNOWN)}, or a JSON file: predict.", panel=MEASURING),
     ] = THIS,
-    workload: opt.WorkloadName = None,
-    prompts: opt.Prompts = None,
-    data: opt.DataFile = None,
+    source: WorkloadOptions,
     seconds: Annotated[
         float,
         option("--seconds", help="To spend on decoding; one round of all drafters always runs.", panel=MEASURING),
     ] = 60.0,
+    recalibrate: Annotated[
+        bool,
+        option("--recalibrate", help="Measure anew what a forward costs, and keep that.", panel=MEASURING),
+    ] = False,
     context: Annotated[
         int | None,
         option(
@@ -84,54 +91,75 @@ def advise(
     seed: opt.Seed = None,
     exactness: opt.ExactnessMode = EngineConfig.exactness,
     threads: opt.Threads = None,
-    json_out: opt.JsonOut = False,
-    output: opt.OutputFile = None,
+    report: ReportOptions,
 ) -> None:
     """Say which drafter, tree and length to use, what it brings, and from which batch on plain decoding is as good.
 
     On this machine by measuring (an interruption advises on what there is); for another one from its published
     figures and the model's config.json alone.
     """
-    if context is not None and not 0 <= context <= MAX_CONTEXT:
-        raise ConfigError("--context", got=context, expected=f"0 to {MAX_CONTEXT}")
+    if context is not None:
+        require_in_range("--context", context, 0, MAX_CONTEXT)
     if not 0.0 < seconds <= MAX_SECONDS:
         raise ConfigError("--seconds", got=seconds, expected=f"above 0, at most {MAX_SECONDS}")
-    engine = EngineOptions(
-        model=model,
-        revision=revision,
-        dtype=dtype,
-        weights=weights,
-        group_size=group_size,
-        device=device,
+    engine = EngineOptions.of(
+        target,
         exactness=exactness,
         max_num_seqs=LARGEST_RUN,
         threads=threads,
         prefix_caching=False,
     )
     if hardware.lower() != THIS:
-        check_writable(output)
+        hardware_of(hardware)
+        _check_used_by_prediction(ctx, hardware)
+        report.check()
         record = _prediction(
             hardware, engine, draft or [], acceptance, context=DEFAULT_CONTEXT if context is None else context
         )
     else:
         if acceptance is not None:
             raise ConfigError("--acceptance", got="hardware 'this'", expected="another: here acceptance is measured")
-        wanted = chosen_workload(workload, prompts, data, DEFAULT_NUM_PROMPTS)
+        wanted = source.chosen(DEFAULT_NUM_PROMPTS)
         params = SamplingParams(
             temperature=wanted.temperature if temperature is None else temperature,
             max_tokens=max_tokens,
             seed=base_seed(seed, 1),
         )
-        check_writable(output)
-        record = _measurement(engine, draft or [], wanted, params, seconds=seconds, context=context)
-    report_json(record, to_stdout=json_out, path=output)
-    if not json_out:
+        report.check()
+        record = _measurement(
+            engine, draft or [], wanted, params, seconds=seconds, recalibrate=recalibrate, context=context
+        )
+    report.write(record)
+    if not report.json_out:
         from outrider.cli.advise_report import print_measurement, print_prediction
 
-        report = print_prediction if record["advice"] == "prediction" else print_measurement
-        report(stdout_console(), record)
+        shown = print_prediction if record["advice"] == "prediction" else print_measurement
+        shown(stdout_console(), record)
     if record.get("interrupted"):
         raise KeyboardInterrupt
+
+
+def _check_used_by_prediction(ctx: typer.Context, hardware: str) -> None:
+    """Raises:
+    ConfigError: an option was given that changes nothing of a prediction.
+    """
+    unused = [
+        max(parameter.opts, key=len)
+        for parameter in ctx.command.params
+        if parameter.name in MEASURED_ONLY and _is_given(ctx, parameter.name)
+    ]
+    if unused:
+        raise ConfigError(
+            ", ".join(unused),
+            got=f"hardware {hardware!r}, of which nothing is measured",
+            expected=f"hardware {THIS!r}",
+            remedy="leave it out for a prediction",
+        )
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def _measurement(
@@ -141,6 +169,7 @@ def _measurement(
     params: SamplingParams,
     *,
     seconds: float,
+    recalibrate: bool,
     context: int | None,
 ) -> dict[str, Any]:
     llm = options.load("none")
@@ -153,7 +182,7 @@ def _measurement(
     specs: dict[str, dict[str, Any]] = {PLAIN: {"method": "none"}, **a.candidates(llm, drafts)}
     encoded = encode_for(llm, workload, params.max_tokens or 0)
     note("measuring what a forward costs")
-    cost = cost_of_target(llm.config, llm.model)
+    cost = cost_of_target(llm.config, llm.model, recalibrate=recalibrate)
     chosen, max_tokens = a.fit_to_time(
         encoded, params.max_tokens or 0, cost, num_contenders=len(specs), seconds=seconds
     )

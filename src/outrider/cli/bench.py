@@ -13,11 +13,24 @@ import typer
 from outrider.cli import options as opt
 from outrider.cli.bench_acceptance import acceptance, encode_for
 from outrider.cli.bench_kernels import forward, kernels
-from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
-from outrider.cli.options import MEASURING, EngineOptions, base_seed
-from outrider.cli.prompts import chosen_workload
-from outrider.config import CacheConfig, EngineConfig, SchedulerConfig
-from outrider.errors import ConfigError
+from outrider.cli.console import note, progress_bar, stdout_console
+from outrider.cli.option_groups import (
+    CacheOptions,
+    DraftOptions,
+    ModelOptions,
+    ReportOptions,
+    WorkloadOptions,
+    with_groups,
+)
+from outrider.cli.options import (
+    MAX_REPEATS,
+    MAX_TOGETHER,
+    MEASURING,
+    EngineOptions,
+    base_seed,
+    require_in_range,
+)
+from outrider.config import EngineConfig, SchedulerConfig
 from outrider.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -42,24 +55,15 @@ def _bench() -> None:
 
 
 @bench_app.command("decode")
+@with_groups
 def decode(
     *,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = EngineConfig.dtype,
-    weights: opt.WeightFormat = EngineConfig.weights,
-    group_size: opt.GroupSize = EngineConfig.group_size,
-    device: opt.Device = EngineConfig.device,
+    target: ModelOptions,
     drafter: opt.Drafters = None,
-    draft_model: opt.DraftModel = None,
-    drafter_settings: opt.DrafterSettings = None,
+    drafting: DraftOptions,
     verification: opt.Verification = EngineConfig.verification,
-    workload: opt.WorkloadName = None,
-    prompts: opt.Prompts = None,
-    data: opt.DataFile = None,
-    batch_size: Annotated[
-        int, opt.option("--batch-size", "-b", help="Prompts that run together.", panel=MEASURING)
-    ] = 1,
+    source: WorkloadOptions,
+    batch_size: opt.BatchSize = 1,
     repeats: Annotated[
         int, opt.option("--repeats", "-r", help="Times that every contender runs.", panel=MEASURING)
     ] = 3,
@@ -74,49 +78,37 @@ def decode(
     max_tokens: opt.MaxTokens = 128,
     temperature: opt.WorkloadTemperature = None,
     seed: opt.Seed = None,
-    exactness: opt.ExactnessMode = EngineConfig.exactness,
-    cache_gb: opt.CacheGb = CacheConfig.memory_gb,
-    cache_dtype: opt.CacheDtype = CacheConfig.dtype,
+    cache: CacheOptions,
     max_batch_tokens: opt.MaxBatchTokens = SchedulerConfig.max_batch_tokens,
     threads: opt.Threads = None,
-    json_out: opt.JsonOut = False,
-    output: opt.OutputFile = None,
+    report: ReportOptions,
 ) -> None:
     """Measure plain decoding, every drafter and transformers on the same weights and prompts.
 
     The contenders take turns; an interruption prints what there is.
     """
-    wanted = chosen_workload(workload, prompts, data, DEFAULT_NUM_PROMPTS)
-    for name, value in (("--batch-size", batch_size), ("--repeats", repeats)):
-        if not 1 <= value <= 1000:
-            raise ConfigError(name, got=value, expected="1 to 1000")
+    wanted = source.chosen(DEFAULT_NUM_PROMPTS)
+    require_in_range("--batch-size", batch_size, 1, MAX_TOGETHER)
+    require_in_range("--repeats", repeats, 1, MAX_REPEATS)
     temperature = wanted.temperature if temperature is None else temperature
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=base_seed(seed, 1))
-    engine = EngineOptions(
-        model=model,
-        revision=revision,
-        dtype=dtype,
-        weights=weights,
-        group_size=group_size,
-        device=device,
-        draft_model=draft_model,
-        drafter_settings=drafter_settings,
+    engine = EngineOptions.of(
+        target,
+        drafting,
+        cache,
         verification=verification,
-        exactness=exactness,
-        cache_gb=cache_gb,
-        cache_dtype=cache_dtype,
-        max_num_seqs=max(batch_size, 1),
+        max_num_seqs=batch_size,
         max_batch_tokens=max_batch_tokens,
         threads=threads,
         prefix_caching=False,
     )
     names = [name for name in opt.drafter_names(drafter, engine) if name != "none"]
     specs = opt.drafter_specs(names, engine)
-    check_writable(output)
+    report.check()
     llm = engine.load("none")
     prompt_ids = encode_for(llm, wanted, max_tokens)
     contenders = _contenders(
-        llm, specs, params, batch_size, draft_model=draft_model, with_transformers=with_transformers
+        llm, specs, params, batch_size, draft_model=drafting.draft_model, with_transformers=with_transformers
     )
 
     from outrider.bench.runner import Results
@@ -136,7 +128,7 @@ def decode(
     try:
         _measure(contenders, prompt_ids, repeats, results)
     finally:
-        _report(results, contenders, settings, json_out=json_out, output=output)
+        _report(results, contenders, settings, report)
 
 
 def _contenders(
@@ -172,14 +164,7 @@ def _measure(contenders: list[Contender], prompts: list[list[int]], repeats: int
         run_rounds(contenders, prompts, repeats, results, on_start)
 
 
-def _report(
-    results: Results,
-    contenders: list[Contender],
-    settings: dict[str, Any],
-    *,
-    json_out: bool,
-    output: str | None,
-) -> None:
+def _report(results: Results, contenders: list[Contender], settings: dict[str, Any], report: ReportOptions) -> None:
     """Print and write what was measured."""
 
     from outrider.bench.report import environment, speed_table, step_table, summarise
@@ -196,8 +181,8 @@ def _report(
         **settings,
         "results": summaries,
     }
-    report_json(record, to_stdout=json_out, path=output)
-    if json_out:
+    report.write(record)
+    if report.json_out:
         return
     console = stdout_console()
     machine, prompts = record["machine"], settings["prompts"]

@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 from outrider.bench.data_sets import DATA_SETS
 from outrider.bench.workloads import Workload
 from outrider.cli import options as opt
-from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
-from outrider.cli.options import MEASURING, SAMPLING, EngineOptions, base_seed, option, parse_numbers
+from outrider.cli.console import note, progress_bar, stdout_console
+from outrider.cli.option_groups import CacheOptions, DraftOptions, ModelOptions, ReportOptions, with_groups
+from outrider.cli.options import (
+    MAX_TOGETHER,
+    MEASURING,
+    SAMPLING,
+    EngineOptions,
+    base_seed,
+    option,
+    parse_numbers,
+    require_in_range,
+)
 from outrider.cli.prompts import chosen_workload
-from outrider.config import CacheConfig, EngineConfig, SchedulerConfig
+from outrider.config import EngineConfig, SchedulerConfig
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
 from outrider.verification.descriptions import RULE_DESCRIPTIONS
@@ -29,17 +39,12 @@ DEFAULT_NUM_PROMPTS = 8
 DEFAULT_WORKLOADS = "code,edit,random"
 
 
+@with_groups
 def acceptance(
     *,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = EngineConfig.dtype,
-    weights: opt.WeightFormat = EngineConfig.weights,
-    group_size: opt.GroupSize = EngineConfig.group_size,
-    device: opt.Device = EngineConfig.device,
+    target: ModelOptions,
     drafter: opt.Drafters = None,
-    draft_model: opt.DraftModel = None,
-    drafter_settings: opt.DrafterSettings = None,
+    drafting: DraftOptions,
     rules: Annotated[
         str, option("--verification", help="Rules to run under.", panel=opt.DRAFTING, metavar="RULE,...")
     ] = EngineConfig.verification,
@@ -53,7 +58,7 @@ def acceptance(
         int, option("--prompts", "-p", help="Prompts of each workload.", panel=MEASURING)
     ] = DEFAULT_NUM_PROMPTS,
     data: opt.DataFile = None,
-    batch_size: Annotated[int, option("--batch-size", "-b", help="Prompts that run together.", panel=MEASURING)] = 1,
+    batch_size: opt.BatchSize = 1,
     max_tokens: opt.MaxTokens = 128,
     temperatures: Annotated[
         str | None,
@@ -66,40 +71,26 @@ def acceptance(
         ),
     ] = None,
     seed: opt.Seed = None,
-    exactness: opt.ExactnessMode = EngineConfig.exactness,
-    cache_gb: opt.CacheGb = CacheConfig.memory_gb,
-    cache_dtype: opt.CacheDtype = CacheConfig.dtype,
+    cache: CacheOptions,
     max_batch_tokens: opt.MaxBatchTokens = SchedulerConfig.max_batch_tokens,
     threads: opt.Threads = None,
-    json_out: opt.JsonOut = False,
-    output: opt.OutputFile = None,
+    report: ReportOptions,
 ) -> None:
     """Compare drafters by tokens a step at equal numbers of draft tokens, whatever the machine.
 
     An interruption prints the rows that are finished.
     """
     names = _names(rules, "--verification", RULE_DESCRIPTIONS)
-    nodes = parse_numbers(budgets, "--budget", int)
-    if not all(1 <= budget <= 1024 for budget in nodes):
-        raise ConfigError("--budget", got=repr(budgets), expected="integers from 1 to 1024")
+    nodes = _budgets(budgets)
     heats = None if temperatures is None else parse_numbers(temperatures, "--temperature", float)
-    if not 1 <= batch_size <= 1000:
-        raise ConfigError("--batch-size", got=batch_size, expected="1 to 1000")
+    require_in_range("--batch-size", batch_size, 1, MAX_TOGETHER)
     wanted = _workloads(workloads, prompts, data)
     plan = [(of, heat) for of in wanted for heat in (heats or [of.temperature])]
     params = [SamplingParams(temperature=heat, max_tokens=max_tokens, seed=base_seed(seed, 1)) for _, heat in plan]
-    engine = EngineOptions(
-        model=model,
-        revision=revision,
-        dtype=dtype,
-        weights=weights,
-        group_size=group_size,
-        device=device,
-        draft_model=draft_model,
-        drafter_settings=drafter_settings,
-        exactness=exactness,
-        cache_gb=cache_gb,
-        cache_dtype=cache_dtype,
+    engine = EngineOptions.of(
+        target,
+        drafting,
+        cache,
         max_num_seqs=batch_size,
         max_batch_tokens=max_batch_tokens,
         threads=threads,
@@ -109,7 +100,7 @@ def acceptance(
     if not chosen:
         raise ConfigError("--decoding", got="none", expected="a drafter to measure")
     specs = opt.drafter_specs(chosen, engine)
-    check_writable(output)
+    report.check()
     llm = engine.load("none")
 
     from outrider.bench.acceptance import AcceptanceRuns
@@ -132,7 +123,7 @@ def acceptance(
     try:
         _measure(runs, plan, encoded, names)
     finally:
-        _report(runs.rows, settings, json_out=json_out, output=output)
+        _report(runs.rows, settings, report)
 
 
 def encode_for(llm: LLM, workload: Workload, max_tokens: int) -> list[list[int]]:
@@ -143,6 +134,13 @@ def encode_for(llm: LLM, workload: Workload, max_tokens: int) -> list[list[int]]
         room=llm.model.context_length - max_tokens,
         special=llm.model.eos_token_ids,
     )
+
+
+def _budgets(text: str) -> list[int]:
+    budgets: list[int] = parse_numbers(text, "--budget", int)
+    if not all(1 <= budget <= 1024 for budget in budgets):
+        raise ConfigError("--budget", got=repr(text), expected="integers from 1 to 1024")
+    return budgets
 
 
 def _workloads(names: str, num_prompts: int, data: str | None) -> list[Workload]:
@@ -179,7 +177,7 @@ def _measure(
             )
 
 
-def _report(rows: list[AcceptanceRow], settings: dict[str, Any], *, json_out: bool, output: str | None) -> None:
+def _report(rows: list[AcceptanceRow], settings: dict[str, Any], report: ReportOptions) -> None:
     from outrider.bench.report import environment
 
     if not rows:
@@ -188,8 +186,8 @@ def _report(rows: list[AcceptanceRow], settings: dict[str, Any], *, json_out: bo
     date = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     results = [row.record() for row in rows]
     record = {"benchmark": "acceptance", "date": date, **environment(), **settings, "results": results}
-    report_json(record, to_stdout=json_out, path=output)
-    if json_out:
+    report.write(record)
+    if report.json_out:
         return
     config = settings["config"]
     title = (

@@ -167,13 +167,12 @@ def _check(settings: Settings) -> list[int]:
     rows: list[int] = sorted(set(parse_numbers(settings.rows, "--rows", int)))
     limits = [
         *(("--rows", row, 1, MAX_ROWS) for row in rows),
-        ("--repeats", settings.repeats, 1, 1000),
+        ("--repeats", settings.repeats, 1, opt.MAX_REPEATS),
         ("--context", settings.context, 0, MAX_POSITIONS),
         ("--prefill", settings.prefill, 0, MAX_POSITIONS),
     ]
     for name, value, low, high in limits:
-        if not low <= value <= high:
-            raise ConfigError(name, got=value, expected=f"{low} to {high}")
+        opt.require_in_range(name, value, low, high)
     from outrider.kernels.packed import GROUP_SIZES
 
     if settings.group_size not in GROUP_SIZES:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from outrider.cli import options as opt
 from outrider.cli.console import note, progress_bar
+from outrider.cli.option_groups import CacheOptions, DraftOptions, ModelOptions, with_groups
 from outrider.cli.options import OUTPUT, SAMPLING, EngineOptions, option
 from outrider.cli.prompts import Prompt, read_prompts
 from outrider.cli.records import InOrder, Record, ResultFile, output_record, settings_digest
-from outrider.config import CacheConfig, EngineConfig, SchedulerConfig
+from outrider.config import EngineConfig, SchedulerConfig
 from outrider.errors import ConfigError, SamplingParamsError
 from outrider.sampling.params import SamplingParams
 
@@ -26,6 +27,72 @@ if TYPE_CHECKING:
     from outrider.outputs import RequestOutput
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample, and when to end; see `SamplingParams`."""
+
+    max_tokens: opt.MaxTokens = 128
+    temperature: opt.Temperature = SamplingParams.temperature
+    top_k: Annotated[int, option("--top-k", help="0 keeps all.", panel=SAMPLING)] = SamplingParams.top_k
+    top_p: Annotated[float, option("--top-p", help="In (0, 1].", panel=SAMPLING)] = SamplingParams.top_p
+    min_p: Annotated[float, option("--min-p", help="In [0, 1].", panel=SAMPLING)] = SamplingParams.min_p
+    repetition_penalty: Annotated[
+        float, option("--repetition-penalty", help="Of tokens in prompt or output.", panel=SAMPLING)
+    ] = SamplingParams.repetition_penalty
+    presence_penalty: Annotated[
+        float, option("--presence-penalty", help="Of tokens in the output.", panel=SAMPLING)
+    ] = SamplingParams.presence_penalty
+    frequency_penalty: Annotated[
+        float, option("--frequency-penalty", help="Per occurrence in the output.", panel=SAMPLING)
+    ] = SamplingParams.frequency_penalty
+    logit_bias: Annotated[
+        list[str] | None,
+        option("--logit-bias", help="Added to a token's logit; repeat it.", panel=SAMPLING, metavar="ID=BIAS"),
+    ] = None
+    min_tokens: Annotated[int, option("--min-tokens", help="No end before so many tokens.", panel=SAMPLING)] = (
+        SamplingParams.min_tokens
+    )
+    stop: Annotated[
+        list[str] | None, option("--stop", help="String that ends the text; repeat it.", panel=SAMPLING)
+    ] = None
+    stop_token_id: Annotated[
+        list[int] | None, option("--stop-token-id", help="Token id that ends it; repeat it.", panel=SAMPLING)
+    ] = None
+    ignore_eos: Annotated[
+        bool, option("--ignore-eos", help="Go on after an end-of-sequence token.", panel=SAMPLING)
+    ] = False
+    n: Annotated[int, option("--n", "-n", help="Samples per prompt.", panel=SAMPLING)] = SamplingParams.n
+    seed: opt.Seed = None
+    logprobs: Annotated[
+        int | None,
+        option("--logprobs", help="With --json: so many alternatives of each token.", panel=SAMPLING),
+    ] = None
+
+    def params(self) -> SamplingParams:
+        """Raises:
+        SamplingParamsError: a value out of its range.
+        """
+        return SamplingParams(
+            n=self.n,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=_parse_logit_bias(self.logit_bias or []),
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            stop=self.stop or (),
+            stop_token_ids=self.stop_token_id or (),
+            ignore_eos=self.ignore_eos,
+            seed=self.seed,
+            logprobs=self.logprobs,
+        )
+
+
+@with_groups
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="Text to continue; - reads one prompt from standard input.")
@@ -39,55 +106,12 @@ def generate(
             help='File of prompts, one per line, or JSONL with {"prompt": ...}; - is stdin.',
         ),
     ] = None,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = EngineConfig.dtype,
-    weights: opt.WeightFormat = EngineConfig.weights,
-    group_size: opt.GroupSize = EngineConfig.group_size,
-    device: opt.Device = EngineConfig.device,
+    target: ModelOptions,
     drafter: opt.Drafter = None,
-    draft_model: opt.DraftModel = None,
-    drafter_settings: opt.DrafterSettings = None,
+    drafting: DraftOptions,
     verification: opt.Verification = EngineConfig.verification,
-    max_tokens: opt.MaxTokens = 128,
-    temperature: opt.Temperature = SamplingParams.temperature,
-    top_k: Annotated[int, option("--top-k", help="0 keeps all.", panel=SAMPLING)] = SamplingParams.top_k,
-    top_p: Annotated[float, option("--top-p", help="In (0, 1].", panel=SAMPLING)] = SamplingParams.top_p,
-    min_p: Annotated[float, option("--min-p", help="In [0, 1].", panel=SAMPLING)] = SamplingParams.min_p,
-    repetition_penalty: Annotated[
-        float, option("--repetition-penalty", help="Of tokens in prompt or output.", panel=SAMPLING)
-    ] = SamplingParams.repetition_penalty,
-    presence_penalty: Annotated[
-        float, option("--presence-penalty", help="Of tokens in the output.", panel=SAMPLING)
-    ] = SamplingParams.presence_penalty,
-    frequency_penalty: Annotated[
-        float, option("--frequency-penalty", help="Per occurrence in the output.", panel=SAMPLING)
-    ] = SamplingParams.frequency_penalty,
-    logit_bias: Annotated[
-        list[str] | None,
-        option("--logit-bias", help="Added to a token's logit; repeat it.", panel=SAMPLING, metavar="ID=BIAS"),
-    ] = None,
-    min_tokens: Annotated[
-        int, option("--min-tokens", help="No end before so many tokens.", panel=SAMPLING)
-    ] = SamplingParams.min_tokens,
-    stop: Annotated[
-        list[str] | None, option("--stop", help="String that ends the text; repeat it.", panel=SAMPLING)
-    ] = None,
-    stop_token_id: Annotated[
-        list[int] | None, option("--stop-token-id", help="Token id that ends it; repeat it.", panel=SAMPLING)
-    ] = None,
-    ignore_eos: Annotated[
-        bool, option("--ignore-eos", help="Go on after an end-of-sequence token.", panel=SAMPLING)
-    ] = False,
-    n: Annotated[int, option("--n", "-n", help="Samples per prompt.", panel=SAMPLING)] = SamplingParams.n,
-    seed: opt.Seed = None,
-    logprobs: Annotated[
-        int | None,
-        option("--logprobs", help="With --json: so many alternatives of each token.", panel=SAMPLING),
-    ] = None,
-    exactness: opt.ExactnessMode = EngineConfig.exactness,
-    cache_gb: opt.CacheGb = CacheConfig.memory_gb,
-    cache_dtype: opt.CacheDtype = CacheConfig.dtype,
+    sampling: SamplingOptions,
+    cache: CacheOptions,
     max_num_seqs: opt.MaxNumSeqs = SchedulerConfig.max_num_seqs,
     max_batch_tokens: opt.MaxBatchTokens = SchedulerConfig.max_batch_tokens,
     threads: opt.Threads = None,
@@ -106,43 +130,18 @@ def generate(
     ] = False,
 ) -> None:
     """Continue one prompt, or every prompt of a file."""
-    params = SamplingParams(
-        n=n,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=_parse_logit_bias(logit_bias or []),
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        stop=stop or (),
-        stop_token_ids=stop_token_id or (),
-        ignore_eos=ignore_eos,
-        seed=seed,
-        logprobs=logprobs,
-    )
-    engine = EngineOptions(
-        model=model,
-        revision=revision,
-        dtype=dtype,
-        weights=weights,
-        group_size=group_size,
-        device=device,
+    params = sampling.params()
+    engine = EngineOptions.of(
+        target,
+        drafting,
+        cache,
         drafter=drafter,
-        draft_model=draft_model,
-        drafter_settings=drafter_settings,
         verification=verification,
-        exactness=exactness,
-        cache_gb=cache_gb,
-        cache_dtype=cache_dtype,
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_batch_tokens,
         threads=threads,
     )
-    _check_outputs(stream=stream, n=n, as_json=json_out or output is not None, output=output, resume=resume)
+    _check_outputs(stream=stream, n=params.n, as_json=json_out or output is not None, output=output, resume=resume)
     wanted = read_prompts(prompt, prompts)
     if stream:
         if len(wanted) > 1:
@@ -238,7 +237,7 @@ def _digest(engine: EngineOptions, params: SamplingParams) -> str:
         "verification": engine.verification,
         "exactness": engine.exactness,
         "device": engine.device,
-        "params": dataclasses.asdict(params),
+        "params": asdict(params),
     }
     if engine.verification != "coupled":
         settings["drafter"] = engine.drafter_spec()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MODEL, DRAFTING, SAMPLING, ENGINE, OUTPUT = "Model", "Drafting", "Sampling", "Engine", "Output"
 MEASURING = "Measuring"
+MAX_THREADS, MAX_TOGETHER, MAX_REPEATS = 1024, 1000, 1000
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
@@ -104,6 +105,7 @@ Threads = Annotated[
     int | None, option("--threads", help="CPU threads; without it torch decides (OMP_NUM_THREADS).", panel=ENGINE)
 ]
 
+BatchSize = Annotated[int, option("--batch-size", "-b", help="Prompts that run together.", panel=MEASURING)]
 WorkloadName = Annotated[
     str | None,
     option("--workload", help=f"Kind of prompts: {', '.join(WORKLOADS)}. Default: code.", panel=MEASURING),
@@ -158,6 +160,11 @@ class EngineOptions:
     max_batch_tokens: int = SchedulerConfig.max_batch_tokens
     threads: int | None = None
     prefix_caching: bool = True
+
+    @staticmethod
+    def of(*groups: object, **settings: Any) -> EngineOptions:
+        """What groups of options, whose fields are called as ours, and single ones ask for together."""
+        return EngineOptions(**{name: value for group in groups for name, value in vars(group).items()}, **settings)
 
     @property
     def drafter_name(self) -> str:
@@ -244,8 +251,7 @@ class EngineOptions:
         """
         if self.threads is None:
             return
-        if not 1 <= self.threads <= 1024:
-            raise ConfigError("--threads", got=self.threads, expected="1 to 1024")
+        require_in_range("--threads", self.threads, 1, MAX_THREADS)
         import torch
 
         torch.set_num_threads(self.threads)
@@ -296,6 +302,14 @@ def drafter_specs(names: Sequence[str], options: EngineOptions) -> dict[str, dic
         drafter_config(spec)
         specs[name] = spec
     return specs
+
+
+def require_in_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises:
+    ConfigError: the option `name` has a value outside its bounds.
+    """
+    if not low <= value <= high:
+        raise ConfigError(name, got=value, expected=f"{low} to {high}")
 
 
 def parse_numbers(text: str, name: str, kind: type[int] | type[float]) -> list[Any]:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli import options as opt
-from outrider.cli.console import check_writable, note, progress_bar, report_json, stdout_console
+from outrider.cli.console import note, progress_bar, stdout_console
+from outrider.cli.option_groups import CacheOptions, DraftOptions, ModelOptions, ReportOptions, with_groups
 from outrider.cli.options import ENGINE, SAMPLING, EngineOptions, base_seed, option, parse_numbers
 from outrider.cli.prompts import prompts_or_held_out
-from outrider.config import CacheConfig, EngineConfig
+from outrider.config import EngineConfig
 from outrider.errors import ConfigError
 from outrider.losslessness.settings import Setting, default_settings, temperature_settings
 
@@ -22,17 +23,12 @@ DEFAULT_MAX_TOKENS = 24
 MAX_EXPLAINED = 8  # divergences printed; the JSON has all
 
 
+@with_groups
 def verify(
     *,
-    model: opt.Model = None,
-    revision: opt.Revision = None,
-    dtype: opt.Dtype = EngineConfig.dtype,
-    weights: opt.WeightFormat = EngineConfig.weights,
-    group_size: opt.GroupSize = EngineConfig.group_size,
-    device: opt.Device = EngineConfig.device,
+    target: ModelOptions,
     drafter: opt.Drafters = None,
-    draft_model: opt.DraftModel = None,
-    drafter_settings: opt.DrafterSettings = None,
+    drafting: DraftOptions,
     verification: opt.Verification = EngineConfig.verification,
     prompts: Annotated[
         str | None,
@@ -52,42 +48,23 @@ def verify(
     batch_sizes: Annotated[
         str, option("--batch-sizes", help="Prompts that run together.", panel=ENGINE, metavar="N,...")
     ] = "1,4,16",
-    exactness: opt.ExactnessMode = EngineConfig.exactness,
-    cache_gb: opt.CacheGb = CacheConfig.memory_gb,
-    cache_dtype: opt.CacheDtype = CacheConfig.dtype,
+    cache: CacheOptions,
     threads: opt.Threads = None,
-    json_out: opt.JsonOut = False,
-    output: opt.OutputFile = None,
+    report: ReportOptions,
 ) -> None:
     """Hold every drafter's output against plain decoding's, token for token.
 
     Exit status 0: all equal, but for proven numerical ties; 1: a difference that rounding does not explain.
     """
     wanted, source = prompts_or_held_out(prompts, DEFAULT_NUM_PROMPTS)
-    engine = EngineOptions(
-        model=model,
-        revision=revision,
-        dtype=dtype,
-        weights=weights,
-        group_size=group_size,
-        device=device,
-        draft_model=draft_model,
-        drafter_settings=drafter_settings,
-        verification=verification,
-        exactness=exactness,
-        cache_gb=cache_gb,
-        cache_dtype=cache_dtype,
-        threads=threads,
-    )
+    engine = EngineOptions.of(target, drafting, cache, verification=verification, threads=threads)
     names = opt.drafter_names(drafter, engine)
     specs = {"none": {"method": "none"}, **opt.drafter_specs(names, engine)}
-    sizes = parse_numbers(batch_sizes, "--batch-sizes", int)
-    if min(sizes) < 1:
-        raise ConfigError("--batch-sizes", got=repr(batch_sizes), expected="integers of at least 1")
+    sizes = _sizes(batch_sizes)
     if list(specs) == ["none"] and max(sizes) == 1:
         raise ConfigError("--decoding", got="none alone, one prompt at a time", expected="something to compare")
     settings = _settings(temperatures, max_tokens, base_seed(seed, len(wanted)), verification)
-    check_writable(output)
+    report.check()
 
     plain = engine.load("none")
     from outrider.losslessness.report import Verifier
@@ -95,7 +72,7 @@ def verify(
     llms = {name: plain.with_decoding(spec) for name, spec in specs.items()}
     verifier = Verifier(plain, llms, wanted, sizes)
     record = {
-        "model": plain.model.name if model else "bundled model",
+        "model": plain.model.name if target.model else "bundled model",
         "dtype": str(plain.model.dtype).removeprefix("torch."),
         "weights": plain.config.weights,
         "exactness": plain.config.exactness,
@@ -107,11 +84,18 @@ def verify(
     try:
         _run(verifier, settings)
     finally:  # an interruption reports what there is
-        report_json({**record, **verifier.report.record()}, to_stdout=json_out, path=output)
-        if not json_out:
+        report.write({**record, **verifier.report.record()})
+        if not report.json_out:
             _print_report(verifier.report, record)
     if verifier.report.num_bugs:
         raise typer.Exit(1)
+
+
+def _sizes(text: str) -> list[int]:
+    sizes: list[int] = parse_numbers(text, "--batch-sizes", int)
+    if min(sizes) < 1:
+        raise ConfigError("--batch-sizes", got=repr(text), expected="integers of at least 1")
+    return sizes
 
 
 def _settings(temperatures: str | None, max_tokens: int, seed: int, verification: str) -> list[Setting]:

@@ -113,7 +113,8 @@ class Window:
 
         Args:
             root: the token that the verified tree hung from.
-            num_new: committed tokens, by which the window moves on (the paper's code moves it by one at any rate).
+            num_new: committed tokens, by which the window moves on (the authors' code does so too, or moves it by one
+                at any rate: its switch ALWAYS_FWD_ONE).
 
         Returns:
             The n-grams of the columns; none as long as they are too short.

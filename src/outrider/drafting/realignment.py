@@ -2,7 +2,8 @@
 
 Only the end of the text is ever encoded again. A tokenizer may split a word in another way once more of it is there,
 so the last tokens are compared with what they were, and those that changed are replaced (the alignment of universal
-assisted generation, Hugging Face and Intel Labs 2024; string-level exact match, Timor et al., arXiv 2502.05202, 4).
+assisted generation, Hugging Face and Intel Labs 2024; string-level exact match, Timor et al., arXiv 2502.05202,
+algorithm 2).
 """
 
 from __future__ import annotations

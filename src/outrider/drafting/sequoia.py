@@ -1,8 +1,8 @@
 """Optimal static trees (Sequoia, arXiv 2402.12374): the dynamic programme, and size and depth for a machine.
 
-Section 3.1 gives the expected tokens of a tree under positional acceptance and the recursion for its maximum; here
-each node's children may also depend on the depth, and need not be the first ranks (where acceptance falls with the
-rank, as it does in the paper, they are).
+Section 3.1 gives the expected tokens of a tree under positional acceptance and the recursion for its maximum;
+appendix F.1.1 (of version 3) bounds the depth and lets acceptance depend on it. Here a node's children need not be
+the first ranks (where acceptance falls with the rank, as it does in the paper, they are).
 """
 
 from __future__ import annotations

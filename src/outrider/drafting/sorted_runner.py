@@ -1,7 +1,8 @@
 """A nested draft model: each token is read by the smallest sub-model that is confident about what follows.
 
 Sorted speculative decoding (S2D; Kavehzadeh et al., arXiv 2407.01955): one draft whose first layers are drafts of
-their own serves several targets, and its confidence says how many layers a token takes. Here a sub-model is a model
+their own serves several targets, and its confidence says how many layers a token takes. The rule is ours in detail:
+one threshold for all sub-models and targets, on the probability of the likeliest token. Here a sub-model is a model
 of its own over shared weights, with its own cache: a token that a smaller one is unsure about is read again from the
 first layer on, together with those that the larger one has not seen.
 """

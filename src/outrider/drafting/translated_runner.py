@@ -1,6 +1,6 @@
 """A draft model with another vocabulary, token by token where both know the same piece of text.
 
-Token-level intersection (TLI; Timor et al., arXiv 2502.05202, section 5): the draft's distribution is restricted to
+Token-level intersection (TLI; Timor et al., arXiv 2502.05202, algorithm 4): the draft's distribution is restricted to
 the tokens that the target has too, and is a distribution over the target's tokens from there on. So its trees are
 drawn, verified and rejected like those of a draft with the target's own vocabulary.
 """

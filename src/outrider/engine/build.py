@@ -129,8 +129,14 @@ def _drafters_for_any_text(config: EngineConfig, draft_model: str | None) -> tup
     return lookups
 
 
-def cost_of_target(config: EngineConfig, model: Model, on_progress: Progress | None = None) -> ForwardCost:
-    """What the target's forwards cost, measured now if it is not known; for a planner that should not, unknown."""
+def cost_of_target(
+    config: EngineConfig, model: Model, on_progress: Progress | None = None, *, recalibrate: bool = False
+) -> ForwardCost:
+    """What the target's forwards cost, measured now if it is not known; for a planner that should not, unknown.
+
+    Args:
+        recalibrate: measure it now in any case.
+    """
     if isinstance(config.decoding, AutoConfig) and not config.decoding.calibrate:
         return ForwardCost.unknown()
     path = Path(config.model or BUNDLED_TARGET)
@@ -140,7 +146,13 @@ def cost_of_target(config: EngineConfig, model: Model, on_progress: Progress | N
         "revision": config.revision,
         "weights": [config.weights, config.group_size, str(model.dtype), str(model.cache_dtype), config.device],
     }
-    return forward_cost_of(model, identity, row_invariant=config.exactness == "bitwise", on_progress=on_progress)
+    return forward_cost_of(
+        model,
+        identity,
+        row_invariant=config.exactness == "bitwise",
+        recalibrate=recalibrate,
+        on_progress=on_progress,
+    )
 
 
 def build_cache(cache: CacheConfig, scheduler: SchedulerConfig, model: Model) -> KVCache:

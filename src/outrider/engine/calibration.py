@@ -36,18 +36,25 @@ Progress = Callable[[int, int], None]  # (measurements made, measurements in all
 
 
 def forward_cost_of(
-    model: Model, identity: dict[str, Any], *, row_invariant: bool, on_progress: Progress | None = None
+    model: Model,
+    identity: dict[str, Any],
+    *,
+    row_invariant: bool,
+    recalibrate: bool = False,
+    on_progress: Progress | None = None,
 ) -> ForwardCost:
     """The measured costs: from an earlier start if nothing that they depend on has changed, else measured now.
 
     Args:
         identity: what tells the model and its format from others, as JSON.
         row_invariant: measure the bitwise mode's attention.
+        recalibrate: measure now in any case; later starts take that.
         on_progress: called after every measurement.
     """
     path = _path_of({**identity, **_machine(), "row_invariant": row_invariant})
-    with suppress(OSError, ValueError, ConfigError):  # none yet, or not ours: measure
-        return ForwardCost.from_mapping(json.loads(path.read_text()))
+    if not recalibrate:
+        with suppress(OSError, ValueError, ConfigError):  # none yet, or not ours: measure
+            return ForwardCost.from_mapping(json.loads(path.read_text()))
     cost = measure(model, row_invariant=row_invariant, on_progress=on_progress)
     try:
         _write(path, json.dumps(cost.as_mapping()))

@@ -1,8 +1,7 @@
-"""From log-weights to tokens, with keyed noise: the target's choices and the drafters' draws."""
+"""From log-weights to tokens, with keyed noise: the target's choices."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from outrider.sampling.noise import Purpose, gumbel_noise, uniform
-from outrider.token_tree import DraftNoise, SiblingDraws, TokenTreeBatch
+from outrider.token_tree import TokenTreeBatch
 
 
 class KeyedDecisions:
@@ -78,54 +77,6 @@ def check_finite(logits: Tensor) -> Tensor:
     if logits.device.type == "cpu" and logits.dtype == torch.float32:  # torch would wake its threads for this
         return torch.from_numpy(np.isfinite(logits.numpy().max(axis=-1)))
     return logits.amax(-1).isfinite()
-
-
-def draw_children(
-    log_probs: Tensor,
-    *,
-    seed: int,
-    position: int,
-    num_children: int,
-    noise: DraftNoise,
-    draws: SiblingDraws,
-    greedy: bool,
-) -> tuple[list[int], list[float]]:
-    """Draw the children of one node from the drafter's distribution q.
-
-    Without replacement this is Gumbel-top-k (Kool et al., arXiv 1903.06059): successive draws, each from q
-    without the tokens before. Nodes of one depth share their noise, which is harmless, since only one of them
-    lies on the accepted path. A greedy request's children are the most probable tokens.
-
-    Args:
-        log_probs: ``[vocab]`` log q, up to a constant.
-        position: in the sequence, of the children.
-        noise: "shared" draws with the target's own noise, "independent" with noise that nothing else uses.
-
-    Returns:
-        Tokens in the order drawn, and their log q. Fewer than `num_children` where q has fewer tokens (none
-        if it is NaN); with replacement tokens may repeat, and each copy is to become a node of its own.
-    """
-    log_probs = log_probs.float()
-    vocab_size = log_probs.shape[-1]
-    purpose = Purpose.TARGET if noise == "shared" else Purpose.DRAFT
-
-    def perturbed(trial: int) -> Tensor:
-        row = gumbel_noise(seed, position, purpose, vocab_size, trial)
-        return log_probs + torch.tensor(row, device=log_probs.device)
-
-    if greedy:
-        tokens = _top(log_probs, num_children)
-    elif draws == "without_replacement":
-        tokens = _top(perturbed(0), num_children)
-    else:
-        tokens = [_argmax(perturbed(trial)[None])[0] for trial in range(num_children)]
-    scores = log_probs.log_softmax(-1)[tokens].tolist()
-    drawn = [(token, score) for token, score in zip(tokens, scores, strict=True) if score > -math.inf]
-    return [token for token, _ in drawn], [score for _, score in drawn]
-
-
-def _top(row: Tensor, count: int) -> list[int]:
-    return _argmax(row[None]) if count == 1 else row.topk(min(count, row.shape[0])).indices.tolist()
 
 
 def _argmax(rows: Tensor) -> list[int]:

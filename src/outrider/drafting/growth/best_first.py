@@ -15,10 +15,14 @@ from outrider.drafting.growth.tree import Draws, GrowingTree, GrowthLimits
 class MostProbable:
     """The nodes of greatest path probability under a budget.
 
-    SpecExec (Svirschevski et al., arXiv 2406.02532, algorithm 2) reads the best unread nodes of the best tree so far,
-    up to a beam, until the whole tree is read: the target's sampling then walks it like a cache. OPT-Tree (Wang et
-    al., arXiv 2406.17276, algorithm 1) reads a whole layer at once, and stops when a layer adds too little to the
-    expected accepted length. Tokens are chosen, not drawn: to rejection rules they are point masses.
+    SpecExec (Svirschevski et al., arXiv 2406.02532) reads the best unread nodes of the best tree so far, up to a
+    beam, until the whole tree is read: the target's sampling then walks it like a cache. OPT-Tree (Wang et al.,
+    arXiv 2406.17276, algorithm 1) reads a whole layer at once, and stops when a layer adds too little to the expected
+    accepted length. Tokens are chosen, not drawn: to rejection rules they are point masses.
+
+    The authors' code of SpecExec also takes 5% off a path's probability per level and bounds the children of a node;
+    neither is done here. OPT-Tree reads the best `num_nodes` of a layer; here only those of them that are in the best
+    tree so far, since nothing below the others can enter it.
 
     Attributes:
         max_expanded: the most nodes read in one forward; None reads all that may still have a child in the tree.
@@ -73,7 +77,8 @@ class Greedy:
     """The place that is most likely to be reached gets the next node (DySpec, Xiong et al., arXiv 2410.11744).
 
     Under independent noise a place is judged before its token is known: by the probability of its parent's path times
-    what the siblings before have left of q (section 4.1); so the tree is exact under recursive rejection.
+    what the siblings before have left of q (section 4.1); so the tree is exact under recursive rejection. The paper
+    reads a node as soon as it is drawn; here it is read when a child of it would be next, together with others.
 
     Attributes:
         max_expanded: nodes read in one forward: the best place's parent, and those that are likely to be next.
@@ -106,7 +111,7 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every place that is likely enough to be reached gets a node, depth by depth (DySpec, section 4.3).
+    """Every place that is likely enough to be reached gets a node, depth by depth (DySpec, section 4.4).
 
     Attributes:
         threshold: probability of being reached, before the place's token is known.

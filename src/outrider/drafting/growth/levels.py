@@ -47,8 +47,8 @@ class Beam:
 class Branching:
     """Every node of a depth has the same number of children.
 
-    Multi-candidate speculative decoding (MCSD, Yang et al., arXiv 2401.06706, section 3.3) draws them as the rule
-    asks; recursive speculative decoding (RSD-C, Jeon et al., arXiv 2402.14160, section 3.2.1) without replacement.
+    Multi-candidate speculative decoding (MCSD, Yang et al., arXiv 2401.06706) draws them as the rule asks; recursive
+    speculative decoding with constant branching (RSD-C, Jeon et al., arXiv 2402.14160) without replacement.
 
     Attributes:
         factors: ``[depth]`` children of each node of depth 0, 1, ...
@@ -73,6 +73,7 @@ class Branching:
 
 
 # Confidence-aware proposal expansion: candidates at a position by the draft's confidence in its own token there.
+# Borders and numbers are CaPE's; that the chain's token is one of the candidates is ours.
 CAPE_CANDIDATES = ((0.3, 7), (0.6, 5), (0.8, 3), (1.0, 1))
 
 
@@ -81,7 +82,8 @@ class ExpandedChain:
     """A chain, and other candidates where the draft is not sure of it (CaPE, Du et al., arXiv 2402.02082).
 
     The chain comes first, then the others from the root on, as far as there is room. How many they are depends on the
-    chain's token at their position, which was drawn before them.
+    chain's token at their position, which was drawn before them. CaPE takes the draft's likeliest tokens for both,
+    and its draft (GliDe) attends to the target's cache; here any draft model draws them as the rule asks.
     """
 
     limits: GrowthLimits

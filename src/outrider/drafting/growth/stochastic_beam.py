@@ -1,6 +1,6 @@
 """Stochastic beam search: paths drawn without replacement, unlikely ones cut early (RSD-S).
 
-Jeon et al., arXiv 2402.14160, section 3.2.2; Kool et al., arXiv 1903.06059, algorithm 1.
+Jeon et al., arXiv 2402.14160 (RSD-S), over the stochastic beams of Kool et al., arXiv 1903.06059.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ class StochasticBeam:
 
 
 def truncated(values: NDArray[np.float64], maximum: float) -> NDArray[np.float64]:
-    """Gumbel variables as they would be if their maximum were `maximum` (Kool et al., appendix B.3).
+    """Gumbel variables as they would be if their maximum were `maximum` (after Kool et al., arXiv 1903.06059).
+
+    What is returned for a variable G, with Z the largest given, is -log(exp(-maximum) - exp(-Z) + exp(-G)), in a form
+    that neither overflows nor cancels.
 
     Args:
         values: falling; the first is the maximum of all.

@@ -5,9 +5,10 @@ The draft knows the noise: its own log q plus the noise ranks the children, and 
 each is the target's choice. For greedy requests there is no noise, and the same holds of log q alone.
 
 Under rejection rules children are drawn from q with noise that nothing else uses: the next child below a node is a
-sample of what q has left there, whatever has been drawn before anywhere in the tree. Hence a growth may decide by all
-that was drawn so far *where* to draw next; but it drops nothing that it drew, and decides nothing by a token that is
-not drawn yet (`tests/losslessness/test_growth.py` proves it by enumeration).
+sample of what q has left there (Gumbel-top-k; Kool et al., arXiv 1903.06059), or of q where siblings are drawn with
+replacement, whatever has been drawn before anywhere in the tree. Hence a growth may decide by all that was drawn so
+far *where* to draw next; but it drops nothing that it drew, and decides nothing by a token that is not drawn yet
+(`tests/losslessness/test_growth.py` proves it by enumeration).
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ class GrowingTree:
     def next_score(self, node: int) -> float:
         """How likely the next child of a read node is reached, before its token is known if it is to be sampled.
 
-        With independent noise that is the estimate of DySpec (arXiv 2410.11744, section 4): the path's probability
+        With independent noise that is the estimate of DySpec (arXiv 2410.11744, section 4.2): the path's probability
         times what the siblings before have left of q.
         """
         below = self._below[node]
