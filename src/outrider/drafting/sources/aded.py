@@ -3,8 +3,9 @@
 A matrix from token pairs to what follows them stands for the model's output distribution; all requests share it, and
 it is updated with every token, and with the target's choices at rejected nodes too. Requests that run together would
 overwrite each other's latest, so each also has one of its own, which is asked first. The draft maker searches it by
-PUCT: what is likely, plus a bonus for what was visited little. Where the paper averages the values of its walks, the
-best one that is left counts here, so the search is deterministic, and without the bonus it is best-first search.
+PUCT: what is likely, plus a bonus for what was visited little. The paper's search is modelled on Monte Carlo tree
+search; here the best value that is left counts, so the search is deterministic, and without the bonus it is
+best-first search. How the matrix is updated (rates, forgetting, a row for single tokens, rejected nodes) is ours.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 The table starts with the prompt and takes in every generated token. Unlike prompt lookup it does not copy one span:
 each draft token is predicted anew from the tokens before it, by the longest level that knows them, and by shorter
-ones for what is left (the multi-level n-gram). The paper drafts the one most frequent token; here the counts also
-give the branches of a tree.
+ones for what is left (the multi-level n-gram). That the counts also give the branches of a tree is ours.
 """
 
 from __future__ import annotations

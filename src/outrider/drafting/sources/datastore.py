@@ -171,7 +171,7 @@ class DatastoreSource:
     def _grow(
         self, rows: list[list[int]], weight: float, length: int, context: DraftContext, depth: int
     ) -> GuessTree:
-        """The trie of continuations, weighted by prefix frequency and cut to the best nodes (section 3.2)."""
+        """The trie of continuations, weighted by prefix frequency and cut to the best nodes (algorithm 2)."""
 
         def successors(
             _made: GuessTree, _guess: int, depth: int, state: tuple[int, int]

@@ -1,4 +1,4 @@
-"""What the model generated before, in any request: the model-dependent database of arXiv 2502.05609."""
+"""What the model generated before, in any request: a level of hierarchy drafting (Cho et al., arXiv 2502.05609)."""
 
 from __future__ import annotations
 
