@@ -2,7 +2,8 @@
 
 Universal assisted generation (Hugging Face and Intel Labs 2024); string-level exact match (Timor et al.,
 arXiv 2502.05202, algorithm 2). The draft has its own tokens for the committed text and drafts a greedy chain; its
-text becomes a chain of the target's tokens, point masses to rejection rules. What is wrong with it costs its rows only.
+text becomes a chain of the target's tokens, point masses to rejection rules. What is wrong with it costs its rows
+only.
 """
 
 from __future__ import annotations
