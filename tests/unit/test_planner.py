@@ -82,6 +82,8 @@ def test_costs_are_interpolated_and_never_fall_with_more_rows() -> None:
     assert cost.seconds(24, 0) == pytest.approx(5.0), "beyond the table it goes on as it ended"
     assert cost.seconds(1, 50) == pytest.approx(1.5)
     assert cost.seconds(1, 200) == pytest.approx(3.0)
+    batch = cost.seconds(8, 50, 8)
+    assert batch == pytest.approx(1.0 + 8 * 0.5), "eight contexts are read, the weights once"
     again = ForwardCost.from_mapping(cost.as_mapping())
     assert again.seconds(12, 30) == cost.seconds(12, 30)
 
@@ -106,21 +108,21 @@ def test_a_table_that_cannot_be_is_refused(values: dict) -> None:
 def test_costs_follow_a_machine_that_changes_its_speed() -> None:
     cost = ForwardCost([1, 8], [0], [[1.0, 1.2]])
     for _ in range(40):
-        cost.observe(1, 0, 2.0)
+        cost.observe(1, 0, 1, 2.0)
     assert cost.seconds(1, 0) == pytest.approx(2.0, rel=0.05)
     assert cost.seconds(8, 0) / cost.seconds(1, 0) < 1.25, "plain steps alone do not tell what rows cost"
     for _ in range(300):
-        cost.observe(1, 0, 2.0)
-        cost.observe(8, 0, 6.0)
+        cost.observe(1, 0, 1, 2.0)
+        cost.observe(8, 0, 1, 6.0)
     assert cost.seconds(8, 0) / cost.seconds(1, 0) == pytest.approx(3.0, rel=0.1)
     before = cost.seconds(1, 0)
-    cost.observe(1, 0, 1000.0)
+    cost.observe(1, 0, 1, 1000.0)
     assert cost.seconds(1, 0) < 1.3 * before, "one disturbed step"
 
 
 def test_unknown_costs_take_their_scale_from_the_first_step() -> None:
     cost = ForwardCost.unknown()
-    cost.observe(1, 0, 0.02)
+    cost.observe(1, 0, 1, 0.02)
     assert cost.seconds(1, 0) == pytest.approx(0.02)
 
 

@@ -216,7 +216,7 @@ class Conditions:
     rest_each: float = 0.0
 
     def forward_s(self, num_rows: float, batch_size: int) -> float:
-        return self.cost.seconds(num_rows, batch_size * self.context)
+        return self.cost.seconds(num_rows, self.context, batch_size)
 
     def rest_s(self, batch_size: int) -> float:
         return self.rest + (batch_size - 1) * self.rest_each

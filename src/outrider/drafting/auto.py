@@ -129,12 +129,15 @@ class _Market:
     """Prices of a step.
 
     Attributes:
+        num_rows: without drafts.
+        context: mean length of the sequences.
         tokens_per_s: what a second is worth.
         row_price: what one more row costs, in tokens, with the margin.
     """
 
     num_rows: int
-    context: int
+    num_sequences: int
+    context: float
     tokens_per_s: float
     row_price: float
 
@@ -250,12 +253,15 @@ class AutoDrafter:
 
     def _prices(self, contexts: Sequence[DraftContext]) -> _Market:
         num_rows = max(len(contexts), contexts[0].num_step_rows)
-        context = sum(len(c.token_ids) for c in contexts)
-        seconds = self._cost.seconds(len(contexts), context)
-        self._plain_s = seconds
-        tokens_per_s = max(len(contexts) / seconds, self._tokens / self._seconds if self._seconds else 0.0)
-        marginal = self._cost.seconds(num_rows + ROW_STEP, context) - self._cost.seconds(num_rows, context)
-        return _Market(num_rows, context, tokens_per_s, MARGIN * tokens_per_s * max(0.0, marginal) / ROW_STEP)
+        context, num = sum(len(c.token_ids) for c in contexts) / len(contexts), len(contexts)
+        self._plain_s = self._cost.seconds(num, context, num)
+        tokens_per_s = max(num / self._plain_s, self._tokens / self._seconds if self._seconds else 0.0)
+        marginal = self._cost.seconds(num_rows + ROW_STEP, context, num) - self._cost.seconds(num_rows, context, num)
+        price = MARGIN * tokens_per_s * max(0.0, marginal) / ROW_STEP
+        return _Market(num_rows, num, context, tokens_per_s, price)
+
+    def _forward_s(self, market: _Market, num_rows: float) -> float:
+        return self._cost.seconds(num_rows, market.context, market.num_sequences)
 
     def _nearly_free(self, market: _Market) -> list[_Arm]:
         """Drafters that may always propose, the cheapest first."""
@@ -300,8 +306,8 @@ class AutoDrafter:
             # far a tree goes; without confidences nothing tells the nodes apart. Then the record of such trees must
             # do, for what they bring and for what they cost.
             accepted, rows = arm.expected(self._own(request_id).get(arm))
-            seconds = self._cost.seconds(market.num_rows + rows, market.context)
-            price = MARGIN * market.tokens_per_s * (seconds - self._cost.seconds(market.num_rows, market.context))
+            seconds = self._forward_s(market, market.num_rows + rows) - self._forward_s(market, market.num_rows)
+            price = MARGIN * market.tokens_per_s * seconds
             return _Proposal(arm, tree, None, accepted - price)
         probs = self._acceptance.path_probs(arm.name, request_id, tree)
         return _Proposal(arm, tree, probs, sum(p - market.row_price for p in probs[1:] if p > market.row_price))
@@ -379,7 +385,7 @@ class AutoDrafter:
         divisible = [p for p in choices if p.chosen is not None and p.chosen.probs is not None]
         kept = choose_nodes(
             [p.chosen.probs for p in divisible if p.chosen and p.chosen.probs],
-            lambda rows: self._cost.seconds(rows, market.context),
+            lambda rows: self._forward_s(market, rows),
             market.num_rows + whole,
             MARGIN * market.tokens_per_s,
         )
@@ -396,7 +402,7 @@ class AutoDrafter:
         return trees
 
     def _learn_prices(self, market: _Market, forward_s: float, num_tokens: int) -> None:
-        self._cost.observe(self._num_step_rows, market.context, forward_s)
+        self._cost.observe(self._num_step_rows, market.context, market.num_sequences, forward_s)
         seconds = forward_s + self._draft_s
         self._total_s += seconds
         self._tokens, self._seconds = 0.95 * self._tokens + num_tokens, 0.95 * self._seconds + seconds

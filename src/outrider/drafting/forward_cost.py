@@ -12,9 +12,7 @@ from outrider.errors import ConfigError
 
 SCALE_ADAPTATION = 0.15  # weight of a new measurement in the speed of the whole machine, which may change at any time
 SHAPE_ADAPTATION = 0.03  # likewise in what a number of rows costs beside others, which does not
-OUTLIER = (
-    3.0  # a step that takes so many times its usual time was disturbed: it counts as if it had taken so many times
-)
+OUTLIER = 3.0  # a step that takes more times its usual time was disturbed: it counts as if it had taken so many
 
 
 class ForwardCost:
@@ -81,20 +79,33 @@ class ForwardCost:
     def as_mapping(self) -> dict[str, Any]:
         return {"rows": list(self.rows), "contexts": list(self.contexts), "seconds": [list(of) for of in self.table]}
 
-    def seconds(self, num_rows: float, context: float) -> float:
-        """Expected seconds of a forward; linear between and beyond the measured points."""
+    def seconds(self, num_rows: float, context: float, num_sequences: int = 1) -> float:
+        """Expected seconds of a forward; linear between and beyond the measured points.
+
+        Rows share the weights, but only those of one sequence share its context: what the table says of a longer
+        context is taken once for each sequence, with its share of the rows.
+
+        Args:
+            context: positions before the rows of each sequence, in the mean.
+        """
         r, at_row = _between(self.rows, num_rows)
         of_rows = self._factors[-1] if at_row > 1 else _line(self._factors, r, at_row)
-        factor = self._scale * of_rows
+        together = _line(self.table[0], r, at_row)
+        contexts = num_sequences * self._longer_context(max(1.0, num_rows / num_sequences), context)
+        return self._scale * of_rows * max(together + contexts, 1e-9)
+
+    def _longer_context(self, num_rows: float, context: float) -> float:
+        """What a context takes beyond the shortest that was measured, by the table."""
         if len(self.contexts) == 1:
-            return factor * _line(self.table[0], r, at_row)
+            return 0.0
+        r, at_row = _between(self.rows, num_rows)
         c, at_context = _between(self.contexts, context)
         low, high = _line(self.table[c], r, at_row), _line(self.table[c + 1], r, at_row)
-        return factor * max(low + at_context * (high - low), 1e-9)
+        return low + at_context * (high - low) - _line(self.table[0], r, at_row)
 
-    def observe(self, num_rows: int, context: int, seconds: float) -> None:
+    def observe(self, num_rows: int, context: float, num_sequences: int, seconds: float) -> None:
         """Learn from a forward that took `seconds`."""
-        change = seconds / self.seconds(num_rows, context)
+        change = seconds / self.seconds(num_rows, context, num_sequences)
         if self._is_guess:
             self._is_guess = False
             self._scale = change
