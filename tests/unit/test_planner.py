@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -59,7 +60,11 @@ def test_the_chosen_nodes_are_the_best_of_all_subtrees(batch, steps: list[float]
         rows = num_rows + sum(len(nodes) - 1 for nodes in chosen)
         return gain - tokens_per_s * (seconds(rows) - seconds(num_rows))
 
-    kept = choose_nodes([probs for _, probs in batch], seconds, num_rows, tokens_per_s)
+    kept = choose_nodes(
+        [probs for _, probs in batch],
+        lambda most: np.array([seconds(num_rows + size) for size in range(most + 1)]),
+        tokens_per_s,
+    )
     for (parents, _), nodes in zip(batch, kept, strict=True):
         assert nodes[0] == 0
         assert all(parents[node] in nodes for node in nodes[1:]), "a node without its parent"
@@ -84,6 +89,11 @@ def test_costs_are_interpolated_and_never_fall_with_more_rows() -> None:
     assert cost.seconds(1, 200) == pytest.approx(3.0)
     batch = cost.seconds(8, 50, 8)
     assert batch == pytest.approx(1.0 + 8 * 0.5), "eight contexts are read, the weights once"
+    cost.observe(12, 50, 1, 5.0)
+    for context, num_sequences in ((0, 1), (70, 1), (300, 3)):
+        one_by_one = [cost.seconds(rows, context, num_sequences) for rows in range(3, 40)]
+        assert cost.with_more_rows(3, 36, context, num_sequences) == pytest.approx(one_by_one)
+    cost = ForwardCost([1, 8, 16], [0, 100], [[1.0, 0.9, 3.0], [2.0, 3.0, 4.0]])
     again = ForwardCost.from_mapping(cost.as_mapping())
     assert again.seconds(12, 30) == cost.seconds(12, 30)
 

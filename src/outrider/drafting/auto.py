@@ -385,8 +385,9 @@ class AutoDrafter:
         divisible = [p for p in choices if p.chosen is not None and p.chosen.probs is not None]
         kept = choose_nodes(
             [p.chosen.probs for p in divisible if p.chosen and p.chosen.probs],
-            lambda rows: self._forward_s(market, rows),
-            market.num_rows + whole,
+            lambda most: self._cost.with_more_rows(
+                market.num_rows + whole, most, market.context, market.num_sequences
+            ),
             MARGIN * market.tokens_per_s,
         )
         nodes = {id(plan): of for plan, of in zip(divisible, kept, strict=True)}

@@ -8,11 +8,18 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from outrider.errors import ConfigError
 
 SCALE_ADAPTATION = 0.15  # weight of a new measurement in the speed of the whole machine, which may change at any time
 SHAPE_ADAPTATION = 0.03  # likewise in what a number of rows costs beside others, which does not
+FAR = 1000
 OUTLIER = 3.0  # a step that takes more times its usual time was disturbed: it counts as if it had taken so many
+
+
+Floats = NDArray[np.float64]
 
 
 class ForwardCost:
@@ -51,6 +58,9 @@ class ForwardCost:
         self.rows, self.contexts = tuple(rows), tuple(contexts)
         # More rows never cost less: what says otherwise is noise, and a planner would chase it.
         self.table = tuple(tuple(max(of[: i + 1]) for i in range(len(of))) for of in seconds)
+        # Beyond the last point a line goes on as it ended.
+        self._points = np.array([*rows, FAR * rows[-1]], dtype=np.float64)
+        self._curves = [np.array([*of, _line(of, *_between(rows, FAR * rows[-1]))]) for of in self.table]
         self._scale = 1.0
         self._factors = [1.0] * len(rows)
         self._is_guess = False
@@ -93,6 +103,19 @@ class ForwardCost:
         together = _line(self.table[0], r, at_row)
         contexts = num_sequences * self._longer_context(max(1.0, num_rows / num_sequences), context)
         return self._scale * of_rows * max(together + contexts, 1e-9)
+
+    def with_more_rows(self, num_rows: int, most: int, context: float, num_sequences: int = 1) -> Floats:
+        """``[1 + most]`` what `seconds` says of `num_rows` and of up to `most` rows more."""
+        rows = np.arange(num_rows, num_rows + most + 1)
+        factors = np.interp(rows, self.rows, self._factors)
+        contexts = 0.0
+        if len(self.contexts) > 1:
+            c, at_context = _between(self.contexts, context)
+            low, high = self._curves[c], self._curves[c + 1]
+            each = np.maximum(1.0, rows / num_sequences)
+            curve = low + at_context * (high - low) - self._curves[0]
+            contexts = num_sequences * np.interp(each, self._points, curve)
+        return self._scale * factors * np.maximum(np.interp(rows, self._points, self._curves[0]) + contexts, 1e-9)
 
     def _longer_context(self, num_rows: float, context: float) -> float:
         """What a context takes beyond the shortest that was measured, by the table."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def choose_nodes(
-    path_probs: Sequence[Sequence[float]], seconds: Callable[[int], float], num_rows: int, tokens_per_s: float
+    path_probs: Sequence[Sequence[float]], costs: Callable[[int], NDArray[np.float64]], tokens_per_s: float
 ) -> list[list[int]]:
     """The nodes of each tree to verify, so that the step gains the most.
 
@@ -20,8 +21,7 @@ def choose_nodes(
 
     Args:
         path_probs: of each tree ``[num_nodes]``; the root's 1 is always taken.
-        seconds: of a forward by its number of rows.
-        num_rows: of the step without draft tokens.
+        costs: ``n -> [1 + n]`` seconds of the step's forward with 0 to n draft tokens.
         tokens_per_s: what a second is worth.
 
     Returns:
@@ -33,10 +33,8 @@ def choose_nodes(
         return kept
     flat = np.array([path_probs[tree][node] for tree, node in owners])
     order = np.argsort(-flat, kind="stable")  # of equals the parent, which stands before its children, first
-    gains = np.cumsum(flat[order])
-    without = seconds(num_rows)
-    costs = [tokens_per_s * (seconds(num_rows + size) - without) for size in range(1, len(owners) + 1)]
-    worth = gains - np.array(costs)
+    seconds = costs(len(owners))
+    worth = np.cumsum(flat[order]) - tokens_per_s * (seconds[1:] - seconds[0])
     best = int(worth.argmax())
     if worth[best] <= 0.0:
         return kept
