@@ -11,7 +11,9 @@
 namespace OUTRIDER_LEVEL {
 
 using outrider::AttentionArgs;
+using outrider::AttentionTask;
 using outrider::kKeySplit;
+using outrider::kTaskRows;
 using outrider::SequenceView;
 
 template <int N>
@@ -19,7 +21,20 @@ struct Constant {
     static constexpr int value = N;
 };
 
-constexpr int kQueries = 4;  // rows' heads that share the loads of keys and values
+constexpr int kQueries = 6;  // most rows' heads that share the loads of keys and values
+
+// Calls f with the constant n of [1, kQueries].
+template <class F>
+inline void with_constant(int n, F f) {
+    switch (n) {
+        case 1: return f(Constant<1>{});
+        case 2: return f(Constant<2>{});
+        case 3: return f(Constant<3>{});
+        case 4: return f(Constant<4>{});
+        case 5: return f(Constant<5>{});
+        default: return f(Constant<kQueries>{});
+    }
+}
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -37,33 +52,44 @@ struct Query {
     float* stats;  // maximum, denominator
 };
 
-inline void read_block(const AttentionArgs& args, const int64_t* slots, int64_t count, int head, const KeyBlock& block) {
-    const int width = args.keys.width;
-    const int64_t value_width = round_up(args.values.width, W);
-    alignas(64) float rows[W * 256];
-    for (int64_t j = 0; j < count; j += W) {
-        const int64_t some = count - j < W ? count - j : W;
-        for (int d0 = 0; d0 < width; d0 += 256) {  // wide heads by parts of the stack buffer
-            const int part = width - d0 < 256 ? width - d0 : 256, padded = static_cast<int>(round_up(part, W));
-            for (int64_t i = 0; i < some; ++i) {
-                float whole[2048];
-                if (width <= 256) {
-                    read_head(args.keys, slots[j + i], head, rows + i * padded);
-                } else {
-                    read_head(args.keys, slots[j + i], head, whole);
-                    std::memcpy(rows + i * padded, whole + d0, sizeof(float) * part);
-                }
-            }
-            for (int64_t i = some; i < W; ++i) std::memset(rows + i * padded, 0, sizeof(float) * padded);
-            alignas(64) float columns[W * W];
-            for (int d = 0; d < part; d += W) {
-                transpose_block(rows + d, padded, columns, W);
-                for (int i = 0; i < W && d + i < part; ++i)
-                    std::memcpy(block.keys + (d0 + d + i) * block.capacity + j, columns + i * W, sizeof(float) * W);
-            }
+// Keys of W positions as columns from `out` on, `stride` apart.
+inline void read_columns(const KvCache& cache, const char* const* heads, float* out, int64_t stride) {
+    const int width = cache.width;
+    if (cache.type == KvType::kBf16 && width % (2 * W) == 0) {  // pairs are moved as one, then taken apart
+        for (int d = 0; d < width; d += 2 * W) {
+            transpose_block(heads, 2 * d, [&](int column, vf pairs) {
+                store(out + (d + 2 * column) * stride, first_of_bf16(pairs));
+                store(out + (d + 2 * column + 1) * stride, second_of_bf16(pairs));
+            });
         }
+        return;
     }
-    for (int64_t j = 0; j < count; ++j) read_head(args.values, slots[j], head, block.values + j * value_width);
+    if (cache.type == KvType::kFp32 && width % W == 0) {
+        for (int d = 0; d < width; d += W)
+            transpose_block(heads, 4 * d, [&](int column, vf keys) { store(out + (d + column) * stride, keys); });
+        return;
+    }
+    alignas(64) float rows[W][W];
+    const char* converted[W];
+    for (int i = 0; i < W; ++i) converted[i] = reinterpret_cast<const char*>(rows[i]);
+    for (int d = 0; d < width; d += W) {
+        const int end = width - d < W ? width : d + W;
+        for (int i = 0; i < W; ++i) read_head(cache, heads[i], d, end, rows[i]);
+        transpose_block(converted, 0, [&](int column, vf keys) {
+            if (d + column < width) store(out + (d + column) * stride, keys);
+        });
+    }
+}
+
+inline void read_block(const AttentionArgs& args, const int64_t* slots, int64_t count, int head, const KeyBlock& block) {
+    for (int64_t j = 0; j < count; j += W) {
+        const char* heads[W];  // past the end the last one again: no row sees what comes of it
+        for (int i = 0; i < W; ++i) heads[i] = args.keys.head(slots[j + i < count ? j + i : count - 1], head);
+        read_columns(args.keys, heads, block.keys + j, block.capacity);
+    }
+    const int64_t width = round_up(args.values.width, W);
+    for (int64_t j = 0; j < count; ++j)
+        read_head(args.values, args.values.head(slots[j], head), 0, args.values.width, block.values + j * width);
 }
 
 constexpr int kVectors = W == 16 ? 4 : 2;  // of keys or values that a loop holds in registers for each query
@@ -124,10 +150,7 @@ inline void weigh(const AttentionArgs& args, float* scores, int low, int high, c
     for (int j = high; j < end; ++j) scores[j] = 0.0f;
     vf total = load(scores);
     for (int j = W; j < end; j += W) total = add(total, load(scores + j));
-    if (now == before) {
-        query.stats[1] += sum_of(total);
-        return;
-    }
+    // Where the maximum stays the factor is exactly one; a branch would be guessed wrong too often.
     float lane[W];
     store(lane, exp(splat(before - now)));
     const vf factor = splat(lane[0]);
@@ -137,62 +160,48 @@ inline void weigh(const AttentionArgs& args, float* scores, int low, int high, c
     for (int64_t e = 0; e < width; e += W) store(query.sums + e, mul(load(query.sums + e), factor));
 }
 
-// Adds weights[j] * values[index of j] for j in [low, high), in order, for N queries.
-template <int N>
-inline void add_values(const AttentionArgs& args, const Query* queries, float (*weights)[kKeySplit], const float* values, const int32_t* index, int low, int high) {
-    const int64_t width = round_up(args.values.width, W);
-    for (int64_t e = 0; e < width; e += kVectors * W) {
-        const int some = width - e < kVectors * W ? static_cast<int>((width - e) / W) : kVectors;
-        vf sum[N][kVectors];
-        for (int q = 0; q < N; ++q)
-            for (int v = 0; v < kVectors; ++v) sum[q][v] = v < some ? load(queries[q].sums + e + v * W) : splat(0.0f);
-        for (int j = low; j < high; ++j) {
-            const float* row = values + (index != nullptr ? index[j] : j) * width + e;
-            vf value[kVectors];
-            for (int v = 0; v < kVectors; ++v) value[v] = v < some ? load(row + v * W) : splat(0.0f);
-            for (int q = 0; q < N; ++q) {
-                const vf weight = splat(weights[q][j]);
-                for (int v = 0; v < kVectors; ++v) sum[q][v] = fma(weight, value[v], sum[q][v]);
-            }
+// Adds weights[j] * values[index of j] for j in [low, high), in order, to V vectors of the sums of N queries.
+template <int N, int V>
+inline void add_vectors(const Query* queries, float (*weights)[kKeySplit], const float* values, int64_t width, int64_t e,
+                        const int32_t* index, int low, int high) {
+    vf sum[N][V];
+    for (int q = 0; q < N; ++q)
+        for (int v = 0; v < V; ++v) sum[q][v] = load(queries[q].sums + e + v * W);
+    for (int j = low; j < high; ++j) {
+        const float* row = values + (index != nullptr ? index[j] : j) * width + e;
+        vf value[V];
+        for (int v = 0; v < V; ++v) value[v] = load(row + v * W);
+        for (int q = 0; q < N; ++q) {
+            const vf weight = splat(weights[q][j]);
+            for (int v = 0; v < V; ++v) sum[q][v] = fma(weight, value[v], sum[q][v]);
         }
-        for (int q = 0; q < N; ++q)
-            for (int v = 0; v < some; ++v) store(queries[q].sums + e + v * W, sum[q][v]);
     }
+    for (int q = 0; q < N; ++q)
+        for (int v = 0; v < V; ++v) store(queries[q].sums + e + v * W, sum[q][v]);
+}
+
+template <int N>
+inline void add_values(const AttentionArgs& args, const Query* queries, float (*weights)[kKeySplit], const float* values,
+                       const int32_t* index, int low, int high) {
+    if (low >= high) return;
+    const int64_t width = round_up(args.values.width, W);
+    int64_t e = 0;
+    const auto some = [&](auto vectors) {
+        constexpr int V = decltype(vectors)::value;
+        add_vectors<N, V>(queries, weights, values, width, e, index, low, high);
+        e += V * W;
+    };
+    while (e + kVectors * W <= width) some(Constant<kVectors>{});
+    if constexpr (kVectors > 2) {
+        if (e + 3 * W <= width) some(Constant<3>{});
+        if (e + 2 * W <= width) some(Constant<2>{});
+    }
+    if (e < width) some(Constant<1>{});
 }
 
 struct Span {
     int low, high;  // keys of a split that a row sees; none if low >= high
 };
-
-// One split for up to kQueries queries, of which each sees its own span.
-template <int N>
-inline void attend_split(const AttentionArgs& args, const Query* queries, const Span* spans, const KeyBlock& block, int64_t first) {
-    alignas(64) float scores[N][kKeySplit];
-    int count = 0;
-    for (int q = 0; q < N; ++q) count = spans[q].high > count ? spans[q].high : count;
-    scores_of<N>(args, queries, block, first, count, scores);
-    const int64_t width = round_up(args.values.width, W);
-    bool alike = true;
-    for (int q = 0; q < N; ++q) alike = alike && spans[q].low == spans[0].low && spans[q].low < spans[q].high;
-    int common = kKeySplit;
-    for (int q = 0; q < N; ++q) {
-        if (spans[q].low < spans[q].high) weigh(args, scores[q], spans[q].low, spans[q].high, queries[q]);
-        common = spans[q].high < common ? spans[q].high : common;
-    }
-    const float* values = block.values + first * width;
-    if (alike) add_values<N>(args, queries, scores, values, nullptr, spans[0].low, common);
-    for (int q = 0; q < N; ++q)
-        add_values<1>(args, queries + q, scores + q, values, nullptr, alike ? common : spans[q].low, spans[q].high);
-}
-
-inline void attend_split_of(int num_queries, const AttentionArgs& args, const Query* queries, const Span* spans, const KeyBlock& block, int64_t first) {
-    switch (num_queries) {
-        case 1: return attend_split<1>(args, queries, spans, block, first);
-        case 2: return attend_split<2>(args, queries, spans, block, first);
-        case 3: return attend_split<3>(args, queries, spans, block, first);
-        default: return attend_split<kQueries>(args, queries, spans, block, first);
-    }
-}
 
 inline Span span_of(const AttentionArgs& args, int64_t num_keys, int64_t first) {
     const int64_t oldest = args.window > 0 && num_keys > args.window ? num_keys - args.window : 0;
@@ -200,16 +209,29 @@ inline Span span_of(const AttentionArgs& args, int64_t num_keys, int64_t first) 
     return {static_cast<int>(low < kKeySplit ? low : kKeySplit), static_cast<int>(high < kKeySplit ? high : kKeySplit)};
 }
 
-inline size_t attention_scratch(const AttentionArgs& args, int64_t num_step_rows) {
-    const int64_t group = args.num_heads / args.keys.num_heads, width = round_up(args.values.width, W);
-    const int64_t tail = round_up(kKeySplit + num_step_rows, kKeySplit) + kKeySplit;
-    const int64_t block = tail * (args.keys.width + width);
-    // tails' indices (twice), a row's scores over the tail, queries' sums and statistics
-    return block + 2 * tail + kQueries * tail + num_step_rows * group * (width + 2) + 64;
+// One split for N queries, of which each sees its own span.
+template <int N>
+inline void attend_split(const AttentionArgs& args, const Query* queries, const Span* spans, const KeyBlock& block) {
+    alignas(64) float scores[N][kKeySplit];
+    int count = 0;
+    for (int q = 0; q < N; ++q) count = spans[q].high > count ? spans[q].high : count;
+    if (count <= 0) return;
+    scores_of<N>(args, queries, block, 0, count, scores);
+    bool alike = true;
+    for (int q = 0; q < N; ++q) alike = alike && spans[q].low == spans[0].low && spans[q].low < spans[q].high;
+    int common = kKeySplit;
+    for (int q = 0; q < N; ++q) {
+        if (spans[q].low < spans[q].high) weigh(args, scores[q], spans[q].low, spans[q].high, queries[q]);
+        common = spans[q].high < common ? spans[q].high : common;
+    }
+    if (alike) add_values<N>(args, queries, scores, block.values, nullptr, spans[0].low, common);
+    for (int q = 0; q < N; ++q)
+        add_values<1>(args, queries + q, scores + q, block.values, nullptr, alike ? common : spans[q].low, spans[q].high);
 }
 
 // The part of a row's keys that only trees have: gathered from the tail [start, ...) of the sequence's slots.
-inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequence, int row, int64_t start, const Query* queries, int group, const KeyBlock& block, int32_t* path, float* gathered) {
+inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequence, int row, int64_t start, const Query* queries,
+                             int num_queries, const KeyBlock& block, int32_t* path, float* gathered) {
     const int64_t in_context = sequence.num_context - start;
     int64_t depth = 0;
     for (int at = row; at >= 0; at = sequence.parents[at]) ++depth;
@@ -219,36 +241,24 @@ inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequ
     count = in_context + depth;
     const int64_t num_slots = in_context + (sequence.row_end - sequence.row_begin);
     const int64_t stride = round_up(num_slots, kKeySplit);
-    for (int q0 = 0; q0 < group; q0 += kQueries) {
-        const int some = group - q0 < kQueries ? group - q0 : kQueries;
+    with_constant(num_queries, [&](auto number) {
+        constexpr int N = decltype(number)::value;
+        alignas(64) float scores[N][kKeySplit];
         for (int64_t first = 0; first < num_slots; first += kKeySplit) {
-            alignas(64) float scores[kQueries][kKeySplit];
             const int seen = static_cast<int>(num_slots - first < kKeySplit ? num_slots - first : kKeySplit);
-            switch (some) {
-                case 1: scores_of<1>(args, queries + q0, block, first, seen, scores); break;
-                case 2: scores_of<2>(args, queries + q0, block, first, seen, scores); break;
-                case 3: scores_of<3>(args, queries + q0, block, first, seen, scores); break;
-                default: scores_of<kQueries>(args, queries + q0, block, first, seen, scores);
-            }
-            for (int q = 0; q < some; ++q) std::memcpy(gathered + q * stride + first, scores[q], sizeof scores[q]);
+            scores_of<N>(args, queries, block, first, seen, scores);
+            for (int q = 0; q < N; ++q) std::memcpy(gathered + q * stride + first, scores[q], sizeof(float) * seen);
         }
         for (int64_t first = 0; first < count; first += kKeySplit) {
             const Span span = span_of(args, start + count, start + first);
             if (span.low >= span.high) continue;
-            alignas(64) float own[kQueries][kKeySplit] = {};
-            for (int q = 0; q < some; ++q) {
-                for (int j = span.low; j < span.high; ++j) own[q][j] = gathered[q * stride + path[first + j]];
-                weigh(args, own[q], span.low, span.high, queries[q0 + q]);
+            for (int q = 0; q < N; ++q) {
+                for (int j = span.low; j < span.high; ++j) scores[q][j] = gathered[q * stride + path[first + j]];
+                weigh(args, scores[q], span.low, span.high, queries[q]);
             }
-            const int32_t* index = path + first;
-            switch (some) {
-                case 1: add_values<1>(args, queries + q0, own, block.values, index, span.low, span.high); break;
-                case 2: add_values<2>(args, queries + q0, own, block.values, index, span.low, span.high); break;
-                case 3: add_values<3>(args, queries + q0, own, block.values, index, span.low, span.high); break;
-                default: add_values<kQueries>(args, queries + q0, own, block.values, index, span.low, span.high);
-            }
+            add_values<N>(args, queries, scores, block.values, path + first, span.low, span.high);
         }
-    }
+    });
 }
 
 inline void write_out(const AttentionArgs& args, int row, int head, const Query& query) {
@@ -265,74 +275,95 @@ inline void write_out(const AttentionArgs& args, int row, int head, const Query&
     for (int e = 0; e < width; e += W) store_part(out + e, mul(load(query.sums + e), splat(factor)), width - e);
 }
 
-inline void attention(const AttentionArgs& args, const SequenceView& sequence, int kv_head, int row_begin, int row_end, float* scratch) {
-    const int group = args.num_heads / args.keys.num_heads;
-    const int64_t width = round_up(args.values.width, W), num_rows = row_end - row_begin;
-    const int64_t step_rows = sequence.row_end - sequence.row_begin;
-    const int64_t capacity = round_up(kKeySplit + step_rows, kKeySplit) + kKeySplit;
-    const KeyBlock block = {scratch, scratch + capacity * args.keys.width, capacity};
-    float* at = block.values + capacity * width;
-    int32_t* path = reinterpret_cast<int32_t*>(at);
-    float* gathered = at + 2 * capacity;
-    float* sums = gathered + kQueries * capacity;
-    float* stats = sums + num_rows * group * width;
-    const auto query_of = [&](int64_t q) -> Query {
-        const int64_t row = row_begin + q / group, head = static_cast<int64_t>(kv_head) * group + q % group;
-        return {args.query + row * args.query_stride + head * args.keys.width, sums + q * width, stats + 2 * q};
-    };
-    const int64_t num_queries = num_rows * group;
-    std::memset(sums, 0, sizeof(float) * num_queries * width);
-    for (int64_t q = 0; q < num_queries; ++q) {
+// Positions of a tree's tail at most: what its context has after the last whole split, and its rows.
+inline int64_t tail_capacity(int64_t num_step_rows) { return round_up(kKeySplit - 1 + num_step_rows, kKeySplit); }
+
+inline size_t attention_scratch(const AttentionArgs& args, int64_t num_step_rows, int64_t num_row_heads) {
+    const int64_t group = args.num_heads / args.keys.num_heads, width = round_up(args.values.width, W);
+    const int64_t tail = tail_capacity(num_step_rows);
+    // keys and values, a path, scores of a few queries over the tail, queries' sums and statistics
+    return tail * (args.keys.width + width + 1 + kQueries) + num_row_heads * group * (width + 2);
+}
+
+inline void attention(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task,
+                      const AttentionTask* next, float* scratch) {
+    const SequenceView& sequence = sequences[task.sequence];
+    const int group = args.num_heads / args.keys.num_heads, num_rows = task.row_end - task.row_begin;
+    const int num_queries = num_rows * group, num_heads = task.head_end - task.head_begin;
+    const int64_t width = round_up(args.values.width, W), capacity = tail_capacity(sequence.row_end - sequence.row_begin);
+    float* const values = scratch + capacity * args.keys.width;
+    int32_t* const path = reinterpret_cast<int32_t*>(values + capacity * width);
+    float* const gathered = values + capacity * width + capacity;
+    float* const sums = gathered + kQueries * capacity;
+    float* const stats = sums + num_heads * num_queries * width;
+    std::memset(sums, 0, sizeof(float) * num_heads * num_queries * width);
+    for (int q = 0; q < num_heads * num_queries; ++q) {
         stats[2 * q] = -INFINITY;
         stats[2 * q + 1] = 0.0f;
     }
+    // Query q of a head is one of its group's heads in one of the rows.
+    const auto query_of = [&](int h, int q) -> Query {
+        const int64_t row = task.row_begin + q / group, head = (task.head_begin + h) * group + q % group;
+        const int64_t at = h * num_queries + q;
+        return {args.query + row * args.query_stride + head * args.keys.width, sums + at * width, stats + 2 * at};
+    };
     const bool is_chain = sequence.parents == nullptr;
-    const int64_t local = row_begin - sequence.row_begin;
+    const int local = task.row_begin - sequence.row_begin;
+    int64_t num_keys[kTaskRows];
+    for (int r = 0; r < num_rows; ++r) {
+        num_keys[r] = sequence.num_context + (is_chain ? local + r + 1 : 0);
+        for (int at = is_chain ? -1 : local + r; at >= 0; at = sequence.parents[at]) ++num_keys[r];
+    }
+    // What comes next is fetched piece by piece, while the heads of one split are computed.
+    const auto fetch_next = [&](int h) {
+        if (next != nullptr)
+            outrider::fetch_split(args, sequences, *next, outrider::first_split(args, sequences, *next), h, num_heads);
+    };
     // A chain's rows see prefixes of the slots, so all their splits are shared; a tree's only in the context.
-    const int64_t most = is_chain ? sequence.num_context + local + num_rows : sequence.num_context / kKeySplit * kKeySplit;
-    for (int64_t first = 0; first < most; first += kKeySplit) {
-        const int64_t count = most - first < kKeySplit ? most - first : kKeySplit;
-        bool seen = false;
-        for (int64_t q = 0; q < num_queries; q += kQueries) {
-            const int some = num_queries - q < kQueries ? static_cast<int>(num_queries - q) : kQueries;
-            Query queries[kQueries];
-            Span spans[kQueries];
-            bool any = false;
-            for (int i = 0; i < some; ++i) {
-                queries[i] = query_of(q + i);
-                int64_t num_keys = sequence.num_context + local + (q + i) / group + 1;
-                if (!is_chain) {
-                    num_keys = sequence.num_context;
-                    for (int r = static_cast<int>(local + (q + i) / group); r >= 0; r = sequence.parents[r]) ++num_keys;
+    const int64_t most = is_chain ? num_keys[num_rows - 1] : sequence.num_context / kKeySplit * kKeySplit;
+    const KeyBlock block = {scratch, values, kKeySplit};
+    for (int64_t first = outrider::first_split(args, sequences, task); first < most; first += kKeySplit) {
+        const int64_t after = first + kKeySplit;
+        Span spans[kTaskRows];
+        for (int r = 0; r < num_rows; ++r) spans[r] = span_of(args, num_keys[r], first);
+        for (int h = 0; h < num_heads; ++h) {
+            if (after < sequence.num_context) {
+                outrider::fetch_split(args, sequences, task, after, h, num_heads);
+            } else if (is_chain && after >= most) {
+                fetch_next(h);
+            }
+            read_block(args, sequence.slots + first, most < after ? most - first : kKeySplit, task.head_begin + h, block);
+            const int num_blocks = (num_queries + kQueries - 1) / kQueries;
+            for (int b = 0; b < num_blocks; ++b) {
+                const int begin = num_queries * b / num_blocks, end = num_queries * (b + 1) / num_blocks;
+                Query queries[kQueries];
+                Span seen[kQueries];
+                for (int q = begin; q < end; ++q) {
+                    queries[q - begin] = query_of(h, q);
+                    seen[q - begin] = spans[q / group];
                 }
-                spans[i] = span_of(args, num_keys, first);
-                any = any || spans[i].low < spans[i].high;
-            }
-            if (!any) continue;
-            if (!seen) {
-                const int64_t next = first + kKeySplit, later = most - next < kKeySplit ? most - next : kKeySplit;
-                outrider::fetch_heads(args.keys, sequence.slots + next, later, kv_head);
-                outrider::fetch_heads(args.values, sequence.slots + next, later, kv_head);
-                read_block(args, sequence.slots + first, count, kv_head, block);
-            }
-            seen = true;
-            attend_split_of(some, args, queries, spans, block, 0);
-        }
-    }
-    if (!is_chain) {
-        const int64_t tail = sequence.num_context - most + step_rows;
-        read_block(args, sequence.slots + most, tail, kv_head, block);
-        for (int64_t r = 0; r < num_rows; ++r) {
-            Query queries[64];
-            for (int g0 = 0; g0 < group; g0 += 64) {
-                const int some = group - g0 < 64 ? group - g0 : 64;
-                for (int g = 0; g < some; ++g) queries[g] = query_of(r * group + g0 + g);
-                attend_tree_tail(args, sequence, static_cast<int>(local + r), most, queries, some, block, path, gathered);
+                with_constant(end - begin, [&](auto number) {
+                    attend_split<decltype(number)::value>(args, queries, seen, block);
+                });
             }
         }
     }
-    for (int64_t q = 0; q < num_queries; ++q)
-        write_out(args, static_cast<int>(row_begin + q / group), kv_head * group + static_cast<int>(q % group), query_of(q));
+    for (int h = 0; h < num_heads && !is_chain; ++h) {
+        fetch_next(h);
+        const KeyBlock tail = {scratch, values, capacity};
+        read_block(args, sequence.slots + most, sequence.num_context - most + sequence.row_end - sequence.row_begin, task.head_begin + h, tail);
+        for (int r = 0; r < num_rows; ++r) {
+            for (int g = 0; g < group; g += kQueries) {
+                const int some = group - g < kQueries ? group - g : kQueries;
+                Query queries[kQueries];
+                for (int i = 0; i < some; ++i) queries[i] = query_of(h, r * group + g + i);
+                attend_tree_tail(args, sequence, local + r, most, queries, some, tail, path, gathered);
+            }
+        }
+    }
+    for (int h = 0; h < num_heads; ++h)
+        for (int q = 0; q < num_queries; ++q)
+            write_out(args, task.row_begin + q / group, (task.head_begin + h) * group + q % group, query_of(h, q));
 }
 
 }  // namespace OUTRIDER_LEVEL

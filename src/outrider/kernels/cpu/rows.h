@@ -225,26 +225,24 @@ inline void write_kv(const float* heads, const KvCache& cache, int64_t slot) {
     }
 }
 
-// One head as float32; `out` has room for a multiple of W and gets zeros there.
-inline void read_head(const KvCache& cache, int64_t slot, int head, float* out) {
-    const char* in = cache.head(slot, head);
-    const int width = cache.width;
+// Dimensions [begin, end) of a head in the cache as float32; `out` has room for a multiple of W and gets zeros there.
+inline void read_head(const KvCache& cache, const char* head, int begin, int end, float* out) {
     if (cache.type == KvType::kFp32) {
-        for (int i = 0; i < width; i += W) store(out + i, load_part(reinterpret_cast<const float*>(in) + i, width - i));
+        const float* in = reinterpret_cast<const float*>(head);
+        for (int i = begin; i < end; i += W, out += W) store(out, load_part(in + i, end - i));
         return;
     }
     float scale = 1.0f;
-    if (cache.type == KvType::kInt8) std::memcpy(&scale, in + width, sizeof scale);
-    for (int i = 0; i < width; i += W) {
+    if (cache.type == KvType::kInt8) std::memcpy(&scale, head + cache.width, sizeof scale);
+    const int bytes = cache.type == KvType::kBf16 ? 2 : 1;
+    for (int i = begin; i < end; i += W, out += W) {
+        const char* in = head + bytes * i;
         alignas(64) char lane[2 * W] = {};
-        const int count = width - i < W ? width - i : W;
+        if (end - i < W) in = static_cast<const char*>(std::memcpy(lane, in, bytes * (end - i)));
         if (cache.type == KvType::kBf16) {
-            const char* p = in + 2 * i;
-            if (count < W) p = static_cast<const char*>(std::memcpy(lane, p, 2 * count));
-            store(out + i, load_bf16(reinterpret_cast<const uint16_t*>(p)));
+            store(out, load_bf16(reinterpret_cast<const uint16_t*>(in)));
         } else {
-            std::memcpy(lane, in + i, count);
-            store(out + i, mul(load_s8(reinterpret_cast<const int8_t*>(lane)), splat(scale)));
+            store(out, mul(load_s8(reinterpret_cast<const int8_t*>(in)), splat(scale)));
         }
     }
 }
