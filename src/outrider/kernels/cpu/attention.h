@@ -74,22 +74,31 @@ inline void read_columns(const KvCache& cache, const char* const* heads, float* 
     for (int i = 0; i < W; ++i) converted[i] = reinterpret_cast<const char*>(rows[i]);
     for (int d = 0; d < width; d += W) {
         const int end = width - d < W ? width : d + W;
-        for (int i = 0; i < W; ++i) read_head(cache, heads[i], d, end, rows[i]);
+        read_heads(cache, heads, W, d, end, rows[0], W);
         transpose_block(converted, 0, [&](int column, vf keys) {
             if (d + column < width) store(out + (d + column) * stride, keys);
         });
     }
 }
 
+// Of a multiple of W positions: past the end the last one comes again, and no row sees what comes of it.
+inline void find_heads(const KvCache& cache, const int64_t* slots, int64_t count, int head, const char** heads) {
+    const char* const data = cache.head(0, head);
+    const int64_t slot_bytes = cache.num_heads * cache.head_bytes();
+    for (int64_t j = 0; j < count; ++j) heads[j] = data + slots[j] * slot_bytes;
+    for (int64_t j = count; j < round_up(count, W); ++j) heads[j] = heads[count - 1];
+}
+
 inline void read_block(const AttentionArgs& args, const int64_t* slots, int64_t count, int head, const KeyBlock& block) {
-    for (int64_t j = 0; j < count; j += W) {
-        const char* heads[W];  // past the end the last one again: no row sees what comes of it
-        for (int i = 0; i < W; ++i) heads[i] = args.keys.head(slots[j + i < count ? j + i : count - 1], head);
-        read_columns(args.keys, heads, block.keys + j, block.capacity);
-    }
     const int64_t width = round_up(args.values.width, W);
-    for (int64_t j = 0; j < count; ++j)
-        read_head(args.values, args.values.head(slots[j], head), 0, args.values.width, block.values + j * width);
+    const char* heads[kKeySplit];
+    for (int64_t first = 0; first < count; first += kKeySplit) {
+        const int64_t some = count - first < kKeySplit ? count - first : kKeySplit;
+        find_heads(args.keys, slots + first, some, head, heads);
+        for (int64_t j = 0; j < some; j += W) read_columns(args.keys, heads + j, block.keys + first + j, block.capacity);
+        find_heads(args.values, slots + first, some, head, heads);
+        read_heads(args.values, heads, some, 0, args.values.width, block.values + first * width, width);
+    }
 }
 
 constexpr int kVectors = W == 16 ? 4 : 2;  // of keys or values that a loop holds in registers for each query
