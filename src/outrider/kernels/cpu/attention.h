@@ -148,17 +148,19 @@ inline void scores_of(const AttentionArgs& args, const Query* queries, const Key
 // Turns the scores of one split into weights (zero outside [low, high)) and brings the query's sums up to date.
 inline void weigh(const AttentionArgs& args, float* scores, int low, int high, const Query& query) {
     const int end = static_cast<int>(round_up(high, W));  // whole vectors of zeros would change no bit of the sums
-    for (int j = 0; j < low; ++j) scores[j] = -INFINITY;
-    for (int j = high; j < end; ++j) scores[j] = -INFINITY;
-    vf largest = load(scores);
-    for (int j = W; j < end; j += W) largest = max(largest, load(scores + j));
+    const auto seen = [&](vf x, int j, float other) {
+        return low <= j && j + W <= high ? x : keep_lanes(x, low - j, high - j, splat(other));
+    };
+    vf largest = seen(load(scores), 0, -INFINITY);
+    for (int j = W; j < end; j += W) largest = max(largest, seen(load(scores + j), j, -INFINITY));
     const float before = query.stats[0], here = fold(largest, max);
     const float now = here > before ? here : before;  // a NaN is not lost: its weight will be one
-    for (int j = 0; j < end; j += W) store(scores + j, exp(sub(load(scores + j), splat(now))));
-    for (int j = 0; j < low; ++j) scores[j] = 0.0f;
-    for (int j = high; j < end; ++j) scores[j] = 0.0f;
-    vf total = load(scores);
-    for (int j = W; j < end; j += W) total = add(total, load(scores + j));
+    vf total = splat(0.0f);
+    for (int j = 0; j < end; j += W) {
+        const vf weights = seen(exp(sub(load(scores + j), splat(now))), j, 0.0f);
+        store(scores + j, weights);
+        total = j == 0 ? weights : add(total, weights);
+    }
     // Where the maximum stays the factor is exactly one; a branch would be guessed wrong too often.
     float lane[W];
     store(lane, exp(splat(before - now)));
@@ -289,9 +291,9 @@ inline int64_t tail_capacity(int64_t num_step_rows) { return round_up(kKeySplit 
 
 inline size_t attention_scratch(const AttentionArgs& args, int64_t num_step_rows, int64_t num_row_heads) {
     const int64_t group = args.num_heads / args.keys.num_heads, width = round_up(args.values.width, W);
-    const int64_t tail = tail_capacity(num_step_rows);
-    // keys and values, a path, scores of a few queries over the tail, queries' sums and statistics
-    return tail * (args.keys.width + width + 1 + kQueries) + num_row_heads * group * (width + 2);
+    const int64_t tail = tail_capacity(num_step_rows), per_query = (sizeof(Query) + sizeof(Span)) / sizeof(float);
+    // keys and values, a path, scores of a few queries over the tail; queries, their spans, sums and statistics
+    return tail * (args.keys.width + width + 1 + kQueries) + num_row_heads * group * (width + 2 + per_query);
 }
 
 inline void attention(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task,
@@ -301,21 +303,24 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
     const int num_queries = num_rows * group, num_heads = task.head_end - task.head_begin;
     const int64_t width = round_up(args.values.width, W), capacity = tail_capacity(sequence.row_end - sequence.row_begin);
     float* const values = scratch + capacity * args.keys.width;
-    int32_t* const path = reinterpret_cast<int32_t*>(values + capacity * width);
-    float* const gathered = values + capacity * width + capacity;
-    float* const sums = gathered + kQueries * capacity;
+    float* const sums = values + capacity * width;
     float* const stats = sums + num_heads * num_queries * width;
+    Query* const queries = reinterpret_cast<Query*>(stats + 2 * num_heads * num_queries);  // [heads][rows][group]
+    Span* const spans = reinterpret_cast<Span*>(queries + num_heads * num_queries);        // [rows][group]
+    float* const gathered = reinterpret_cast<float*>(spans + num_queries);
+    int32_t* const path = reinterpret_cast<int32_t*>(gathered + kQueries * capacity);
     std::memset(sums, 0, sizeof(float) * num_heads * num_queries * width);
-    for (int q = 0; q < num_heads * num_queries; ++q) {
-        stats[2 * q] = -INFINITY;
-        stats[2 * q + 1] = 0.0f;
+    for (int h = 0, at = 0; h < num_heads; ++h) {
+        for (int r = 0; r < num_rows; ++r) {
+            const float* query = args.query + (task.row_begin + r) * args.query_stride;
+            query += static_cast<int64_t>(task.head_begin + h) * group * args.keys.width;
+            for (int g = 0; g < group; ++g, ++at) {
+                queries[at] = {query + g * args.keys.width, sums + at * width, stats + 2 * at};
+                stats[2 * at] = -INFINITY;
+                stats[2 * at + 1] = 0.0f;
+            }
+        }
     }
-    // Query q of a head is one of its group's heads in one of the rows.
-    const auto query_of = [&](int h, int q) -> Query {
-        const int64_t row = task.row_begin + q / group, head = (task.head_begin + h) * group + q % group;
-        const int64_t at = h * num_queries + q;
-        return {args.query + row * args.query_stride + head * args.keys.width, sums + at * width, stats + 2 * at};
-    };
     const bool is_chain = sequence.parents == nullptr;
     const int local = task.row_begin - sequence.row_begin;
     int64_t num_keys[kTaskRows];
@@ -330,11 +335,12 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
     };
     // A chain's rows see prefixes of the slots, so all their splits are shared; a tree's only in the context.
     const int64_t most = is_chain ? num_keys[num_rows - 1] : sequence.num_context / kKeySplit * kKeySplit;
+    const int num_blocks = (num_queries + kQueries - 1) / kQueries;
     const KeyBlock block = {scratch, values, kKeySplit};
     for (int64_t first = outrider::first_split(args, sequences, task); first < most; first += kKeySplit) {
         const int64_t after = first + kKeySplit;
-        Span spans[kTaskRows];
-        for (int r = 0; r < num_rows; ++r) spans[r] = span_of(args, num_keys[r], first);
+        for (int r = 0; r < num_rows; ++r)
+            for (int g = 0; g < group; ++g) spans[r * group + g] = span_of(args, num_keys[r], first);
         for (int h = 0; h < num_heads; ++h) {
             if (after < sequence.num_context) {
                 outrider::fetch_split(args, sequences, task, after, h, num_heads);
@@ -342,37 +348,30 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
                 fetch_next(h);
             }
             read_block(args, sequence.slots + first, most < after ? most - first : kKeySplit, task.head_begin + h, block);
-            const int num_blocks = (num_queries + kQueries - 1) / kQueries;
-            for (int b = 0; b < num_blocks; ++b) {
-                const int begin = num_queries * b / num_blocks, end = num_queries * (b + 1) / num_blocks;
-                Query queries[kQueries];
-                Span seen[kQueries];
-                for (int q = begin; q < end; ++q) {
-                    queries[q - begin] = query_of(h, q);
-                    seen[q - begin] = spans[q / group];
-                }
-                with_constant(end - begin, [&](auto number) {
-                    attend_split<decltype(number)::value>(args, queries, seen, block);
+            for (int b = 0, begin = 0; b < num_blocks; ++b) {  // of nearly equal size
+                const int count = num_queries / num_blocks + (b < num_queries % num_blocks);
+                with_constant(count, [&](auto number) {
+                    attend_split<decltype(number)::value>(args, queries + h * num_queries + begin, spans + begin, block);
                 });
+                begin += count;
             }
         }
     }
+    const KeyBlock tail = {scratch, values, capacity};
     for (int h = 0; h < num_heads && !is_chain; ++h) {
         fetch_next(h);
-        const KeyBlock tail = {scratch, values, capacity};
-        read_block(args, sequence.slots + most, sequence.num_context - most + sequence.row_end - sequence.row_begin, task.head_begin + h, tail);
+        const int64_t num_slots = sequence.num_context - most + sequence.row_end - sequence.row_begin;
+        read_block(args, sequence.slots + most, num_slots, task.head_begin + h, tail);
         for (int r = 0; r < num_rows; ++r) {
-            for (int g = 0; g < group; g += kQueries) {
-                const int some = group - g < kQueries ? group - g : kQueries;
-                Query queries[kQueries];
-                for (int i = 0; i < some; ++i) queries[i] = query_of(h, r * group + g + i);
-                attend_tree_tail(args, sequence, local + r, most, queries, some, tail, path, gathered);
-            }
+            const Query* of_row = queries + h * num_queries + r * group;
+            for (int g = 0; g < group; g += kQueries)
+                attend_tree_tail(args, sequence, local + r, most, of_row + g, group - g < kQueries ? group - g : kQueries, tail, path, gathered);
         }
     }
-    for (int h = 0; h < num_heads; ++h)
-        for (int q = 0; q < num_queries; ++q)
-            write_out(args, task.row_begin + q / group, (task.head_begin + h) * group + q % group, query_of(h, q));
+    for (int h = 0, at = 0; h < num_heads; ++h)
+        for (int r = 0; r < num_rows; ++r)
+            for (int g = 0; g < group; ++g, ++at)
+                write_out(args, task.row_begin + r, (task.head_begin + h) * group + g, queries[at]);
 }
 
 }  // namespace OUTRIDER_LEVEL

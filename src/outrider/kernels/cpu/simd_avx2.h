@@ -84,6 +84,14 @@ inline void store_s8(int8_t* p, vf x) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
+// Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
+inline vf keep_lanes(vf x, int low, int high, vf other) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(low), lane);
+    const __m256i kept = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(high), lane));
+    return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(kept));
+}
+
 // Of 32-bit pairs of bf16: the first of each, and the second.
 inline vf first_of_bf16(vf pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16)); }
 inline vf second_of_bf16(vf pairs) {

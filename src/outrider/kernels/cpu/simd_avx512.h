@@ -73,6 +73,13 @@ inline void store_s8(int8_t* p, vf x) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
+// Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
+inline vf keep_lanes(vf x, int low, int high, vf other) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 kept = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(low));
+    return _mm512_mask_blend_ps(_mm512_mask_cmplt_epi32_mask(kept, lane, _mm512_set1_epi32(high)), other, x);
+}
+
 // Of 32-bit pairs of bf16: the first of each, and the second.
 inline vf first_of_bf16(vf pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
 inline vf second_of_bf16(vf pairs) {

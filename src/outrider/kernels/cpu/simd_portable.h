@@ -104,6 +104,11 @@ inline void prefetch(const void* p) {
 #endif
 }
 
+// Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
+inline vf keep_lanes(vf x, int low, int high, vf other) {
+    return lanes([&](int i) { return low <= i && i < high ? x.x[i] : other.x[i]; });
+}
+
 // Of 32-bit pairs of bf16: the first of each, and the second, as the machine orders bytes.
 inline vf first_of_bf16(vf pairs) { return lanes([&](int i) { return float_of(bits_of(pairs.x[i]) << 16); }); }
 inline vf second_of_bf16(vf pairs) { return lanes([&](int i) { return float_of(bits_of(pairs.x[i]) & 0xffff0000); }); }
