@@ -101,16 +101,72 @@ inline void read_block(const AttentionArgs& args, const int64_t* slots, int64_t 
     }
 }
 
+constexpr int kFetchEvery = 4;  // dimensions of scores, or positions of values
+
+// The keys and values of a split that comes next, to be asked for line by line while others are computed: processors
+// drop what is asked for in bursts. Positions side by side with all heads of a task, for memory likes long stretches.
+class KeysAhead {
+public:
+    // From now on the split at `first` of a task; only its context, since the step's rows were written just now.
+    void aim(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task, int64_t first) {
+        const SequenceView& sequence = sequences[task.sequence];
+        const int64_t left = sequence.num_context - first, count = left < 0 ? 0 : left < kKeySplit ? left : kKeySplit;
+        const int64_t key_bytes = args.keys.head_bytes(), value_bytes = args.values.head_bytes();
+        key_data_ = args.keys.head(0, task.head_begin);
+        value_data_ = args.values.head(0, task.head_begin);
+        key_stride_ = args.keys.num_heads * key_bytes;
+        value_stride_ = args.values.num_heads * value_bytes;
+        bytes_ = (task.head_end - task.head_begin) * (key_bytes > value_bytes ? key_bytes : value_bytes);
+        slots_ = sequence.slots + first;
+        num_lines_ = unasked_ = count * ((bytes_ + 63) / 64);
+        at_ = bytes_;
+    }
+
+    void aim_at_nothing() { num_lines_ = unasked_ = 0; }
+
+    // The next `num_calls` calls shall ask for one of `num_parts` parts.
+    void allow(int num_parts, int64_t num_calls) {
+        const int64_t part = (num_lines_ + num_parts - 1) / num_parts;
+        allowed_ = part < unasked_ ? part : unasked_;
+        unasked_ -= allowed_;
+        per_call_ = (allowed_ + num_calls - 1) / num_calls;
+    }
+
+    inline void fetch() {
+        int64_t some = per_call_ < allowed_ ? per_call_ : allowed_;
+        allowed_ -= some;
+        for (; some > 0; --some, at_ += 64) {
+            if (at_ >= bytes_) begin_position();
+            __builtin_prefetch(key_ + at_, 0, 2);
+            __builtin_prefetch(value_ + at_, 0, 2);
+        }
+    }
+
+private:
+    inline void begin_position() {
+        key_ = key_data_ + *slots_ * key_stride_;
+        value_ = value_data_ + *slots_ * value_stride_;
+        ++slots_;
+        at_ = 0;
+    }
+
+    const int64_t* slots_ = nullptr;
+    const char *key_data_ = nullptr, *value_data_ = nullptr, *key_ = nullptr, *value_ = nullptr;
+    int64_t key_stride_ = 0, value_stride_ = 0, bytes_ = 0, at_ = 0, num_lines_ = 0, unasked_ = 0, allowed_ = 0, per_call_ = 0;
+};
+
 constexpr int kVectors = W == 16 ? 4 : 2;  // of keys or values that a loop holds in registers for each query
 
 // Scores of N queries with V vectors of keys from `first` on.
 template <int N, int V>
 inline void scores_of_vectors(const AttentionArgs& args, const Query* queries, const float* keys, int64_t capacity,
-                              int at, float (*scores)[kKeySplit]) {
+                              int at, float (*scores)[kKeySplit], KeysAhead& ahead) {
     vf sum[N][V];
     for (int q = 0; q < N; ++q)
         for (int v = 0; v < V; ++v) sum[q][v] = splat(0.0f);
+    KeysAhead mine = ahead;  // in registers
     for (int d = 0; d < args.keys.width; ++d, keys += capacity) {
+        if (d % kFetchEvery == 0) mine.fetch();
         vf key[V];
         for (int v = 0; v < V; ++v) key[v] = load(keys + v * W);
         for (int q = 0; q < N; ++q) {
@@ -118,6 +174,7 @@ inline void scores_of_vectors(const AttentionArgs& args, const Query* queries, c
             for (int v = 0; v < V; ++v) sum[q][v] = fma(x, key[v], sum[q][v]);
         }
     }
+    ahead = mine;
     for (int q = 0; q < N; ++q) {
         for (int v = 0; v < V; ++v) {
             vf score = mul(sum[q][v], splat(args.scaling));
@@ -130,11 +187,11 @@ inline void scores_of_vectors(const AttentionArgs& args, const Query* queries, c
 // Scores of N queries with keys [first, first + count) of the block; `count` is rounded up to whole vectors.
 template <int N>
 inline void scores_of(const AttentionArgs& args, const Query* queries, const KeyBlock& block, int64_t first, int count,
-                      float (*scores)[kKeySplit]) {
+                      float (*scores)[kKeySplit], KeysAhead& ahead) {
     int at = 0;
     const auto some = [&](auto vectors) {
         constexpr int V = decltype(vectors)::value;
-        scores_of_vectors<N, V>(args, queries, block.keys + first + at, block.capacity, at, scores);
+        scores_of_vectors<N, V>(args, queries, block.keys + first + at, block.capacity, at, scores, ahead);
         at += V * W;
     };
     while (at + (kVectors - 1) * W < count) some(Constant<kVectors>{});
@@ -174,11 +231,13 @@ inline void weigh(const AttentionArgs& args, float* scores, int low, int high, c
 // Adds weights[j] * values[index of j] for j in [low, high), in order, to V vectors of the sums of N queries.
 template <int N, int V>
 inline void add_vectors(const Query* queries, float (*weights)[kKeySplit], const float* values, int64_t width, int64_t e,
-                        const int32_t* index, int low, int high) {
+                        const int32_t* index, int low, int high, KeysAhead& ahead) {
     vf sum[N][V];
     for (int q = 0; q < N; ++q)
         for (int v = 0; v < V; ++v) sum[q][v] = load(queries[q].sums + e + v * W);
+    KeysAhead mine = ahead;  // in registers
     for (int j = low; j < high; ++j) {
+        if (j % kFetchEvery == 0) mine.fetch();
         const float* row = values + (index != nullptr ? index[j] : j) * width + e;
         vf value[V];
         for (int v = 0; v < V; ++v) value[v] = load(row + v * W);
@@ -187,19 +246,20 @@ inline void add_vectors(const Query* queries, float (*weights)[kKeySplit], const
             for (int v = 0; v < V; ++v) sum[q][v] = fma(weight, value[v], sum[q][v]);
         }
     }
+    ahead = mine;
     for (int q = 0; q < N; ++q)
         for (int v = 0; v < V; ++v) store(queries[q].sums + e + v * W, sum[q][v]);
 }
 
 template <int N>
 inline void add_values(const AttentionArgs& args, const Query* queries, float (*weights)[kKeySplit], const float* values,
-                       const int32_t* index, int low, int high) {
+                       const int32_t* index, int low, int high, KeysAhead& ahead) {
     if (low >= high) return;
     const int64_t width = round_up(args.values.width, W);
     int64_t e = 0;
     const auto some = [&](auto vectors) {
         constexpr int V = decltype(vectors)::value;
-        add_vectors<N, V>(queries, weights, values, width, e, index, low, high);
+        add_vectors<N, V>(queries, weights, values, width, e, index, low, high, ahead);
         e += V * W;
     };
     while (e + kVectors * W <= width) some(Constant<kVectors>{});
@@ -222,12 +282,12 @@ inline Span span_of(const AttentionArgs& args, int64_t num_keys, int64_t first) 
 
 // One split for N queries, of which each sees its own span.
 template <int N>
-inline void attend_split(const AttentionArgs& args, const Query* queries, const Span* spans, const KeyBlock& block) {
+inline void attend_split(const AttentionArgs& args, const Query* queries, const Span* spans, const KeyBlock& block, KeysAhead& ahead) {
     alignas(64) float scores[N][kKeySplit];
     int count = 0;
     for (int q = 0; q < N; ++q) count = spans[q].high > count ? spans[q].high : count;
     if (count <= 0) return;
-    scores_of<N>(args, queries, block, 0, count, scores);
+    scores_of<N>(args, queries, block, 0, count, scores, ahead);
     bool alike = true;
     for (int q = 0; q < N; ++q) alike = alike && spans[q].low == spans[0].low && spans[q].low < spans[q].high;
     int common = kKeySplit;
@@ -235,14 +295,14 @@ inline void attend_split(const AttentionArgs& args, const Query* queries, const 
         if (spans[q].low < spans[q].high) weigh(args, scores[q], spans[q].low, spans[q].high, queries[q]);
         common = spans[q].high < common ? spans[q].high : common;
     }
-    if (alike) add_values<N>(args, queries, scores, block.values, nullptr, spans[0].low, common);
+    if (alike) add_values<N>(args, queries, scores, block.values, nullptr, spans[0].low, common, ahead);
     for (int q = 0; q < N; ++q)
-        add_values<1>(args, queries + q, scores + q, block.values, nullptr, alike ? common : spans[q].low, spans[q].high);
+        add_values<1>(args, queries + q, scores + q, block.values, nullptr, alike ? common : spans[q].low, spans[q].high, ahead);
 }
 
 // The part of a row's keys that only trees have: gathered from the tail [start, ...) of the sequence's slots.
 inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequence, int row, int64_t start, const Query* queries,
-                             int num_queries, const KeyBlock& block, int32_t* path, float* gathered) {
+                             int num_queries, const KeyBlock& block, int32_t* path, float* gathered, KeysAhead& ahead) {
     const int64_t in_context = sequence.num_context - start;
     int64_t depth = 0;
     for (int at = row; at >= 0; at = sequence.parents[at]) ++depth;
@@ -257,7 +317,7 @@ inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequ
         alignas(64) float scores[N][kKeySplit];
         for (int64_t first = 0; first < num_slots; first += kKeySplit) {
             const int seen = static_cast<int>(num_slots - first < kKeySplit ? num_slots - first : kKeySplit);
-            scores_of<N>(args, queries, block, first, seen, scores);
+            scores_of<N>(args, queries, block, first, seen, scores, ahead);
             for (int q = 0; q < N; ++q) std::memcpy(gathered + q * stride + first, scores[q], sizeof(float) * seen);
         }
         for (int64_t first = 0; first < count; first += kKeySplit) {
@@ -267,7 +327,7 @@ inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequ
                 for (int j = span.low; j < span.high; ++j) scores[q][j] = gathered[q * stride + path[first + j]];
                 weigh(args, scores[q], span.low, span.high, queries[q]);
             }
-            add_values<N>(args, queries, scores, block.values, path + first, span.low, span.high);
+            add_values<N>(args, queries, scores, block.values, path + first, span.low, span.high, ahead);
         }
     });
 }
@@ -328,44 +388,52 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
         num_keys[r] = sequence.num_context + (is_chain ? local + r + 1 : 0);
         for (int at = is_chain ? -1 : local + r; at >= 0; at = sequence.parents[at]) ++num_keys[r];
     }
-    // What comes next is fetched piece by piece, while the heads of one split are computed.
-    const auto fetch_next = [&](int h) {
-        if (next != nullptr)
-            outrider::fetch_split(args, sequences, *next, outrider::first_split(args, sequences, *next), h, num_heads);
+    KeysAhead ahead;
+    const auto aim_at_next = [&] {
+        if (next == nullptr) return ahead.aim_at_nothing();
+        ahead.aim(args, sequences, *next, outrider::first_split(args, sequences, *next));
+    };
+    // Times that one block of queries asks for more in a split of so many keys.
+    const auto num_calls = [&](int64_t count) {
+        return (args.keys.width * round_up(count, kVectors * W) + round_up(width, kVectors * W) * count) / (kVectors * W * kFetchEvery) + 1;
     };
     // A chain's rows see prefixes of the slots, so all their splits are shared; a tree's only in the context.
     const int64_t most = is_chain ? num_keys[num_rows - 1] : sequence.num_context / kKeySplit * kKeySplit;
     const int num_blocks = (num_queries + kQueries - 1) / kQueries;
     const KeyBlock block = {scratch, values, kKeySplit};
     for (int64_t first = outrider::first_split(args, sequences, task); first < most; first += kKeySplit) {
-        const int64_t after = first + kKeySplit;
+        const int64_t after = first + kKeySplit, count = most < after ? most - first : kKeySplit;
+        if (after < sequence.num_context) {
+            ahead.aim(args, sequences, task, after);
+        } else if (is_chain && after >= most) {
+            aim_at_next();
+        } else {
+            ahead.aim_at_nothing();
+        }
         for (int r = 0; r < num_rows; ++r)
             for (int g = 0; g < group; ++g) spans[r * group + g] = span_of(args, num_keys[r], first);
         for (int h = 0; h < num_heads; ++h) {
-            if (after < sequence.num_context) {
-                outrider::fetch_split(args, sequences, task, after, h, num_heads);
-            } else if (is_chain && after >= most) {
-                fetch_next(h);
-            }
-            read_block(args, sequence.slots + first, most < after ? most - first : kKeySplit, task.head_begin + h, block);
+            ahead.allow(num_heads, num_calls(count));
+            read_block(args, sequence.slots + first, count, task.head_begin + h, block);
             for (int b = 0, begin = 0; b < num_blocks; ++b) {  // of nearly equal size
-                const int count = num_queries / num_blocks + (b < num_queries % num_blocks);
-                with_constant(count, [&](auto number) {
-                    attend_split<decltype(number)::value>(args, queries + h * num_queries + begin, spans + begin, block);
+                const int some = num_queries / num_blocks + (b < num_queries % num_blocks);
+                with_constant(some, [&](auto number) {
+                    attend_split<decltype(number)::value>(args, queries + h * num_queries + begin, spans + begin, block, ahead);
                 });
-                begin += count;
+                begin += some;
             }
         }
     }
     const KeyBlock tail = {scratch, values, capacity};
+    if (!is_chain) aim_at_next();
     for (int h = 0; h < num_heads && !is_chain; ++h) {
-        fetch_next(h);
         const int64_t num_slots = sequence.num_context - most + sequence.row_end - sequence.row_begin;
+        ahead.allow(num_heads, num_calls(num_slots));
         read_block(args, sequence.slots + most, num_slots, task.head_begin + h, tail);
         for (int r = 0; r < num_rows; ++r) {
             const Query* of_row = queries + h * num_queries + r * group;
             for (int g = 0; g < group; g += kQueries)
-                attend_tree_tail(args, sequence, local + r, most, of_row + g, group - g < kQueries ? group - g : kQueries, tail, path, gathered);
+                attend_tree_tail(args, sequence, local + r, most, of_row + g, group - g < kQueries ? group - g : kQueries, tail, path, gathered, ahead);
         }
     }
     for (int h = 0, at = 0; h < num_heads; ++h)
