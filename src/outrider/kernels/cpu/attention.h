@@ -39,10 +39,12 @@ inline void with_constant(int n, F f) {
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Keys and values of up to `capacity` positions as float32: keys [key width][capacity], values [capacity][width].
+// Values that only one block of queries needs may stay in the cache, where `heads` says.
 struct KeyBlock {
     float* keys;
     float* values;
     int64_t capacity;
+    const char* const* heads;  // [kKeySplit], or null
 };
 
 // What has been summed for one query so far; `sums` has the value width.
@@ -96,6 +98,7 @@ inline void read_block(const AttentionArgs& args, const int64_t* slots, int64_t 
         const int64_t some = count - first < kKeySplit ? count - first : kKeySplit;
         find_heads(args.keys, slots + first, some, head, heads);
         for (int64_t j = 0; j < some; j += W) read_columns(args.keys, heads + j, block.keys + first + j, block.capacity);
+        if (block.heads != nullptr) continue;
         find_heads(args.values, slots + first, some, head, heads);
         read_heads(args.values, heads, some, 0, args.values.width, block.values + first * width, width);
     }
@@ -228,22 +231,22 @@ inline void weigh(const AttentionArgs& args, float* scores, int low, int high, c
     for (int64_t e = 0; e < width; e += W) store(query.sums + e, mul(load(query.sums + e), factor));
 }
 
-// Adds weights[j] * values[index of j] for j in [low, high), in order, to V vectors of the sums of N queries.
-template <int N, int V>
-inline void add_vectors(const Query* queries, float (*weights)[kKeySplit], const float* values, int64_t width, int64_t e,
-                        const int32_t* index, int low, int high, KeysAhead& ahead) {
+// Adds weights[j] * values[j] for j in [low, high), in order, to V vectors of the sums of N queries; value(j, e) gives
+// dimensions from e on.
+template <int N, int V, class Value>
+inline void add_vectors(const Query* queries, float (*weights)[kKeySplit], Value value, int64_t e, int low, int high,
+                        KeysAhead& ahead) {
     vf sum[N][V];
     for (int q = 0; q < N; ++q)
         for (int v = 0; v < V; ++v) sum[q][v] = load(queries[q].sums + e + v * W);
     KeysAhead mine = ahead;  // in registers
     for (int j = low; j < high; ++j) {
         if (j % kFetchEvery == 0) mine.fetch();
-        const float* row = values + (index != nullptr ? index[j] : j) * width + e;
-        vf value[V];
-        for (int v = 0; v < V; ++v) value[v] = load(row + v * W);
+        vf x[V];
+        for (int v = 0; v < V; ++v) x[v] = value(j, e + v * W);
         for (int q = 0; q < N; ++q) {
             const vf weight = splat(weights[q][j]);
-            for (int v = 0; v < V; ++v) sum[q][v] = fma(weight, value[v], sum[q][v]);
+            for (int v = 0; v < V; ++v) sum[q][v] = fma(weight, x[v], sum[q][v]);
         }
     }
     ahead = mine;
@@ -251,15 +254,14 @@ inline void add_vectors(const Query* queries, float (*weights)[kKeySplit], const
         for (int v = 0; v < V; ++v) store(queries[q].sums + e + v * W, sum[q][v]);
 }
 
-template <int N>
-inline void add_values(const AttentionArgs& args, const Query* queries, float (*weights)[kKeySplit], const float* values,
-                       const int32_t* index, int low, int high, KeysAhead& ahead) {
-    if (low >= high) return;
+template <int N, class Value>
+inline void add_values_from(const AttentionArgs& args, const Query* queries, float (*weights)[kKeySplit], Value value, int low,
+                            int high, KeysAhead& ahead) {
     const int64_t width = round_up(args.values.width, W);
     int64_t e = 0;
     const auto some = [&](auto vectors) {
         constexpr int V = decltype(vectors)::value;
-        add_vectors<N, V>(queries, weights, values, width, e, index, low, high, ahead);
+        add_vectors<N, V>(queries, weights, value, e, low, high, ahead);
         e += V * W;
     };
     while (e + kVectors * W <= width) some(Constant<kVectors>{});
@@ -268,6 +270,26 @@ inline void add_values(const AttentionArgs& args, const Query* queries, float (*
         if (e + 2 * W <= width) some(Constant<2>{});
     }
     if (e < width) some(Constant<1>{});
+}
+
+// Of a block's values those of `index`, or all in their order.
+template <int N>
+inline void add_values(const AttentionArgs& args, const Query* queries, float (*weights)[kKeySplit], const KeyBlock& block,
+                       const int32_t* index, int low, int high, KeysAhead& ahead) {
+    if (low >= high) return;
+    const int64_t width = round_up(args.values.width, W);
+    const float* const values = block.values;
+    if (index != nullptr) {
+        const auto value = [=](int j, int64_t e) { return load(values + index[j] * width + e); };
+        return add_values_from<N>(args, queries, weights, value, low, high, ahead);
+    }
+    if (block.heads != nullptr) {
+        const char* const* const heads = block.heads;
+        const auto value = [=](int j, int64_t e) { return load_bf16(reinterpret_cast<const uint16_t*>(heads[j]) + e); };
+        return add_values_from<N>(args, queries, weights, value, low, high, ahead);
+    }
+    const auto value = [=](int j, int64_t e) { return load(values + j * width + e); };
+    add_values_from<N>(args, queries, weights, value, low, high, ahead);
 }
 
 struct Span {
@@ -295,9 +317,9 @@ inline void attend_split(const AttentionArgs& args, const Query* queries, const 
         if (spans[q].low < spans[q].high) weigh(args, scores[q], spans[q].low, spans[q].high, queries[q]);
         common = spans[q].high < common ? spans[q].high : common;
     }
-    if (alike) add_values<N>(args, queries, scores, block.values, nullptr, spans[0].low, common, ahead);
+    if (alike) add_values<N>(args, queries, scores, block, nullptr, spans[0].low, common, ahead);
     for (int q = 0; q < N; ++q)
-        add_values<1>(args, queries + q, scores + q, block.values, nullptr, alike ? common : spans[q].low, spans[q].high, ahead);
+        add_values<1>(args, queries + q, scores + q, block, nullptr, alike ? common : spans[q].low, spans[q].high, ahead);
 }
 
 // The part of a row's keys that only trees have: gathered from the tail [start, ...) of the sequence's slots.
@@ -327,7 +349,7 @@ inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequ
                 for (int j = span.low; j < span.high; ++j) scores[q][j] = gathered[q * stride + path[first + j]];
                 weigh(args, scores[q], span.low, span.high, queries[q]);
             }
-            add_values<N>(args, queries, scores, block.values, path + first, span.low, span.high, ahead);
+            add_values<N>(args, queries, scores, block, path + first, span.low, span.high, ahead);
         }
     });
 }
@@ -400,7 +422,9 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
     // A chain's rows see prefixes of the slots, so all their splits are shared; a tree's only in the context.
     const int64_t most = is_chain ? num_keys[num_rows - 1] : sequence.num_context / kKeySplit * kKeySplit;
     const int num_blocks = (num_queries + kQueries - 1) / kQueries;
-    const KeyBlock block = {scratch, values, kKeySplit};
+    const char* heads[kKeySplit];
+    const bool in_place = num_blocks == 1 && args.values.type == KvType::kBf16 && args.values.width % W == 0;
+    const KeyBlock block = {scratch, values, kKeySplit, in_place ? heads : nullptr};
     for (int64_t first = outrider::first_split(args, sequences, task); first < most; first += kKeySplit) {
         const int64_t after = first + kKeySplit, count = most < after ? most - first : kKeySplit;
         if (after < sequence.num_context) {
@@ -415,6 +439,7 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
         for (int h = 0; h < num_heads; ++h) {
             ahead.allow(num_heads, num_calls(count));
             read_block(args, sequence.slots + first, count, task.head_begin + h, block);
+            if (in_place) find_heads(args.values, sequence.slots + first, count, task.head_begin + h, heads);
             for (int b = 0, begin = 0; b < num_blocks; ++b) {  // of nearly equal size
                 const int some = num_queries / num_blocks + (b < num_queries % num_blocks);
                 with_constant(some, [&](auto number) {
@@ -424,7 +449,7 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
             }
         }
     }
-    const KeyBlock tail = {scratch, values, capacity};
+    const KeyBlock tail = {scratch, values, capacity, nullptr};
     if (!is_chain) aim_at_next();
     for (int h = 0; h < num_heads && !is_chain; ++h) {
         const int64_t num_slots = sequence.num_context - most + sequence.row_end - sequence.row_begin;
