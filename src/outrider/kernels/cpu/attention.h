@@ -54,56 +54,6 @@ struct Query {
     float* stats;  // maximum, denominator
 };
 
-// Keys of W positions as columns from `out` on, `stride` apart.
-inline void read_columns(const KvCache& cache, const char* const* heads, float* out, int64_t stride) {
-    const int width = cache.width;
-    if (cache.type == KvType::kBf16 && width % (2 * W) == 0) {  // pairs are moved as one, then taken apart
-        for (int d = 0; d < width; d += 2 * W) {
-            transpose_block(heads, 2 * d, [&](int column, vf pairs) {
-                store(out + (d + 2 * column) * stride, first_of_bf16(pairs));
-                store(out + (d + 2 * column + 1) * stride, second_of_bf16(pairs));
-            });
-        }
-        return;
-    }
-    if (cache.type == KvType::kFp32 && width % W == 0) {
-        for (int d = 0; d < width; d += W)
-            transpose_block(heads, 4 * d, [&](int column, vf keys) { store(out + (d + column) * stride, keys); });
-        return;
-    }
-    alignas(64) float rows[W][W];
-    const char* converted[W];
-    for (int i = 0; i < W; ++i) converted[i] = reinterpret_cast<const char*>(rows[i]);
-    for (int d = 0; d < width; d += W) {
-        const int end = width - d < W ? width : d + W;
-        read_heads(cache, heads, W, d, end, rows[0], W);
-        transpose_block(converted, 0, [&](int column, vf keys) {
-            if (d + column < width) store(out + (d + column) * stride, keys);
-        });
-    }
-}
-
-// Of a multiple of W positions: past the end the last one comes again, and no row sees what comes of it.
-inline void find_heads(const KvCache& cache, const int64_t* slots, int64_t count, int head, const char** heads) {
-    const char* const data = cache.head(0, head);
-    const int64_t slot_bytes = cache.num_heads * cache.head_bytes();
-    for (int64_t j = 0; j < count; ++j) heads[j] = data + slots[j] * slot_bytes;
-    for (int64_t j = count; j < round_up(count, W); ++j) heads[j] = heads[count - 1];
-}
-
-inline void read_block(const AttentionArgs& args, const int64_t* slots, int64_t count, int head, const KeyBlock& block) {
-    const int64_t width = round_up(args.values.width, W);
-    const char* heads[kKeySplit];
-    for (int64_t first = 0; first < count; first += kKeySplit) {
-        const int64_t some = count - first < kKeySplit ? count - first : kKeySplit;
-        find_heads(args.keys, slots + first, some, head, heads);
-        for (int64_t j = 0; j < some; j += W) read_columns(args.keys, heads + j, block.keys + first + j, block.capacity);
-        if (block.heads != nullptr) continue;
-        find_heads(args.values, slots + first, some, head, heads);
-        read_heads(args.values, heads, some, 0, args.values.width, block.values + first * width, width);
-    }
-}
-
 constexpr int kFetchEvery = 4;  // dimensions of scores, or positions of values
 
 // The keys and values of a split that comes next, to be asked for line by line while others are computed: processors
@@ -157,6 +107,62 @@ private:
     const char *key_data_ = nullptr, *value_data_ = nullptr, *key_ = nullptr, *value_ = nullptr;
     int64_t key_stride_ = 0, value_stride_ = 0, bytes_ = 0, at_ = 0, num_lines_ = 0, unasked_ = 0, allowed_ = 0, per_call_ = 0;
 };
+
+// Keys of W positions as columns from `out` on, `stride` apart.
+inline void read_columns(const KvCache& cache, const char* const* heads, float* out, int64_t stride, KeysAhead& ahead) {
+    const int width = cache.width;
+    if (cache.type == KvType::kBf16 && width % (2 * W) == 0) {  // pairs are moved as one, then taken apart
+        for (int d = 0; d < width; d += 2 * W) {
+            ahead.fetch();
+            ahead.fetch();
+            transpose_block(heads, 2 * d, [&](int column, vf pairs) {
+                store(out + (d + 2 * column) * stride, first_of_bf16(pairs));
+                store(out + (d + 2 * column + 1) * stride, second_of_bf16(pairs));
+            });
+        }
+        return;
+    }
+    if (cache.type == KvType::kFp32 && width % W == 0) {
+        for (int d = 0; d < width; d += W) {
+            ahead.fetch();
+            transpose_block(heads, 4 * d, [&](int column, vf keys) { store(out + (d + column) * stride, keys); });
+        }
+        return;
+    }
+    alignas(64) float rows[W][W];
+    const char* converted[W];
+    for (int i = 0; i < W; ++i) converted[i] = reinterpret_cast<const char*>(rows[i]);
+    for (int d = 0; d < width; d += W) {
+        ahead.fetch();
+        const int end = width - d < W ? width : d + W;
+        read_heads(cache, heads, W, d, end, rows[0], W);
+        transpose_block(converted, 0, [&](int column, vf keys) {
+            if (d + column < width) store(out + (d + column) * stride, keys);
+        });
+    }
+}
+
+// Of a multiple of W positions: past the end the last one comes again, and no row sees what comes of it.
+inline void find_heads(const KvCache& cache, const int64_t* slots, int64_t count, int head, const char** heads) {
+    const char* const data = cache.head(0, head);
+    const int64_t slot_bytes = cache.num_heads * cache.head_bytes();
+    for (int64_t j = 0; j < count; ++j) heads[j] = data + slots[j] * slot_bytes;
+    for (int64_t j = count; j < round_up(count, W); ++j) heads[j] = heads[count - 1];
+}
+
+inline void read_block(const AttentionArgs& args, const int64_t* slots, int64_t count, int head, const KeyBlock& block,
+                       KeysAhead& ahead) {
+    const int64_t width = round_up(args.values.width, W);
+    const char* heads[kKeySplit];
+    for (int64_t first = 0; first < count; first += kKeySplit) {
+        const int64_t some = count - first < kKeySplit ? count - first : kKeySplit;
+        find_heads(args.keys, slots + first, some, head, heads);
+        for (int64_t j = 0; j < some; j += W) read_columns(args.keys, heads + j, block.keys + first + j, block.capacity, ahead);
+        if (block.heads != nullptr) continue;
+        find_heads(args.values, slots + first, some, head, heads);
+        read_heads(args.values, heads, some, 0, args.values.width, block.values + first * width, width);
+    }
+}
 
 constexpr int kVectors = W == 16 ? 4 : 2;  // of keys or values that a loop holds in registers for each query
 
@@ -415,9 +421,10 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
         if (next == nullptr) return ahead.aim_at_nothing();
         ahead.aim(args, sequences, *next, outrider::first_split(args, sequences, *next));
     };
-    // Times that one block of queries asks for more in a split of so many keys.
+    // Times that reading a split of so many keys and one block of queries ask for more.
     const auto num_calls = [&](int64_t count) {
-        return (args.keys.width * round_up(count, kVectors * W) + round_up(width, kVectors * W) * count) / (kVectors * W * kFetchEvery) + 1;
+        const int64_t loops = args.keys.width * round_up(count, kVectors * W) + round_up(width, kVectors * W) * count;
+        return loops / (kVectors * W * kFetchEvery) + round_up(args.keys.width, W) * round_up(count, W) / (W * W);
     };
     // A chain's rows see prefixes of the slots, so all their splits are shared; a tree's only in the context.
     const int64_t most = is_chain ? num_keys[num_rows - 1] : sequence.num_context / kKeySplit * kKeySplit;
@@ -438,7 +445,7 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
             for (int g = 0; g < group; ++g) spans[r * group + g] = span_of(args, num_keys[r], first);
         for (int h = 0; h < num_heads; ++h) {
             ahead.allow(num_heads, num_calls(count));
-            read_block(args, sequence.slots + first, count, task.head_begin + h, block);
+            read_block(args, sequence.slots + first, count, task.head_begin + h, block, ahead);
             if (in_place) find_heads(args.values, sequence.slots + first, count, task.head_begin + h, heads);
             for (int b = 0, begin = 0; b < num_blocks; ++b) {  // of nearly equal size
                 const int some = num_queries / num_blocks + (b < num_queries % num_blocks);
@@ -454,7 +461,7 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
     for (int h = 0; h < num_heads && !is_chain; ++h) {
         const int64_t num_slots = sequence.num_context - most + sequence.row_end - sequence.row_begin;
         ahead.allow(num_heads, num_calls(num_slots));
-        read_block(args, sequence.slots + most, num_slots, task.head_begin + h, tail);
+        read_block(args, sequence.slots + most, num_slots, task.head_begin + h, tail, ahead);
         for (int r = 0; r < num_rows; ++r) {
             const Query* of_row = queries + h * num_queries + r * group;
             for (int g = 0; g < group; g += kQueries)
