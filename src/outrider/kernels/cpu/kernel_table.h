@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 // Always, or the linker might keep one level's copy of a function for all of them.
 #define OUTRIDER_INLINE inline __attribute__((always_inline))
@@ -113,22 +114,16 @@ OUTRIDER_INLINE int64_t first_split(const AttentionArgs& args, const SequenceVie
     return oldest > 0 ? oldest / kKeySplit * kKeySplit : 0;
 }
 
-OUTRIDER_INLINE void fetch_heads(const KvCache& cache, int64_t slot, int begin, int end) {
-    const char* data = cache.head(slot, begin);
-    const int64_t bytes = (end - begin) * cache.head_bytes();
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
-}
-
-// Asks for part `part` of `num_parts` of what the split at `first` has in the context: a step's weights have driven it
-// out of the caches. Positions side by side with all of the task's heads: memory reads long stretches the fastest.
-OUTRIDER_INLINE void fetch_split(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task,
-                                 int64_t first, int part, int num_parts) {
+// Reads all lines of the first split's context into the cache. No prefetches: processors drop them in such numbers.
+OUTRIDER_INLINE void read_first_split(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task) {
     const SequenceView& sequence = sequences[task.sequence];
-    const int64_t left = sequence.num_context - first, count = left < kKeySplit ? left : kKeySplit;
-    if (count <= 0) return;
-    for (int64_t j = first + count * part / num_parts; j < first + count * (part + 1) / num_parts; ++j) {
-        fetch_heads(args.keys, sequence.slots[j], task.head_begin, task.head_end);
-        fetch_heads(args.values, sequence.slots[j], task.head_begin, task.head_end);
+    const int64_t first = first_split(args, sequences, task), end = first + kKeySplit;
+    for (int64_t j = first; j < end && j < sequence.num_context; ++j) {
+        for (const KvCache* cache : {&args.keys, &args.values}) {
+            const volatile char* data = cache->head(sequence.slots[j], task.head_begin);
+            const int64_t bytes = (task.head_end - task.head_begin) * cache->head_bytes();
+            for (int64_t i = 0; i < bytes; i += 64) static_cast<void>(data[i]);
+        }
     }
 }
 

@@ -180,10 +180,8 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     const KvCache values = {reinterpret_cast<void*>(batch.values[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
     const AttentionArgs args = {step.qkv, step.attended, width, query_width, spec_.num_heads, keys, values,
                                 1.0f / std::sqrt(static_cast<float>(spec_.head_dim)), 0.0f, layer.window, nullptr};
-    if (static_cast<size_t>(thread) < step.plan.tasks.size()) {
-        const AttentionTask& task = step.plan.tasks[thread];
-        fetch_split(args, batch.sequences.data(), task, first_split(args, batch.sequences.data(), task), 0, 1);
-    }
+    if (static_cast<size_t>(thread) < step.plan.tasks.size())
+        read_first_split(args, batch.sequences.data(), step.plan.tasks[thread]);
     step.wait(num_threads);
 
     const Share mine = share_of(batch.num_rows, thread, num_threads);
