@@ -4,6 +4,9 @@
 // splits of kKeySplit keys at fixed offsets, one after the other, with the running maximum of an online softmax
 // (Milakov and Gimelshein, arXiv 1805.02867). Every score and every sum takes its operands in an order that only
 // the row's own key sequence gives, so the bits of a row depend neither on other rows nor on pages or trees.
+//
+// A task goes through the splits of a sequence, and in each through its heads. While it computes one split it fetches
+// the next as memory has it: position by position, with all heads.
 #pragma once
 
 #include "kernel_table.h"
@@ -54,7 +57,7 @@ struct Query {
     float* stats;  // maximum, denominator
 };
 
-constexpr int kFetchEvery = 4;  // dimensions of scores, or positions of values
+constexpr int kFetchEvery = 4;  // dimensions of scores, or positions of values, between two fetches
 
 // The keys and values of a split that comes next, to be asked for line by line while others are computed: processors
 // drop what is asked for in bursts. Positions side by side with all heads of a task, for memory likes long stretches.
@@ -105,7 +108,8 @@ private:
 
     const int64_t* slots_ = nullptr;
     const char *key_data_ = nullptr, *value_data_ = nullptr, *key_ = nullptr, *value_ = nullptr;
-    int64_t key_stride_ = 0, value_stride_ = 0, bytes_ = 0, at_ = 0, num_lines_ = 0, unasked_ = 0, allowed_ = 0, per_call_ = 0;
+    int64_t key_stride_ = 0, value_stride_ = 0, bytes_ = 0, at_ = 0;
+    int64_t num_lines_ = 0, unasked_ = 0, allowed_ = 0, per_call_ = 0;
 };
 
 // Keys of W positions as columns from `out` on, `stride` apart.
@@ -157,7 +161,8 @@ inline void read_block(const AttentionArgs& args, const int64_t* slots, int64_t 
     for (int64_t first = 0; first < count; first += kKeySplit) {
         const int64_t some = count - first < kKeySplit ? count - first : kKeySplit;
         find_heads(args.keys, slots + first, some, head, heads);
-        for (int64_t j = 0; j < some; j += W) read_columns(args.keys, heads + j, block.keys + first + j, block.capacity, ahead);
+        for (int64_t j = 0; j < some; j += W)
+            read_columns(args.keys, heads + j, block.keys + first + j, block.capacity, ahead);
         if (block.heads != nullptr) continue;
         find_heads(args.values, slots + first, some, head, heads);
         read_heads(args.values, heads, some, 0, args.values.width, block.values + first * width, width);
@@ -261,8 +266,8 @@ inline void add_vectors(const Query* queries, float (*weights)[kKeySplit], Value
 }
 
 template <int N, class Value>
-inline void add_values_from(const AttentionArgs& args, const Query* queries, float (*weights)[kKeySplit], Value value, int low,
-                            int high, KeysAhead& ahead) {
+inline void add_values_from(const AttentionArgs& args, const Query* queries, float (*weights)[kKeySplit], Value value,
+                            int low, int high, KeysAhead& ahead) {
     const int64_t width = round_up(args.values.width, W);
     int64_t e = 0;
     const auto some = [&](auto vectors) {
@@ -310,7 +315,8 @@ inline Span span_of(const AttentionArgs& args, int64_t num_keys, int64_t first) 
 
 // One split for N queries, of which each sees its own span.
 template <int N>
-inline void attend_split(const AttentionArgs& args, const Query* queries, const Span* spans, const KeyBlock& block, KeysAhead& ahead) {
+inline void attend_split(const AttentionArgs& args, const Query* queries, const Span* spans, const KeyBlock& block,
+                         KeysAhead& ahead) {
     alignas(64) float scores[N][kKeySplit];
     int count = 0;
     for (int q = 0; q < N; ++q) count = spans[q].high > count ? spans[q].high : count;
@@ -324,13 +330,16 @@ inline void attend_split(const AttentionArgs& args, const Query* queries, const 
         common = spans[q].high < common ? spans[q].high : common;
     }
     if (alike) add_values<N>(args, queries, scores, block, nullptr, spans[0].low, common, ahead);
-    for (int q = 0; q < N; ++q)
-        add_values<1>(args, queries + q, scores + q, block, nullptr, alike ? common : spans[q].low, spans[q].high, ahead);
+    for (int q = 0; q < N; ++q) {
+        const int low = alike ? common : spans[q].low;
+        add_values<1>(args, queries + q, scores + q, block, nullptr, low, spans[q].high, ahead);
+    }
 }
 
 // The part of a row's keys that only trees have: gathered from the tail [start, ...) of the sequence's slots.
-inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequence, int row, int64_t start, const Query* queries,
-                             int num_queries, const KeyBlock& block, int32_t* path, float* gathered, KeysAhead& ahead) {
+inline void attend_tree_tail(const AttentionArgs& args, const SequenceView& sequence, int row, int64_t start,
+                             const Query* queries, int num_queries, const KeyBlock& block, int32_t* path, float* gathered,
+                             KeysAhead& ahead) {
     const int64_t in_context = sequence.num_context - start;
     int64_t depth = 0;
     for (int at = row; at >= 0; at = sequence.parents[at]) ++depth;
@@ -449,8 +458,9 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
             if (in_place) find_heads(args.values, sequence.slots + first, count, task.head_begin + h, heads);
             for (int b = 0, begin = 0; b < num_blocks; ++b) {  // of nearly equal size
                 const int some = num_queries / num_blocks + (b < num_queries % num_blocks);
+                const Query* own = queries + h * num_queries + begin;
                 with_constant(some, [&](auto number) {
-                    attend_split<decltype(number)::value>(args, queries + h * num_queries + begin, spans + begin, block, ahead);
+                    attend_split<decltype(number)::value>(args, own, spans + begin, block, ahead);
                 });
                 begin += some;
             }
@@ -463,9 +473,11 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
         ahead.allow(num_heads, num_calls(num_slots));
         read_block(args, sequence.slots + most, num_slots, task.head_begin + h, tail, ahead);
         for (int r = 0; r < num_rows; ++r) {
-            const Query* of_row = queries + h * num_queries + r * group;
-            for (int g = 0; g < group; g += kQueries)
-                attend_tree_tail(args, sequence, local + r, most, of_row + g, group - g < kQueries ? group - g : kQueries, tail, path, gathered, ahead);
+            const Query* own = queries + h * num_queries + r * group;
+            for (int g = 0; g < group; g += kQueries) {
+                const int some = group - g < kQueries ? group - g : kQueries;
+                attend_tree_tail(args, sequence, local + r, most, own + g, some, tail, path, gathered, ahead);
+            }
         }
     }
     for (int h = 0, at = 0; h < num_heads; ++h)

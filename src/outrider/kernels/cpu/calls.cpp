@@ -45,7 +45,8 @@ AttentionPlan plan_attention(const KernelTable& kernels, const AttentionArgs& ar
         most_rows = std::max(most_rows, rows);
     }
     const int num_heads = args.keys.num_heads, group = args.num_heads / num_heads;
-    const int rows_per_task = static_cast<int>(std::clamp<int64_t>(num_rows * num_heads / (4 * num_threads), 8, kTaskRows));
+    const int64_t per_thread = num_rows * num_heads / (kTasksPerThread * num_threads);
+    const int rows_per_task = static_cast<int>(std::clamp<int64_t>(per_thread, 8, kTaskRows));
     struct Block {
         int sequence, row_begin, row_end;
         int64_t cost;  // of one head
@@ -69,13 +70,16 @@ AttentionPlan plan_attention(const KernelTable& kernels, const AttentionArgs& ar
     const int64_t split_bytes = kKeySplit * (args.keys.head_bytes() + args.values.head_bytes());
     for (const Block& block : blocks) {
         const int64_t rows = block.row_end - block.row_begin, sums_bytes = rows * group * args.values.width * 4;
-        const int64_t most = std::min({total / (kTasksPerThread * num_threads) / block.cost, kSplitBytes / split_bytes, kSumsBytes / sums_bytes});
+        const int64_t share = total / (kTasksPerThread * num_threads) / block.cost;
+        const int64_t most = std::min({share, kSplitBytes / split_bytes, kSumsBytes / sums_bytes});
         const int64_t heads = std::clamp<int64_t>(most, 1, num_heads), parts = (num_heads + heads - 1) / heads;
         for (int part = 0; part < parts; ++part) {
-            const int begin = static_cast<int>(num_heads * part / parts), end = static_cast<int>(num_heads * (part + 1) / parts);
-            plan.tasks.push_back({block.sequence, begin, end, block.row_begin, block.row_end});
-            plan.scratch_size = std::max(plan.scratch_size, static_cast<int64_t>(kernels.attention_scratch(args, most_rows, rows * (end - begin))));
+            const Share own = share_of(num_heads, part, static_cast<int>(parts));
+            plan.tasks.push_back({block.sequence, static_cast<int>(own.begin), static_cast<int>(own.end), block.row_begin,
+                                  block.row_end});
         }
+        const size_t scratch = kernels.attention_scratch(args, most_rows, rows * heads);  // parts have no more heads
+        plan.scratch_size = std::max(plan.scratch_size, static_cast<int64_t>(scratch));
     }
     plan.scratch_size = (plan.scratch_size + 15) / 16 * 16;
     return plan;
@@ -85,7 +89,8 @@ void run_tasks(const KernelTable& kernels, const AttentionArgs& args, const std:
                const AttentionPlan& plan, std::atomic<size_t>& next, int thread, float* scratch) {
     for (size_t i = thread; i < plan.tasks.size();) {
         const size_t then = next.fetch_add(1, std::memory_order_relaxed);
-        kernels.attention(args, sequences.data(), plan.tasks[i], then < plan.tasks.size() ? &plan.tasks[then] : nullptr, scratch);
+        const AttentionTask* after = then < plan.tasks.size() ? &plan.tasks[then] : nullptr;
+        kernels.attention(args, sequences.data(), plan.tasks[i], after, scratch);
         i = then;
     }
 }

@@ -251,7 +251,8 @@ struct ReadInt8 {
 
 // Dimensions [begin, end) of one head of some positions as float32, `stride` apart: a multiple of W, zeros at the end.
 template <class Read>
-inline void read_heads_as(const KvCache& cache, const char* const* heads, int64_t count, int begin, int end, float* out, int64_t stride) {
+inline void read_heads_as(const KvCache& cache, const char* const* heads, int64_t count, int begin, int end, float* out,
+                          int64_t stride) {
     const int whole = begin + (end - begin) / W * W;
     for (int64_t j = 0; j < count; ++j, out += stride) {
         const Read read(heads[j], cache.width);
@@ -264,7 +265,8 @@ inline void read_heads_as(const KvCache& cache, const char* const* heads, int64_
     }
 }
 
-inline void read_heads(const KvCache& cache, const char* const* heads, int64_t count, int begin, int end, float* out, int64_t stride) {
+inline void read_heads(const KvCache& cache, const char* const* heads, int64_t count, int begin, int end, float* out,
+                       int64_t stride) {
     switch (cache.type) {
         case KvType::kFp32: return read_heads_as<ReadFp32>(cache, heads, count, begin, end, out, stride);
         case KvType::kBf16: return read_heads_as<ReadBf16>(cache, heads, count, begin, end, out, stride);
