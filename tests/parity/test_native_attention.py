@@ -94,13 +94,26 @@ def test_options(level: str, options: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 71])
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 6, 7, 8, 71])
 def test_groups(level: str, group: int, dtype: torch.dtype) -> None:
-    """Heads share the reading of keys by four; a tree's rows hold at most 64 at a time."""
+    """Up to six queries share the loads of keys and values."""
     for kv_heads in (1, 3):
         step = make_step([(TREE, 66), ((-1, 0, 1), 3)], heads=(kv_heads * group, kv_heads, 8, 12), dtype=dtype)
         check_near_truth(native.attention, step)
         check_bits(step)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_whole_vectors(level: str, dtype: torch.dtype) -> None:
+    """Widths of whole vectors go short ways, and values for few queries are read where they are."""
+    chain = tuple(range(-1, 19))
+    for heads in ((8, 4, 32, 32), (12, 2, 64, 96), (5, 1, 128, 64)):
+        step = make_step(
+            [(chain, 70), ((-1,), 200), ((-1, 0, 1), 130), (TREE, 130)], heads=heads, dtype=dtype, window=140
+        )
+        check_near_truth(native.attention, step)
+        check_bits(step)
+        check_threads(native.attention, step)
 
 
 WIDTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 20, 31, 33, 64, 80, 100, 127, 128, 129, 255, 256, 257, 300, 600]

@@ -40,6 +40,7 @@ from outrider.bench.target import (
 from outrider.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from outrider.kernels import native
 from outrider.kernels.packed import dequantize
+from outrider.models.model import ForwardBatch
 from outrider.quantization.weights import WeightSource
 from tests.tiny_models import make_tiny
 
@@ -229,6 +230,23 @@ def test_forwards_read_the_bytes_of_the_layers_alone_and_keep_nothing(format: An
             seconds = each.run()
             assert seconds is not None
             assert seconds > 0
+
+
+@needs_kernels
+def test_sequences_of_a_forward_have_their_own_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny_target()
+    model = target.model("fp32")
+    batches: list[ForwardBatch] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda batch, cache: (batches.append(batch), forward(batch, cache))[1])
+    runs = ForwardRuns("fp32", model, context=5, num_positions=7, num_sequences=3)
+    workload = runs.workload(2, target.num_params)
+    workload.run()
+    assert (workload.num_rows, workload.num_flops) == (6, 12 * TINY.params)
+    flat = batches[-1].attention.flat
+    assert flat.cu_rows.tolist() == [0, 2, 4, 6]
+    assert flat.num_context.tolist() == [5, 5, 5]
+    assert len(set(flat.slots.tolist())) == 3 * 7
 
 
 @needs_kernels

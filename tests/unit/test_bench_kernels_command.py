@@ -65,6 +65,19 @@ def test_forward_command_prints_and_writes_one_object_and_a_picture(steady: None
 
 
 @needs_kernels
+def test_a_forward_of_several_sequences_has_the_tokens_of_all(steady: None) -> None:
+    result = run(
+        *("forward", "--params", "12M", "--weights", "int4", "--rows", "1,2", "--sequences", "3", "--context", "20"),
+        *("--prefill", "0", "--repeats", "1", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert [row["m"] for row in record["rows"]] == [3, 6]
+    assert (record["config"]["sequences"], record["config"]["rows"]) == (3, [3, 6])
+    assert_one_error_line(run("forward", "--sequences", "0"), "--sequences", "1 to 1024")
+
+
+@needs_kernels
 def test_kernels_command_prints_a_table_of_the_bundled_model(steady: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getloadavg", lambda: (100.0, 1.0, 1.0))
     result = run("kernels", "--rows", "1,2", "--repeats", "2", "--weights", "int8")

@@ -34,7 +34,7 @@ PROBE_CACHES = 8
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _BLOCK_SIZE = 16
-_DECODE, _PREFILL = "decode", "prefill"  # names of sequences in the cache
+_DECODE, _PREFILL = "decode", "prefill"  # names of sequences in the cache, numbered if decoding
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,19 +206,22 @@ class KernelRuns:
 
 
 class ForwardRuns:
-    """Whole forwards of one sequence on the lean path, built and run as a step of the engine does it.
+    """Whole forwards on the lean path, built and run as a step of the engine does it.
 
     Args:
-        context: cached tokens before the M new ones.
+        context: cached tokens of each sequence before its new ones.
         num_positions: of the longest sequence.
+        num_sequences: that decode together; prompts come alone.
     """
 
-    def __init__(self, weights: WeightFormat, model: LlamaModel, *, context: int, num_positions: int) -> None:
+    def __init__(
+        self, weights: WeightFormat, model: LlamaModel, *, context: int, num_positions: int, num_sequences: int = 1
+    ) -> None:
         self._weights: WeightFormat = weights
         self._model = model
         self._cache = KVCache(
             model.layer_shapes,
-            num_blocks=2 * -(-num_positions // _BLOCK_SIZE),
+            num_blocks=(num_sequences + 1) * -(-num_positions // _BLOCK_SIZE),
             block_size=_BLOCK_SIZE,
             dtype=model.cache_dtype,
             prefix_caching=False,
@@ -227,39 +230,43 @@ class ForwardRuns:
         self._head_params = config.vocab_size * config.hidden_size
         generator = torch.Generator().manual_seed(0)
         self._token_ids = torch.randint(model.vocab_size, (num_positions,), generator=generator).tolist()
-        self._cache.admit(_DECODE, [])
-        self._cache.admit(_PREFILL, [])
-        if context:
-            self._step(_DECODE, context, all_logits=False)
-            self._cache.commit({_DECODE: SequenceCommit(range(context), self._token_ids[:context])})
+        self._decoding = [f"{_DECODE} {i}" for i in range(num_sequences)]
+        for sequence in (*self._decoding, _PREFILL):
+            self._cache.admit(sequence, [])
+        for sequence in self._decoding if context else ():
+            self._step([sequence], context, all_logits=False)
+            self._cache.commit({sequence: SequenceCommit(range(context), self._token_ids[:context])})
 
     def workload(self, num_rows: int, num_params: int) -> Workload:
-        """M new tokens, a chain, on top of the context, with the logits of all.
+        """M new tokens of each sequence, a chain, on top of its context, with the logits of all.
 
         Args:
             num_params: weights that a forward reads.
         """
-        num_flops = 2 * num_params * num_rows
-        run = partial(self._step, _DECODE, num_rows, all_logits=True)
-        return Workload("forward", self._weights, num_rows, self._model.weight_bytes, num_flops, run)
+        run = partial(self._step, self._decoding, num_rows, all_logits=True)
+        num_tokens = num_rows * len(self._decoding)
+        num_flops = 2 * num_params * num_tokens
+        return Workload("forward", self._weights, num_tokens, self._model.weight_bytes, num_flops, run)
 
     def prefill(self, num_rows: int, num_params: int) -> Workload:
         """A prompt of M tokens from an empty cache, with the logits of its last one."""
         num_flops = 2 * ((num_params - self._head_params) * num_rows + self._head_params)
-        run = partial(self._step, _PREFILL, num_rows, all_logits=False)
+        run = partial(self._step, [_PREFILL], num_rows, all_logits=False)
         return Workload("prefill", self._weights, num_rows, self._model.weight_bytes, num_flops, run)
 
-    def _step(self, sequence: str, num_rows: int, *, all_logits: bool) -> float:
+    def _step(self, sequences: Sequence[str], num_rows: int, *, all_logits: bool) -> float:
         """One forward that commits nothing; seconds in the kernels."""
-        slots = self._cache.reserve(sequence, num_rows)
-        rows = SequenceRows(
-            self._token_ids[:num_rows],
-            range(-1, num_rows - 1),
-            self._cache.num_computed(sequence),
-            slots,
-            range(num_rows) if all_logits else (num_rows - 1,),
-        )
-        self._model.forward(build_forward_batch([rows], row_invariant=True), self._cache)
+        rows = [
+            SequenceRows(
+                self._token_ids[:num_rows],
+                range(-1, num_rows - 1),
+                self._cache.num_computed(sequence),
+                self._cache.reserve(sequence, num_rows),
+                range(num_rows) if all_logits else (num_rows - 1,),
+            )
+            for sequence in sequences
+        ]
+        self._model.forward(build_forward_batch(rows, row_invariant=True), self._cache)
         return self._model.kernel_seconds
 
 

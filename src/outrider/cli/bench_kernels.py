@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MEASURING = "Measuring"
 DEFAULT_ROWS = "1,2,4,8,16,32,64"
 MAX_ROWS = 4096
+MAX_SEQUENCES = 1024
 MAX_POSITIONS = 1 << 17
 _FOREIGN_LOAD = 1.0  # programs beside our own threads, from which on a warning is due
 
@@ -46,6 +47,10 @@ Weights = Annotated[
 ]
 GroupSize = Annotated[int, opt.option("--group-size", help="Of int4: 32, 64 or 128.", panel=opt.MODEL)]
 Rows = Annotated[str, opt.option("--rows", help="Tokens in a forward, with commas.", panel=MEASURING)]
+Sequences = Annotated[
+    int,
+    opt.option("--sequences", help="Sequences in a forward, each with so many new tokens.", panel=MEASURING),
+]
 Repeats = Annotated[
     int,
     opt.option("--repeats", "-r", help="Samples of each, with equal bandwidth before and after.", panel=MEASURING),
@@ -62,6 +67,7 @@ class Settings:
     Attributes:
         what: the command.
         context, prefill: 0 for kernels alone.
+        sequences: 1 for kernels alone.
     """
 
     what: Literal["kernels", "forward"]
@@ -77,6 +83,7 @@ class Settings:
     plot: str | None
     context: int = 0
     prefill: int = 0
+    sequences: int = 1
 
 
 def kernels(
@@ -108,6 +115,7 @@ def forward(
     rows: Rows = DEFAULT_ROWS,
     context: Context = 64,
     prefill: Prefill = 512,
+    sequences: Sequences = 1,
     repeats: Repeats = 9,
     threads: opt.Threads = None,
     json_out: opt.JsonOut = False,
@@ -121,7 +129,7 @@ def forward(
     _bench(
         Settings(
             "forward", model, params, weights, rows, group_size, repeats, threads, json_out, output, plot,
-            context, prefill,
+            context, prefill, sequences,
         )
     )  # fmt: skip
 
@@ -138,7 +146,8 @@ def _bench(settings: Settings) -> None:
     length = target.config.max_position_embeddings
     if settings.what == "forward" and longest > length:
         raise ConfigError("--context, --rows and --prefill", got=f"{longest} positions", expected=f"at most {length}")
-    needed = target.needed_bytes(max_rows=max(*rows, settings.prefill), num_positions=2 * longest)
+    max_rows = max(settings.sequences * max(rows), settings.prefill)
+    needed = target.needed_bytes(max_rows=max_rows, num_positions=(settings.sequences + 1) * longest)
     check_memory(needed + probe_bytes(), available_bytes())
     measurement = Measurement()
     with progress_bar() as progress:
@@ -167,6 +176,7 @@ def _check(settings: Settings) -> list[int]:
     rows: list[int] = sorted(set(parse_numbers(settings.rows, "--rows", int)))
     limits = [
         *(("--rows", row, 1, MAX_ROWS) for row in rows),
+        ("--sequences", settings.sequences, 1, MAX_SEQUENCES),
         ("--repeats", settings.repeats, 1, opt.MAX_REPEATS),
         ("--context", settings.context, 0, MAX_POSITIONS),
         ("--prefill", settings.prefill, 0, MAX_POSITIONS),
@@ -220,7 +230,13 @@ def _workloads(
     if settings.what == "kernels":
         linears = KernelRuns(format, target.linears(format))
         return [linears.workload(num_rows) for num_rows in rows]
-    runs = ForwardRuns(format, target.model(format), context=settings.context, num_positions=longest)
+    runs = ForwardRuns(
+        format,
+        target.model(format),
+        context=settings.context,
+        num_positions=longest,
+        num_sequences=settings.sequences,
+    )
     num_params = target.num_params
     workloads = [runs.workload(num_rows, num_params) for num_rows in rows]
     return workloads + ([runs.prefill(settings.prefill, num_params)] if settings.prefill else [])
@@ -245,6 +261,8 @@ def _report(settings: Settings, target: BenchTarget, workloads: Sequence[Workloa
     report_json(record, to_stdout=settings.json_out, path=settings.output)
     config = record["config"]
     what = "linear layers alone" if settings.what == "kernels" else f"forwards after {settings.context} tokens"
+    if settings.sequences > 1:
+        what += f" of each of {settings.sequences} sequences"
     title = f"{target.name} ({config['num_params'] / 1e6:.0f}M weights read), {what}; {record['machine']['cpu']}, "
     title += f"{config['threads']} thread{'s' if config['threads'] > 1 else ''}, {config['isa']}"
     if settings.plot is not None:
@@ -285,7 +303,8 @@ def _config(settings: Settings, target: BenchTarget, workloads: Sequence[Workloa
     if settings.what == "kernels":
         return config
     dtypes = {format: str(cache_dtype(format)).removeprefix("torch.") for format in target.formats}
-    return {**config, "context": settings.context, "prefill": settings.prefill, "cache_dtype": dtypes}
+    sizes = {"context": settings.context, "prefill": settings.prefill, "sequences": settings.sequences}
+    return {**config, **sizes, "cache_dtype": dtypes}
 
 
 def _table(rows: Sequence[dict[str, Any]], title: str, *, relative: bool) -> Table:

@@ -9,6 +9,13 @@
 #include "workspace.h"
 
 namespace outrider {
+namespace {
+
+constexpr int64_t kTasksPerThread = 4;  // so that a thread that was held up does not hold up all
+constexpr int64_t kReading = 8;         // what reading and converting a key and its value costs, in queries
+constexpr int64_t kSplitBytes = 128 << 10, kSumsBytes = 64 << 10;  // of an attention task
+
+}  // namespace
 
 void run_linear(const PackedLinear& weight, const float* x, int num_rows, float* out) {
     if (num_rows == 0) return;
@@ -28,39 +35,75 @@ void run_linear(const PackedLinear& weight, const float* x, int num_rows, float*
     turn.run(job);
 }
 
-std::vector<AttentionTask> attention_tasks(const AttentionArgs& args, const std::vector<SequenceView>& sequences,
-                                           int num_threads) {
+AttentionPlan plan_attention(const KernelTable& kernels, const AttentionArgs& args,
+                             const std::vector<SequenceView>& sequences, int num_threads) {
     // Blocks of rows share the reading of keys and values; smaller ones where threads would idle.
-    int64_t num_rows = 0;
-    for (const SequenceView& sequence : sequences) num_rows += sequence.row_end - sequence.row_begin;
-    const int64_t per_thread = num_rows * args.keys.num_heads / (4 * num_threads);
-    const int rows_per_task = static_cast<int>(std::clamp<int64_t>(per_thread, 8, 64));
-    std::vector<AttentionTask> tasks;
+    int64_t num_rows = 0, most_rows = 0;
+    for (const SequenceView& sequence : sequences) {
+        const int64_t rows = sequence.row_end - sequence.row_begin;
+        num_rows += rows;
+        most_rows = std::max(most_rows, rows);
+    }
+    const int num_heads = args.keys.num_heads, group = args.num_heads / num_heads;
+    const int64_t per_thread = num_rows * num_heads / (kTasksPerThread * num_threads);
+    const int rows_per_task = static_cast<int>(std::clamp<int64_t>(per_thread, 8, kTaskRows));
+    struct Block {
+        int sequence, row_begin, row_end;
+        int64_t cost;  // of one head
+    };
+    std::vector<Block> blocks;
+    int64_t total = 0;
     for (int s = 0; s < static_cast<int>(sequences.size()); ++s) {
-        for (int row = sequences[s].row_begin; row < sequences[s].row_end; row += rows_per_task) {
-            const int end = std::min(row + rows_per_task, sequences[s].row_end);
-            for (int head = 0; head < args.keys.num_heads; ++head) tasks.push_back({s, head, row, end});
+        const SequenceView& sequence = sequences[s];
+        for (int row = sequence.row_begin; row < sequence.row_end; row += rows_per_task) {
+            const int end = std::min(row + rows_per_task, sequence.row_end);
+            const int64_t keys = sequence.num_context + end - sequence.row_begin;
+            blocks.push_back({s, row, end, keys * (kReading + (end - row) * group)});
+            total += num_heads * blocks.back().cost;
         }
     }
-    return tasks;
+    std::stable_sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.cost > b.cost; });
+
+    // As many heads as can be, so that memory is read in long stretches; fewer where threads would idle, or where a
+    // split and the next one, or the queries' sums, would not stay in a core's own cache.
+    AttentionPlan plan{};
+    const int64_t split_bytes = kKeySplit * (args.keys.head_bytes() + args.values.head_bytes());
+    for (const Block& block : blocks) {
+        const int64_t rows = block.row_end - block.row_begin, sums_bytes = rows * group * args.values.width * 4;
+        const int64_t share = total / (kTasksPerThread * num_threads) / block.cost;
+        const int64_t most = std::min({share, kSplitBytes / split_bytes, kSumsBytes / sums_bytes});
+        const int64_t heads = std::clamp<int64_t>(most, 1, num_heads), parts = (num_heads + heads - 1) / heads;
+        for (int part = 0; part < parts; ++part) {
+            const Share own = share_of(num_heads, part, static_cast<int>(parts));
+            plan.tasks.push_back({block.sequence, static_cast<int>(own.begin), static_cast<int>(own.end), block.row_begin,
+                                  block.row_end});
+        }
+        const size_t scratch = kernels.attention_scratch(args, most_rows, rows * heads);  // parts have no more heads
+        plan.scratch_size = std::max(plan.scratch_size, static_cast<int64_t>(scratch));
+    }
+    plan.scratch_size = (plan.scratch_size + 15) / 16 * 16;
+    return plan;
+}
+
+void run_tasks(const KernelTable& kernels, const AttentionArgs& args, const std::vector<SequenceView>& sequences,
+               const AttentionPlan& plan, std::atomic<size_t>& next, int thread, float* scratch) {
+    for (size_t i = thread; i < plan.tasks.size();) {
+        const size_t then = next.fetch_add(1, std::memory_order_relaxed);
+        const AttentionTask* after = then < plan.tasks.size() ? &plan.tasks[then] : nullptr;
+        kernels.attention(args, sequences.data(), plan.tasks[i], after, scratch);
+        i = then;
+    }
 }
 
 void run_attention(const AttentionArgs& args, const std::vector<SequenceView>& sequences) {
     static Buffer<float>& buffer = *new Buffer<float>();
     ThreadPool::Turn turn;
     const KernelTable& kernels = active_level();
-    const std::vector<AttentionTask> tasks = attention_tasks(args, sequences, turn.num_threads());
-    int64_t most_rows = 0;
-    for (const SequenceView& s : sequences) most_rows = std::max<int64_t>(most_rows, s.row_end - s.row_begin);
-    const size_t scratch = (kernels.attention_scratch(args, most_rows) + 15) / 16 * 16;
-    float* memory = buffer.at_least(static_cast<int64_t>(scratch) * turn.num_threads());
-    std::atomic<size_t> next{0};
+    const AttentionPlan plan = plan_attention(kernels, args, sequences, turn.num_threads());
+    float* memory = buffer.at_least(plan.scratch_size * turn.num_threads());
+    std::atomic<size_t> next{static_cast<size_t>(turn.num_threads())};
     auto job = [&](int thread, int) {
-        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {
-            const AttentionTask& task = tasks[i];
-            kernels.attention(args, sequences[task.sequence], task.kv_head, task.row_begin, task.row_end,
-                              memory + thread * scratch);
-        }
+        run_tasks(kernels, args, sequences, plan, next, thread, memory + thread * plan.scratch_size);
     };
     turn.run(job);
 }

@@ -1,6 +1,7 @@
 // Single kernels over the whole thread pool: what a model that runs in Python calls.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "kernel_table.h"
@@ -18,12 +19,17 @@ void run_write_kv(const float* heads, const KvCache& cache, const int64_t* slots
 // Seconds that all threads together take to read the memory once.
 double time_reading(const void* data, int64_t num_bytes);
 
-// Some rows of a sequence and one of its key/value heads.
-struct AttentionTask {
-    int sequence, kv_head, row_begin, row_end;
+// What an attention call consists of, the most expensive first, and the floats that each thread needs for it.
+struct AttentionPlan {
+    std::vector<AttentionTask> tasks;
+    int64_t scratch_size;
 };
 
-std::vector<AttentionTask> attention_tasks(const AttentionArgs& args, const std::vector<SequenceView>& sequences,
-                                           int num_threads);
+AttentionPlan plan_attention(const KernelTable& kernels, const AttentionArgs& args,
+                             const std::vector<SequenceView>& sequences, int num_threads);
+
+// A thread's part of a call. Each takes the task of its number, then from `next`, which begins at the number of threads.
+void run_tasks(const KernelTable& kernels, const AttentionArgs& args, const std::vector<SequenceView>& sequences,
+               const AttentionPlan& plan, std::atomic<size_t>& next, int thread, float* scratch);
 
 }  // namespace outrider

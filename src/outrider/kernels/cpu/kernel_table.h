@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 // Always, or the linker might keep one level's copy of a function for all of them.
 #define OUTRIDER_INLINE inline __attribute__((always_inline))
@@ -14,6 +15,7 @@ namespace outrider {
 
 constexpr int kPanel = 32;
 constexpr int kKeySplit = 64;  // keys of one split of a row's own key sequence
+constexpr int kTaskRows = 64;  // most rows of an attention task
 
 enum Format : int { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kNumFormats = 4 };
 
@@ -79,15 +81,6 @@ struct KvCache {
     }
 };
 
-// Asks for one head of the positions in `slots`: a step's weights have driven them out of the caches.
-OUTRIDER_INLINE void fetch_heads(const KvCache& cache, const int64_t* slots, int64_t count, int h) {
-    const int64_t bytes = cache.head_bytes();
-    for (int64_t j = 0; j < count; ++j) {
-        const char* head = cache.head(slots[j], h);
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(head + i);
-    }
-}
-
 // Rows [row_begin, row_end) of the batch belong to one sequence. A row attends to the context and to its
 // ancestors among these rows; key j of a row stands at position j.
 struct SequenceView {
@@ -108,6 +101,32 @@ struct AttentionArgs {
     const float* sinks;      // [num_heads] or null
 };
 
+// Some rows of a sequence and some of its key/value heads.
+struct AttentionTask {
+    int sequence, head_begin, head_end, row_begin, row_end;
+};
+
+// The split that holds the first key which any of a task's rows sees.
+OUTRIDER_INLINE int64_t first_split(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task) {
+    const SequenceView& sequence = sequences[task.sequence];
+    const int64_t before = sequence.parents == nullptr ? task.row_begin - sequence.row_begin : 0;
+    const int64_t oldest = args.window > 0 ? sequence.num_context + before + 1 - args.window : 0;
+    return oldest > 0 ? oldest / kKeySplit * kKeySplit : 0;
+}
+
+// Reads all lines of the first split's context into the cache. No prefetches: processors drop them in such numbers.
+OUTRIDER_INLINE void read_first_split(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task) {
+    const SequenceView& sequence = sequences[task.sequence];
+    const int64_t first = first_split(args, sequences, task), end = first + kKeySplit;
+    for (int64_t j = first; j < end && j < sequence.num_context; ++j) {
+        for (const KvCache* cache : {&args.keys, &args.values}) {
+            const volatile char* data = cache->head(sequence.slots[j], task.head_begin);
+            const int64_t bytes = (task.head_end - task.head_begin) * cache->head_bytes();
+            for (int64_t i = 0; i < bytes; i += 64) static_cast<void>(data[i]);
+        }
+    }
+}
+
 struct KernelTable {
     const char* name;
     int block_rows[kNumFormats];  // most rows of a tile
@@ -126,10 +145,11 @@ struct KernelTable {
     void (*rotate)(float* heads, int num_heads, int width, const float* cos, const float* sin);
     void (*write_kv)(const float* heads, const KvCache& cache, int64_t slot);
     void (*read_row)(const void* table, KvType type, int64_t row, int64_t width, float* out);
-    size_t (*attention_scratch)(const AttentionArgs& args, int64_t num_step_rows);  // in floats
-    // Rows [row_begin, row_end) of a sequence for the query heads of one key/value head.
-    void (*attention)(const AttentionArgs& args, const SequenceView& sequence, int kv_head, int row_begin,
-                      int row_end, float* scratch);
+    // Floats that a task needs, of sequences of at most so many rows; `num_row_heads` are its rows times its heads.
+    size_t (*attention_scratch)(const AttentionArgs& args, int64_t num_step_rows, int64_t num_row_heads);
+    // One task; meanwhile the beginning of the next one (or null) is fetched.
+    void (*attention)(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task,
+                      const AttentionTask* next, float* scratch);
     // Something that depends on every byte.
     uint64_t (*read_memory)(const void* data, size_t num_bytes);
 };

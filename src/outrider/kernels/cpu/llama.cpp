@@ -42,10 +42,9 @@ struct Llama::Step {
     Barrier& barrier;
     float *hidden, *qkv, *attended, *inner, *cos, *sin, *rows, *scratch, *strip, *best;
     int64_t* best_tokens;
-    size_t scratch_size;
     int64_t row_width;
     PackedRows packed[3];
-    std::vector<AttentionTask> tasks;
+    AttentionPlan plan;
     std::atomic<size_t> next_task;
 
     void wait(int num_threads) { barrier.wait(num_threads); }
@@ -64,9 +63,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
     AttentionArgs attention{};
     attention.num_heads = spec_.num_heads;
     attention.keys = attention.values = {nullptr, batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
-    int64_t most_rows = 0;
-    for (const SequenceView& s : batch.sequences) most_rows = std::max<int64_t>(most_rows, s.row_end - s.row_begin);
-    const size_t scratch_size = (kernels.attention_scratch(attention, most_rows) + 15) / 16 * 16;
+    AttentionPlan plan = plan_attention(kernels, attention, batch.sequences, turn.num_threads());
     Step step{batch,
               output,
               kernels,
@@ -78,14 +75,13 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
               cos_.at_least(rows * spec_.head_dim / 2),
               sin_.at_least(rows * spec_.head_dim / 2),
               rows_.at_least(row_width * threads),
-              scratch_.at_least(static_cast<int64_t>(scratch_size) * threads),
+              scratch_.at_least(plan.scratch_size * threads),
               strip_.at_least(output.logits == nullptr ? threads * batch.num_logits * kStrip * kPanel : 0),
               best_.at_least(threads * batch.num_logits),
               best_tokens_.at_least(threads * batch.num_logits),
-              scratch_size,
               row_width,
               {},
-              attention_tasks(attention, batch.sequences, turn.num_threads()),
+              std::move(plan),
               {}};
     for (RowsBuffer& buffer : packed_) {  // room for every layer before the threads start
         for (const LlamaLayer& layer : spec_.layers)
@@ -163,7 +159,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.input_norm, spec_.norm_eps, normed, spec_.hidden);
                  return normed;
              });
-    if (thread == 0) step.next_task.store(0, std::memory_order_relaxed);
+    if (thread == 0) step.next_task.store(num_threads, std::memory_order_relaxed);
 
     // The three layers' panels in one row, of which each thread takes a stretch.
     const PackedLinear* weights[] = {&layer.query, &layer.key, &layer.value};
@@ -182,15 +178,10 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     }
     const KvCache keys = {reinterpret_cast<void*>(batch.keys[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
     const KvCache values = {reinterpret_cast<void*>(batch.values[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
-    const auto fetch_first_keys = [&](size_t i) {
-        if (i >= step.tasks.size()) return;
-        const AttentionTask& task = step.tasks[i];
-        const SequenceView& sequence = batch.sequences[task.sequence];
-        const int64_t count = std::min<int64_t>(sequence.num_context, kKeySplit);
-        fetch_heads(keys, sequence.slots, count, task.kv_head);
-        fetch_heads(values, sequence.slots, count, task.kv_head);
-    };
-    fetch_first_keys(thread);
+    const AttentionArgs args = {step.qkv, step.attended, width, query_width, spec_.num_heads, keys, values,
+                                1.0f / std::sqrt(static_cast<float>(spec_.head_dim)), 0.0f, layer.window, nullptr};
+    if (static_cast<size_t>(thread) < step.plan.tasks.size())
+        read_first_split(args, batch.sequences.data(), step.plan.tasks[thread]);
     step.wait(num_threads);
 
     const Share mine = share_of(batch.num_rows, thread, num_threads);
@@ -213,14 +204,8 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
 
     const Share outputs = share_of(layer.output.num_panels(), thread, num_threads);
     fetch_ahead(layer.output, outputs);
-    const AttentionArgs args = {step.qkv, step.attended, width, query_width, spec_.num_heads, keys, values,
-                                1.0f / std::sqrt(static_cast<float>(spec_.head_dim)), 0.0f, layer.window, nullptr};
-    for (size_t i; (i = step.next_task.fetch_add(1, std::memory_order_relaxed)) < step.tasks.size();) {
-        const AttentionTask& task = step.tasks[i];
-        fetch_first_keys(i + num_threads);  // most likely this thread's next
-        kernels.attention(args, batch.sequences[task.sequence], task.kv_head, task.row_begin, task.row_end,
-                          step.scratch + thread * step.scratch_size);
-    }
+    run_tasks(kernels, args, batch.sequences, step.plan, step.next_task, thread,
+              step.scratch + thread * step.plan.scratch_size);
     step.wait(num_threads);
 
     pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads,

@@ -225,27 +225,52 @@ inline void write_kv(const float* heads, const KvCache& cache, int64_t slot) {
     }
 }
 
-// One head as float32; `out` has room for a multiple of W and gets zeros there.
-inline void read_head(const KvCache& cache, int64_t slot, int head, float* out) {
-    const char* in = cache.head(slot, head);
-    const int width = cache.width;
-    if (cache.type == KvType::kFp32) {
-        for (int i = 0; i < width; i += W) store(out + i, load_part(reinterpret_cast<const float*>(in) + i, width - i));
-        return;
+// How W dimensions of a head in the cache become float32.
+struct ReadFp32 {
+    static constexpr int size = 4;
+    ReadFp32(const char*, int) {}
+    vf operator()(const char* in) const { return load(reinterpret_cast<const float*>(in)); }
+};
+
+struct ReadBf16 {
+    static constexpr int size = 2;
+    ReadBf16(const char*, int) {}
+    vf operator()(const char* in) const { return load_bf16(reinterpret_cast<const uint16_t*>(in)); }
+};
+
+struct ReadInt8 {
+    static constexpr int size = 1;
+    vf scale;
+    ReadInt8(const char* head, int width) {
+        float x;
+        std::memcpy(&x, head + width, sizeof x);
+        scale = splat(x);
     }
-    float scale = 1.0f;
-    if (cache.type == KvType::kInt8) std::memcpy(&scale, in + width, sizeof scale);
-    for (int i = 0; i < width; i += W) {
-        alignas(64) char lane[2 * W] = {};
-        const int count = width - i < W ? width - i : W;
-        if (cache.type == KvType::kBf16) {
-            const char* p = in + 2 * i;
-            if (count < W) p = static_cast<const char*>(std::memcpy(lane, p, 2 * count));
-            store(out + i, load_bf16(reinterpret_cast<const uint16_t*>(p)));
-        } else {
-            std::memcpy(lane, in + i, count);
-            store(out + i, mul(load_s8(reinterpret_cast<const int8_t*>(lane)), splat(scale)));
+    vf operator()(const char* in) const { return mul(load_s8(reinterpret_cast<const int8_t*>(in)), scale); }
+};
+
+// Dimensions [begin, end) of one head of some positions as float32, `stride` apart: a multiple of W, zeros at the end.
+template <class Read>
+inline void read_heads_as(const KvCache& cache, const char* const* heads, int64_t count, int begin, int end, float* out,
+                          int64_t stride) {
+    const int whole = begin + (end - begin) / W * W;
+    for (int64_t j = 0; j < count; ++j, out += stride) {
+        const Read read(heads[j], cache.width);
+        for (int i = begin; i < whole; i += W) store(out + i - begin, read(heads[j] + i * Read::size));
+        if (whole < end) {
+            alignas(64) char rest[W * Read::size] = {};
+            std::memcpy(rest, heads[j] + whole * Read::size, (end - whole) * Read::size);
+            store(out + whole - begin, read(rest));
         }
+    }
+}
+
+inline void read_heads(const KvCache& cache, const char* const* heads, int64_t count, int begin, int end, float* out,
+                       int64_t stride) {
+    switch (cache.type) {
+        case KvType::kFp32: return read_heads_as<ReadFp32>(cache, heads, count, begin, end, out, stride);
+        case KvType::kBf16: return read_heads_as<ReadBf16>(cache, heads, count, begin, end, out, stride);
+        default: return read_heads_as<ReadInt8>(cache, heads, count, begin, end, out, stride);
     }
 }
 

@@ -84,10 +84,25 @@ inline void store_s8(int8_t* p, vf x) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// W rows of W floats, `stride` apart, to columns.
-inline void transpose_block(const float* in, int64_t stride, float* out, int64_t out_stride) {
+// Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
+inline vf keep_lanes(vf x, int low, int high, vf other) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(low), lane);
+    const __m256i kept = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(high), lane));
+    return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(kept));
+}
+
+// Of 32-bit pairs of bf16: the first of each, and the second.
+inline vf first_of_bf16(vf pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16)); }
+inline vf second_of_bf16(vf pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32(-65536)));
+}
+
+// W columns of W rows, which are floats from `offset` bytes on: take(column, vector).
+template <class F>
+inline void transpose_block(const char* const* rows, int64_t offset, F take) {
     __m256 r[8], t[8];
-    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(in + i * stride);
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i] + offset));
     for (int i = 0; i < 4; ++i) {
         t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
@@ -99,8 +114,8 @@ inline void transpose_block(const float* in, int64_t stride, float* out, int64_t
         }
     }
     for (int c = 0; c < 4; ++c) {
-        _mm256_storeu_ps(out + c * out_stride, _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
-        _mm256_storeu_ps(out + (4 + c) * out_stride, _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
+        take(c, _mm256_permute2f128_ps(r[c], r[4 + c], 0x20));
+        take(4 + c, _mm256_permute2f128_ps(r[c], r[4 + c], 0x31));
     }
 }
 

@@ -73,10 +73,24 @@ inline void store_s8(int8_t* p, vf x) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Sixteen rows of sixteen floats, `stride` apart, to columns.
-inline void transpose_block(const float* in, int64_t stride, float* out, int64_t out_stride) {
+// Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
+inline vf keep_lanes(vf x, int low, int high, vf other) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 kept = _mm512_cmpge_epi32_mask(lane, _mm512_set1_epi32(low));
+    return _mm512_mask_blend_ps(_mm512_mask_cmplt_epi32_mask(kept, lane, _mm512_set1_epi32(high)), other, x);
+}
+
+// Of 32-bit pairs of bf16: the first of each, and the second.
+inline vf first_of_bf16(vf pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16)); }
+inline vf second_of_bf16(vf pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(-65536)));
+}
+
+// Sixteen columns of sixteen rows, which are floats from `offset` bytes on: take(column, vector).
+template <class F>
+inline void transpose_block(const char* const* rows, int64_t offset, F take) {
     __m512 r[16], t[16];
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(in + i * stride);
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(rows[i] + offset);
     for (int i = 0; i < 8; ++i) {
         t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
@@ -92,10 +106,10 @@ inline void transpose_block(const float* in, int64_t stride, float* out, int64_t
     for (int c = 0; c < 4; ++c) {
         const __m512 low = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), high = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
         const __m512 low2 = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd), high2 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-        _mm512_storeu_ps(out + c * out_stride, _mm512_shuffle_f32x4(low, high, 0x88));
-        _mm512_storeu_ps(out + (4 + c) * out_stride, _mm512_shuffle_f32x4(low2, high2, 0x88));
-        _mm512_storeu_ps(out + (8 + c) * out_stride, _mm512_shuffle_f32x4(low, high, 0xdd));
-        _mm512_storeu_ps(out + (12 + c) * out_stride, _mm512_shuffle_f32x4(low2, high2, 0xdd));
+        take(c, _mm512_shuffle_f32x4(low, high, 0x88));
+        take(4 + c, _mm512_shuffle_f32x4(low2, high2, 0x88));
+        take(8 + c, _mm512_shuffle_f32x4(low, high, 0xdd));
+        take(12 + c, _mm512_shuffle_f32x4(low2, high2, 0xdd));
     }
 }
 

@@ -104,10 +104,23 @@ inline void prefetch(const void* p) {
 #endif
 }
 
-// W rows of W floats, `stride` apart, to columns.
-inline void transpose_block(const float* in, int64_t stride, float* out, int64_t out_stride) {
-    for (int i = 0; i < W; ++i)
-        for (int j = 0; j < W; ++j) out[j * out_stride + i] = in[i * stride + j];
+// Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
+inline vf keep_lanes(vf x, int low, int high, vf other) {
+    return lanes([&](int i) { return low <= i && i < high ? x.x[i] : other.x[i]; });
+}
+
+// Of 32-bit pairs of bf16: the first of each, and the second, as the machine orders bytes.
+inline vf first_of_bf16(vf pairs) { return lanes([&](int i) { return float_of(bits_of(pairs.x[i]) << 16); }); }
+inline vf second_of_bf16(vf pairs) { return lanes([&](int i) { return float_of(bits_of(pairs.x[i]) & 0xffff0000); }); }
+
+// W columns of W rows, which are floats from `offset` bytes on: take(column, vector).
+template <class F>
+inline void transpose_block(const char* const* rows, int64_t offset, F take) {
+    for (int column = 0; column < W; ++column) {
+        vf x;
+        for (int i = 0; i < W; ++i) std::memcpy(x.x + i, rows[i] + offset + 4 * column, 4);
+        take(column, x);
+    }
 }
 
 }  // namespace OUTRIDER_LEVEL
