@@ -539,4 +539,4 @@ def test_confidences_are_corrected_by_what_came_true() -> None:
     assert right.confidences == pytest.approx([2 / 5, 2 / 5], abs=0.05)
     assert other.confidences == pytest.approx([0.0], abs=0.01), "another bin, never right"
     source.release("r")
-    assert not source._proposed
+    assert not source._calibration._proposed

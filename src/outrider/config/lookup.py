@@ -286,7 +286,7 @@ class SuffixConfig:
 
     method: Literal["suffix"] = "suffix"
     max_match: int = 64
-    max_spec_factor: float = 8.0
+    max_spec_factor: float = 16.0
     num_matches: int = 3
     depth: int = 16
     max_nodes: int = 16
