@@ -255,7 +255,7 @@ class RecyclingConfig:
     method: Literal["recycling"] = "recycling"
     num_candidates: int = 8
     max_context: int = 16
-    capacity: int = 1 << 18
+    capacity: int = 1 << 17
     depth: int = 16
     max_nodes: int = 16
     shape: RecyclingShape = "grown"

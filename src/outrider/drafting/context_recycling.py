@@ -4,10 +4,14 @@ The paper keeps the target's latest candidates for each token (`recycling.py`). 
 text apart, so in copied and repeated text its tree falls behind prompt lookup. Here candidates are kept for the last
 1, 2, 3, 4, 8, ... tokens, and
 
-- a prompt's own next tokens are candidates too, though the target's logits there are not known;
+- beside the shared table each request has one of its own, which is asked first: requests that run together would
+  overwrite each other's latest. In it a prompt's own next tokens are candidates too, though the target's logits
+  there are not known;
 - the longest known context speaks first, shorter ones for the probability that it leaves;
 - how much each is believed is measured: how often a candidate of that rank, after a context of that length, was the
-  target's choice. Best-first growth then makes deep chains of long contexts and wide trees of short ones.
+  target's choice. Best-first growth then makes deep chains of long contexts and wide trees of short ones;
+- of a sampled request candidates are ranked by their logits plus the noise that the target will choose with, where
+  the rule shares it (see `growth/tree.py`); more candidates are kept, since any of them may come first.
 """
 
 from __future__ import annotations
@@ -15,65 +19,71 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from outrider.config import RecyclingConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.sources.guess_tree import GuessTree, grow
+from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.token_tree import TokenTree
 
 LENGTHS = (1, 2, 3, 4, 8, 16, 32, 64)  # of contexts, as far as they are allowed
 MIN_PATH_PROB = 0.01  # less likely nodes are not worth looking for
 NUM_BELIEVED = 20  # observations that a first rate counts for
 MAX_OBSERVED = 400  # of a rate; then all of its observations count half
+SAMPLED_FACTOR = 4  # candidates kept of sampled requests, over those of greedy ones
+
+# Where measuring begins: how often the first candidate is right after a context of each length when no longer one is
+# known, for the target's candidates and for tokens that were only seen to follow; of what it leaves, the share of
+# each further rank. Counted on held-out code with the bundled model, greedy and at temperatures 0.8 and 1.
+GREEDY_CHOSEN = {1: 0.29, 2: 0.4, 3: 0.51, 4: 0.7, 8: 0.86, 16: 0.97}
+GREEDY_SEEN = {1: 0.15, 2: 0.34, 3: 0.44, 4: 0.69, 8: 0.85, 16: 0.91}
+SAMPLED_CHOSEN = {1: 0.15, 2: 0.21, 3: 0.32, 4: 0.45, 8: 0.7, 16: 0.7}
+SAMPLED_SEEN = {1: 0.1, 2: 0.2, 3: 0.28, 4: 0.5, 8: 0.6, 16: 0.6}
+FURTHER_RANKS = (0.2, 0.08, 0.06, 0.04, 0.03, 0.03, 0.02)
 
 Context = tuple[int, ...]
-# Of candidates that the target was seen to find likely, and of tokens that were only seen to follow, by length of
-# context and rank; longer contexts as the last. Counted on held-out code with the bundled model; where to begin.
-CHOSEN_RATES = {
-    1: (0.45, 0.13, 0.07, 0.05, 0.035, 0.025, 0.02, 0.015),
-    2: (0.6, 0.12, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01),
-    3: (0.7, 0.1, 0.04, 0.03, 0.02, 0.015, 0.01, 0.01),
-    4: (0.8, 0.06, 0.03, 0.02, 0.015, 0.01, 0.01, 0.005),
-    8: (0.9, 0.03, 0.015, 0.01, 0.005, 0.005, 0.005, 0.005),
-    16: (0.95, 0.015, 0.01, 0.005, 0.005, 0.0, 0.0, 0.0),
-}
-SEEN_RATES = {
-    1: (0.3, 0.1, 0.07, 0.05, 0.04, 0.03, 0.02, 0.02),
-    2: (0.5, 0.12, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01),
-    3: (0.6, 0.1, 0.04, 0.03, 0.02, 0.015, 0.01, 0.01),
-    4: (0.7, 0.06, 0.03, 0.02, 0.015, 0.01, 0.01, 0.005),
-    8: (0.85, 0.03, 0.015, 0.01, 0.005, 0.005, 0.005, 0.005),
-    16: (0.95, 0.015, 0.01, 0.005, 0.005, 0.0, 0.0, 0.0),
-}
+Row = NDArray[np.float32]
 
 
 class Candidates:
     """What may follow a context, the likeliest or latest first.
 
     Attributes:
-        chosen: whether they are the target's candidates, not only seen to follow.
+        logits: ``[len(tokens)]`` the target's; None if the tokens were only seen to follow.
     """
 
-    __slots__ = ("chosen", "tokens")
+    __slots__ = ("logits", "tokens")
 
-    def __init__(self, tokens: Sequence[int], *, chosen: bool) -> None:
+    def __init__(self, tokens: Sequence[int], logits: Row | None) -> None:
         self.tokens = tokens
-        self.chosen = chosen
+        self.logits = logits
+
+    def with_noise(self, noise: Row, temperature: float, count: int) -> list[int]:
+        """The first `count` tokens as the target would rank them with this noise, ``[vocab]``."""
+        assert self.logits is not None, "what was only seen has no logits"
+        tokens = np.asarray(self.tokens)
+        keys = self.logits / -temperature - noise[tokens]
+        return tokens[keys.argsort()[:count]].tolist()
 
 
 class ContextTable:
-    """The latest candidates after each context, shared by all requests.
+    """The latest candidates after each context.
 
     Those of single tokens are kept for good. Longer contexts are kept in two halves: when the newer is full, the
     older is forgotten and takes its place.
 
     Args:
         max_context: the longest context, in tokens.
-        num_candidates: the most candidates of a context.
+        num_candidates: the most tokens kept of those that were only seen to follow a context.
         capacity: the most contexts of more than one token.
+
+    Attributes:
+        lengths: of contexts, the longest first, as they are asked.
     """
 
     def __init__(self, max_context: int, num_candidates: int, capacity: int) -> None:
-        # The longest first, as they are asked.
         self.lengths = tuple(length for length in reversed(LENGTHS) if length <= max_context)
         self._num_candidates = num_candidates
         self._half = capacity // 2
@@ -82,7 +92,7 @@ class ContextTable:
         self._older: dict[Context, Candidates] = {}
 
     def __len__(self) -> int:
-        """Contexts of more than one token, those twice that stand in both halves."""
+        """Contexts of more than one token; one that stands in both halves counts twice."""
         return len(self._newer) + len(self._older)
 
     def find(self, context: Context) -> Candidates | None:
@@ -90,34 +100,32 @@ class ContextTable:
             return self._single.get(context)
         return self._newer.get(context) or self._older.get(context)
 
-    def learn_chosen(self, context: Context, tokens: Sequence[int]) -> None:
-        """The target's candidates after a context and after all that it ends with."""
-        made, size = Candidates(tokens, chosen=True), len(context)
-        for length in self.lengths:
-            if length <= size:
-                self._put(context[size - length :], made)
+    def learn_chosen(self, contexts: Iterable[Context], candidates: Candidates) -> None:
+        """The target's candidates after some contexts."""
+        for context in contexts:
+            self._put(context, candidates)
 
     def learn_seen(self, tokens: Sequence[int], start: int) -> None:
         """A text's tokens from `start` on, each as what follows the contexts before it."""
         for position in range(max(start, 1), len(tokens)):
             token = tokens[position]
-            new = Candidates((token,), chosen=False)
+            alone = Candidates((token,), None)
             for length in self.lengths:
                 if length > position:
                     continue
                 context = tuple(tokens[position - length : position])
                 known = self.find(context)
                 if known is None:
-                    self._put(context, new)
+                    self._put(context, alone)
                 elif known.tokens[0] != token:
                     others = [other for other in known.tokens if other != token]
-                    self._put(context, Candidates([token, *others][: self._num_candidates], chosen=False))
+                    self._put(context, Candidates([token, *others][: self._num_candidates], None))
 
     def _put(self, context: Context, candidates: Candidates) -> None:
         if len(context) == 1:
             self._single[context] = candidates
             return
-        if len(self._newer) >= self._half:
+        if len(self._newer) >= self._half and context not in self._newer:
             self._older, self._newer = self._newer, {}
         self._newer[context] = candidates
 
@@ -145,6 +153,28 @@ class Rates:
         self.by_rank[rank] = self._right[rank] / self._seen[rank]
 
 
+class RateTable:
+    """Rates by where candidates are from and by the length of the context, for greedy or for sampled requests."""
+
+    def __init__(
+        self, chosen: Mapping[int, float], seen: Mapping[int, float], lengths: Sequence[int], num_ranks: int
+    ) -> None:
+        self._own_chosen, self._own_seen, self._shared = (
+            {length: Rates(_prior(first, length)[:num_ranks]) for length in lengths}
+            for first in (chosen, seen, chosen)
+        )
+
+    def of(self, candidates: Candidates, length: int, *, shared: bool) -> Rates:
+        if shared:
+            return self._shared[length]
+        return (self._own_seen if candidates.logits is None else self._own_chosen)[length]
+
+
+def _prior(first: Mapping[int, float], length: int) -> list[float]:
+    right = first[min(length, max(first))]
+    return [right, *[(1.0 - right) * share for share in FURTHER_RANKS]]
+
+
 # What the contexts of one place propose, the longest first; each without what longer ones have proposed.
 Prediction = list[tuple[Rates, Sequence[int]]]
 
@@ -152,11 +182,15 @@ Prediction = list[tuple[Rates, Sequence[int]]]
 @dataclass(eq=False)
 class _Request:
     """Attributes:
-    num_known: tokens of the request that have been learnt.
-    tail: its last tokens, the root included.
-    predictions: those made for the last tree, by context.
+    table: of its own text.
+    num_kept: candidates kept of what the target says.
+    num_known: tokens of the text that have been learnt.
+    tail: the last of them, up to the root.
+    predictions: those made for the last tree, by their place.
     """
 
+    table: ContextTable
+    num_kept: int
     num_known: int = 0
     tail: Context = ()
     predictions: dict[Context, Prediction] = field(default_factory=dict)
@@ -168,17 +202,20 @@ class ContextRecyclingDrafter:
     reads_logits = True
 
     def __init__(self, config: RecyclingConfig, style: DraftStyle, vocab_size: int) -> None:
+        self._config = config
+        self._vocab_size = vocab_size
         self._num_candidates = 1 if style.chains_only else min(config.num_candidates, vocab_size)
-        self._depth = config.depth
+        self._shares_noise = style.noise == "shared"
         self.max_nodes = min(config.max_nodes, config.depth) if style.chains_only else config.max_nodes
-        self.table = ContextTable(config.max_context, self._num_candidates, config.capacity)
-        self._longest = self.table.lengths[0]
-        self._rates = {
-            (chosen, length): Rates(_rates_of(table, length)[: self._num_candidates])
-            for chosen, table in ((True, CHOSEN_RATES), (False, SEEN_RATES))
-            for length in self.table.lengths
-        }
+        self.table = self._new_table()
+        lengths = self.table.lengths
+        self._longest = lengths[0]
+        self._greedy = RateTable(GREEDY_CHOSEN, GREEDY_SEEN, lengths, self._num_candidates)
+        self._sampled = RateTable(SAMPLED_CHOSEN, SAMPLED_SEEN, lengths, self._num_candidates)
         self._requests: dict[str, _Request] = {}
+
+    def _new_table(self) -> ContextTable:
+        return ContextTable(self._config.max_context, self._num_candidates, self._config.capacity)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         return [self._propose(context) for context in contexts]
@@ -187,27 +224,29 @@ class ContextRecyclingDrafter:
         tokens = context.token_ids
         request = self._requests.get(context.request_id)
         if request is None:
-            request = self._requests[context.request_id] = _Request()
-        self.table.learn_seen(tokens, request.num_known)
+            noisy = self._shares_noise and not context.params.greedy
+            num_kept = min(self._num_candidates * (SAMPLED_FACTOR if noisy else 1), self._vocab_size)
+            request = self._requests[context.request_id] = _Request(self._new_table(), num_kept)
+        request.table.learn_seen(tokens, request.num_known)
         request.num_known = len(tokens)
         request.tail = tuple(tokens[-self._longest :])
-        predictions: dict[Context, Prediction] = {}
-        request.predictions = predictions
-        longest, limit = self._longest, self._num_candidates
+        request.predictions = {}
+        longest = self._longest
 
         def successors(
-            _made: GuessTree, _guess: int, _depth: int, state: tuple[Context, int]
+            _: GuessTree, __: int, depth: int, state: tuple[Context, int]
         ) -> Iterable[tuple[int, float, tuple[Context, int]]]:
             above, token = state
-            place = above if token < 0 else (*above, token)[-longest:]
-            prediction = predictions[place] = self._predict(place)
-            return [(token, prob, (place, token)) for prob, token in _by_probability(prediction)[:limit]]
+            place = (*above, token)[-longest:] if depth else above
+            prediction = request.predictions[place] = self._predict(context, request, place, depth)
+            likeliest = _by_probability(prediction)[: self._num_candidates]
+            return [(token, prob, (place, token)) for prob, token in likeliest]
 
         made = grow(
-            (request.tail, -1),
+            (request.tail, tokens[-1]),
             successors,
             max_nodes=min(self.max_nodes, context.max_nodes),
-            max_depth=min(self._depth, context.max_depth),
+            max_depth=min(self._config.depth, context.max_depth),
             min_path_prob=max(MIN_PATH_PROB, context.min_path_prob),
         )
         return TokenTree(
@@ -216,7 +255,15 @@ class ContextRecyclingDrafter:
             confidences=(1.0, *made.probs),
         )
 
-    def _predict(self, place: Context) -> Prediction:
+    def _predict(self, context: DraftContext, request: _Request, place: Context, depth: int) -> Prediction:
+        """What may follow a place `depth` tokens behind the root."""
+        count = self._num_candidates
+        rate_table, noise = self._greedy, None
+        if not context.params.greedy:
+            rate_table = self._sampled
+            if self._shares_noise:
+                position = len(context.token_ids) + depth
+                noise = gumbel_noise(context.seed, position, Purpose.TARGET, self._vocab_size)
         found: Prediction = []
         proposed: set[int] = set()
         last: Candidates | None = None
@@ -224,30 +271,40 @@ class ContextRecyclingDrafter:
         for length in self.table.lengths:
             if length > size:
                 continue
-            candidates = self.table.find(place[size - length :])
+            key = place[size - length :]
+            candidates, shared = request.table.find(key), False
+            if candidates is None:
+                candidates, shared = self.table.find(key), True
             if candidates is None or candidates is last:
                 continue
             last = candidates
-            new = [token for token in candidates.tokens if token not in proposed]
+            if noise is None or candidates.logits is None:
+                tokens = candidates.tokens
+            else:
+                tokens = candidates.with_noise(noise, context.params.temperature, count)
+            new = [token for token in tokens if token not in proposed][:count]
             if new:
-                found.append((self._rates[candidates.chosen, length], new))
+                found.append((rate_table.of(candidates, length, shared=shared), new))
                 proposed.update(new)
-                if len(proposed) >= self._num_candidates:
+                if len(proposed) >= count:
                     break
         return found
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
-        longest = self._longest
         for outcome in outcomes:
             assert outcome.target_logits is not None, "a drafter that reads logits got none"
-            top = outcome.target_logits.topk(self._num_candidates, dim=-1).indices.tolist()
-            tree = outcome.tree
-            request = self._requests.get(outcome.request_id)
-            places: list[Context] = [self._place_of_root(request, tree.tokens[0])]
+            request, tree = self._requests.get(outcome.request_id), outcome.tree
+            top = outcome.target_logits.topk(request.num_kept if request else self._num_candidates, dim=-1)
+            logits = top.values.float().cpu().numpy()
+            candidates = [Candidates(tokens, row) for tokens, row in zip(top.indices.tolist(), logits, strict=True)]
+            places = [self._place_of_root(request, tree.tokens[0])]
             for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
-                places.append((*places[parent], token)[-longest:])
-            for place, candidates in zip(places, top, strict=True):
-                self.table.learn_chosen(place, candidates)
+                places.append((*places[parent], token)[-self._longest :])
+            tables = (self.table,) if request is None else (self.table, request.table)
+            for place, of_place in zip(places, candidates, strict=True):
+                ends = [place[-length:] for length in self.table.lengths if length <= len(place)]
+                for table in tables:
+                    table.learn_chosen(ends, of_place)
             if request is not None:
                 self._take_in(request, places[0], outcome.new_tokens)
 
@@ -269,11 +326,7 @@ class ContextRecyclingDrafter:
         request.num_known += len(new_tokens)
 
     def release(self, request_id: str) -> None:
-        self._requests.pop(request_id, None)  # the table outlives requests: that is the point
-
-
-def _rates_of(table: Mapping[int, Sequence[float]], length: int) -> Sequence[float]:
-    return table[min(length, max(table))]
+        self._requests.pop(request_id, None)  # the shared table outlives requests: that is the point
 
 
 def _by_probability(prediction: Prediction) -> list[tuple[float, int]]:
@@ -281,9 +334,9 @@ def _by_probability(prediction: Prediction) -> list[tuple[float, int]]:
     found: list[tuple[float, int]] = []
     left = 1.0
     for rates, tokens in prediction:
-        of_rank = rates.by_rank
-        found += [(left * of_rank[rank], token) for rank, token in enumerate(tokens)]
-        left *= max(0.0, 1.0 - sum(of_rank[: len(tokens)]))
+        of_rank = rates.by_rank[: len(tokens)]
+        found += [(left * rate, token) for rate, token in zip(of_rank, tokens, strict=True)]
+        left *= max(0.0, 1.0 - sum(of_rank))
         if left < MIN_PATH_PROB:
             break
     found.sort(key=_negative_probability)
