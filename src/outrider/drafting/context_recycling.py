@@ -64,8 +64,8 @@ class Candidates:
         """The first `count` tokens as the target would rank them with this noise, ``[vocab]``."""
         assert self.logits is not None, "what was only seen has no logits"
         tokens = np.asarray(self.tokens)
-        keys = self.logits / -temperature - noise[tokens]
-        return tokens[keys.argsort()[:count]].tolist()
+        keys = self.logits + temperature * noise[tokens]
+        return tokens[(-keys).argsort(kind="stable")[:count]].tolist()
 
 
 class ContextTable:
@@ -186,14 +186,14 @@ class _Request:
     num_kept: candidates kept of what the target says.
     num_known: tokens of the text that have been learnt.
     tail: the last of them, up to the root.
-    predictions: those made for the last tree, by their place.
+    predictions: those made for the last tree, by their depth and place.
     """
 
     table: ContextTable
     num_kept: int
     num_known: int = 0
     tail: Context = ()
-    predictions: dict[Context, Prediction] = field(default_factory=dict)
+    predictions: dict[tuple[int, Context], Prediction] = field(default_factory=dict)
 
 
 class ContextRecyclingDrafter:
@@ -238,7 +238,7 @@ class ContextRecyclingDrafter:
         ) -> Iterable[tuple[int, float, tuple[Context, int]]]:
             above, token = state
             place = (*above, token)[-longest:] if depth else above
-            prediction = request.predictions[place] = self._predict(context, request, place, depth)
+            prediction = request.predictions[depth, place] = self._predict(context, request, place, depth)
             likeliest = _by_probability(prediction)[: self._num_candidates]
             return [(token, prob, (place, token)) for prob, token in likeliest]
 
@@ -297,7 +297,9 @@ class ContextRecyclingDrafter:
             top = outcome.target_logits.topk(request.num_kept if request else self._num_candidates, dim=-1)
             logits = top.values.float().cpu().numpy()
             candidates = [Candidates(tokens, row) for tokens, row in zip(top.indices.tolist(), logits, strict=True)]
-            places = [self._place_of_root(request, tree.tokens[0])]
+            # Of a request whose last steps were not shown here the root is all that is known.
+            in_step = request is not None and request.tail[-1:] == tree.tokens[:1]
+            places = [request.tail if request is not None and in_step else tree.tokens[:1]]
             for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
                 places.append((*places[parent], token)[-self._longest :])
             tables = (self.table,) if request is None else (self.table, request.table)
@@ -305,24 +307,19 @@ class ContextRecyclingDrafter:
                 ends = [place[-length:] for length in self.table.lengths if length <= len(place)]
                 for table in tables:
                     table.learn_chosen(ends, of_place)
-            if request is not None:
-                self._take_in(request, places[0], outcome.new_tokens)
+            if request is not None and in_step:
+                self._take_in(request, outcome.new_tokens)
 
-    def _place_of_root(self, request: _Request | None, root: int) -> Context:
-        """Tokens up to the root; of a request whose steps were not all shown here the root alone."""
-        return request.tail if request is not None and request.tail[-1:] == (root,) else (root,)
-
-    def _take_in(self, request: _Request, place: Context, new_tokens: Sequence[int]) -> None:
+    def _take_in(self, request: _Request, new_tokens: Sequence[int]) -> None:
         """Judge the predictions along the tokens that came, which need not be learnt again."""
-        for token in new_tokens:
-            for rates, proposed in request.predictions.get(place, ()):
+        for depth, token in enumerate(new_tokens):
+            for rates, proposed in request.predictions.get((depth, request.tail), ()):
                 for rank, candidate in enumerate(proposed):
                     rates.count(rank, right=candidate == token)
                 if token in proposed:
                     break
-            place = (*place, token)[-self._longest :]
+            request.tail = (*request.tail, token)[-self._longest :]
         request.predictions = {}
-        request.tail = place
         request.num_known += len(new_tokens)
 
     def release(self, request_id: str) -> None:
