@@ -241,13 +241,14 @@ class RecyclingConfig:
     """Token Recycling: a tree of what the target found likely after the same tokens when it last verified them.
 
     Attributes:
-        num_candidates: candidates kept for a context.
+        num_candidates: children of a node; of sampled requests four times as many are kept, to be ranked by noise.
         max_context: the longest context that candidates are kept for, in tokens (1, 2, 3, 4, 8, 16, 32 and 64 up to
             it); static shapes take the last token alone.
-        capacity: the most contexts of more than one token, some 250 bytes each; the older half is forgotten.
+        capacity: the most contexts of more than one token in a table, some 300 bytes each; of more the older half is
+            forgotten. Each request has a table, and all share one.
         depth: longest path of the tree.
         max_nodes: draft tokens in a tree.
-        shape: of the tree: "grown" best-first by measured acceptance after contexts of several lengths; or the
+        shape: of the tree: "grown" best-first by measured acceptance, over contexts of several lengths; or the
             paper's form, a static tree from an adjacency matrix of tokens: "best_first" (acceptance by rank) or
             "sequoia" (by rank and depth, which makes it deeper).
     """
