@@ -169,8 +169,8 @@ class DraftMaker:
                 score = value + bonus * confidences[index] / (1 + visits[index])
                 if score > greatest:
                     chosen, greatest = index, score
-        assert chosen >= 0, "nothing left below a node that promised something"
-        return chosen
+        # A promise may be missed by a rounding.
+        return chosen if chosen >= 0 else state.values.index(state.best)
 
 
 def _leaves(state: _State, tokens: tuple[int, ...], confidences: tuple[float, ...]) -> Iterator[WeightedPath]:
