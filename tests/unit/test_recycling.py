@@ -210,17 +210,18 @@ def test_steps_that_were_not_shown_do_no_harm() -> None:
     assert set(first_level(drafter.propose([context([9], "s")])[0])) == {4, 5}, "the root's context is known"
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), max_size=60), st.integers(2, 9))
-def test_a_table_is_bounded_and_keeps_the_newest(places: list[tuple[int, ...]], capacity: int) -> None:
+@given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), max_size=60), st.integers(6, 20))
+def test_a_table_is_bounded_and_keeps_the_newest(places: list[list[int]], capacity: int) -> None:
     table = ContextTable(3, 2, capacity)
     for number, place in enumerate(places):
-        table.learn_chosen([place], Candidates([number], None))
+        table.learn_chosen(table.contexts_at(tuple(place)), Candidates([number], None))
         assert len(table) <= capacity
-    newest = dict(zip(places, range(len(places)), strict=True))
-    for place in list(dict.fromkeys(reversed(places)))[: capacity // 2]:
-        found = table.find(place)
-        assert found is not None
-        assert found.tokens == [newest[place]]
+    newest = {tuple(place)[-length:]: number for number, place in enumerate(places) for length in (1, 2, 3)}
+    for place in places[len(places) - capacity // 2 // 3 :]:
+        contexts = table.contexts_at(tuple(place))
+        assert [found.tokens[0] for found in table.known(contexts)] == [newest[context] for context in contexts]
+    for token in {place[-1] for place in places}:
+        assert table.known([(token,)]), "single tokens are kept"
 
 
 def test_limits_and_chains() -> None:
@@ -239,7 +240,7 @@ def test_limits_and_chains() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_context": 0}, {"max_context": 65}, {"capacity": 1}, {"shape": "wide"}, {"num_candidates": 9}]
+    "settings", [{"max_context": 0}, {"max_context": 65}, {"capacity": 63}, {"shape": "wide"}, {"num_candidates": 9}]
 )
 def test_wrong_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):

@@ -265,7 +265,7 @@ class RecyclingConfig:
         check_tree_limits("recycling", self.depth, self.max_nodes)
         check_int("recycling.num_candidates", self.num_candidates, 1, 8)
         check_int("recycling.max_context", self.max_context, 1, 64)
-        check_int("recycling.capacity", self.capacity, 2, 1 << 24)
+        check_int("recycling.capacity", self.capacity, 64, 1 << 24)
         shapes = get_args(RecyclingShape)
         require(self.shape in shapes, "recycling.shape", self.shape, f"one of {', '.join(shapes)}")
 

@@ -80,11 +80,11 @@ class ContextTable:
         capacity: the most contexts of more than one token.
 
     Attributes:
-        lengths: of contexts, the longest first, as they are asked.
+        lengths: of contexts, from 1 on.
     """
 
     def __init__(self, max_context: int, num_candidates: int, capacity: int) -> None:
-        self.lengths = tuple(length for length in reversed(LENGTHS) if length <= max_context)
+        self.lengths = tuple(length for length in LENGTHS if length <= max_context)
         self._num_candidates = num_candidates
         self._half = capacity // 2
         self._single: dict[Context, Candidates] = {}
@@ -95,39 +95,55 @@ class ContextTable:
         """Contexts of more than one token; one that stands in both halves counts twice."""
         return len(self._newer) + len(self._older)
 
-    def find(self, context: Context) -> Candidates | None:
-        if len(context) == 1:
-            return self._single.get(context)
-        return self._newer.get(context) or self._older.get(context)
+    def contexts_at(self, place: Context) -> list[Context]:
+        """What ends at a place, from one token on."""
+        size = len(place)
+        return [place[size - length :] for length in self.lengths if length <= size]
 
-    def learn_chosen(self, contexts: Iterable[Context], candidates: Candidates) -> None:
-        """The target's candidates after some contexts."""
+    def known(self, contexts: Sequence[Context]) -> list[Candidates]:
+        """The candidates after contexts that end at one place, up to the longest that is known.
+
+        Whoever learns a context learns all that it ends with, so behind the first unknown one there is nothing.
+        """
+        found: list[Candidates] = []
+        newer, older = self._newer, self._older
         for context in contexts:
-            self._put(context, candidates)
+            candidates = newer.get(context) or older.get(context) or self._single.get(context)
+            if candidates is None:
+                break
+            found.append(candidates)
+        return found
+
+    def learn_chosen(self, contexts: Sequence[Context], candidates: Candidates) -> None:
+        """The target's candidates after the contexts that end at one place, from one token on."""
+        self._make_room(len(contexts))
+        self._single[contexts[0]] = candidates
+        newer = self._newer
+        for context in contexts[1:]:
+            newer[context] = candidates
 
     def learn_seen(self, tokens: Sequence[int], start: int) -> None:
         """A text's tokens from `start` on, each as what follows the contexts before it."""
+        longest = self.lengths[-1]
         for position in range(max(start, 1), len(tokens)):
+            self._make_room(len(self.lengths))
             token = tokens[position]
             alone = Candidates((token,), None)
-            for length in self.lengths:
-                if length > position:
-                    continue
-                context = tuple(tokens[position - length : position])
-                known = self.find(context)
-                if known is None:
-                    self._put(context, alone)
-                elif known.tokens[0] != token:
-                    others = [other for other in known.tokens if other != token]
-                    self._put(context, Candidates([token, *others][: self._num_candidates], None))
+            contexts = self.contexts_at(tuple(tokens[max(0, position - longest) : position]))
+            known = self.known(contexts)
+            for index, context in enumerate(contexts):
+                made = alone
+                if index < len(known):
+                    before = known[index].tokens
+                    if before[0] == token:
+                        continue
+                    others = [other for other in before if other != token]
+                    made = Candidates([token, *others][: self._num_candidates], None)
+                (self._newer if index else self._single)[context] = made
 
-    def _put(self, context: Context, candidates: Candidates) -> None:
-        if len(context) == 1:
-            self._single[context] = candidates
-            return
-        if len(self._newer) >= self._half and context not in self._newer:
+    def _make_room(self, num_contexts: int) -> None:
+        if len(self._newer) + num_contexts > self._half:
             self._older, self._newer = self._newer, {}
-        self._newer[context] = candidates
 
 
 class Rates:
@@ -209,7 +225,7 @@ class ContextRecyclingDrafter:
         self.max_nodes = min(config.max_nodes, config.depth) if style.chains_only else config.max_nodes
         self.table = self._new_table()
         lengths = self.table.lengths
-        self._longest = lengths[0]
+        self._longest = lengths[-1]
         self._greedy = RateTable(GREEDY_CHOSEN, GREEDY_SEEN, lengths, self._num_candidates)
         self._sampled = RateTable(SAMPLED_CHOSEN, SAMPLED_SEEN, lengths, self._num_candidates)
         self._requests: dict[str, _Request] = {}
@@ -264,18 +280,16 @@ class ContextRecyclingDrafter:
             if self._shares_noise:
                 position = len(context.token_ids) + depth
                 noise = gumbel_noise(context.seed, position, Purpose.TARGET, self._vocab_size)
+        contexts = self.table.contexts_at(place)
+        known = request.table.known(contexts)
+        num_own = len(known)
+        known += self.table.known(contexts)[num_own:]
         found: Prediction = []
         proposed: set[int] = set()
         last: Candidates | None = None
-        size = len(place)
-        for length in self.table.lengths:
-            if length > size:
-                continue
-            key = place[size - length :]
-            candidates, shared = request.table.find(key), False
-            if candidates is None:
-                candidates, shared = self.table.find(key), True
-            if candidates is None or candidates is last:
+        for index in range(len(known) - 1, -1, -1):
+            candidates = known[index]
+            if candidates is last:
                 continue
             last = candidates
             if noise is None or candidates.logits is None:
@@ -284,7 +298,7 @@ class ContextRecyclingDrafter:
                 tokens = candidates.with_noise(noise, context.params.temperature, count)
             new = [token for token in tokens if token not in proposed][:count]
             if new:
-                found.append((rate_table.of(candidates, length, shared=shared), new))
+                found.append((rate_table.of(candidates, len(contexts[index]), shared=index >= num_own), new))
                 proposed.update(new)
                 if len(proposed) >= count:
                     break
@@ -304,9 +318,9 @@ class ContextRecyclingDrafter:
                 places.append((*places[parent], token)[-self._longest :])
             tables = (self.table,) if request is None else (self.table, request.table)
             for place, of_place in zip(places, candidates, strict=True):
-                ends = [place[-length:] for length in self.table.lengths if length <= len(place)]
+                contexts = self.table.contexts_at(place)
                 for table in tables:
-                    table.learn_chosen(ends, of_place)
+                    table.learn_chosen(contexts, of_place)
             if request is not None and in_step:
                 self._take_in(request, outcome.new_tokens)
 
