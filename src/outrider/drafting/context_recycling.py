@@ -283,7 +283,8 @@ class ContextRecyclingDrafter:
         contexts = self.table.contexts_at(place)
         known = request.table.known(contexts)
         num_own = len(known)
-        known += self.table.known(contexts)[num_own:]
+        if num_own < len(contexts):
+            known += self.table.known(contexts)[num_own:]
         found: Prediction = []
         proposed: set[int] = set()
         last: Candidates | None = None
