@@ -214,7 +214,7 @@ def test_steps_that_were_not_shown_do_no_harm() -> None:
 def test_a_table_is_bounded_and_keeps_the_newest(places: list[list[int]], capacity: int) -> None:
     table = ContextTable(3, 2, capacity)
     for number, place in enumerate(places):
-        table.learn_chosen(table.contexts_at(tuple(place)), Candidates([number], None))
+        table.learn_chosen(table.contexts_at(tuple(place)), Candidates([number]))
         assert len(table) <= capacity
     newest = {tuple(place)[-length:]: number for number, place in enumerate(places) for length in (1, 2, 3)}
     for place in places[len(places) - capacity // 2 // 3 :]:

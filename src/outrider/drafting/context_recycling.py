@@ -51,21 +51,27 @@ class Candidates:
     """What may follow a context, the likeliest or latest first.
 
     Attributes:
-        logits: ``[len(tokens)]`` the target's; None if the tokens were only seen to follow.
+        token_row, logits: ``[len(tokens)]`` the tokens again, and the target's logits; None if the tokens were only
+            seen to follow.
     """
 
-    __slots__ = ("logits", "tokens")
+    __slots__ = ("logits", "token_row", "tokens")
 
-    def __init__(self, tokens: Sequence[int], logits: Row | None) -> None:
+    def __init__(
+        self, tokens: Sequence[int], token_row: NDArray[np.int64] | None = None, logits: Row | None = None
+    ) -> None:
         self.tokens = tokens
+        self.token_row = token_row
         self.logits = logits
 
     def with_noise(self, noise: Row, temperature: float, count: int) -> list[int]:
         """The first `count` tokens as the target would rank them with this noise, ``[vocab]``."""
+        assert self.token_row is not None, "what was only seen has no logits"
         assert self.logits is not None, "what was only seen has no logits"
-        tokens = np.asarray(self.tokens)
-        keys = self.logits + temperature * noise[tokens]
-        return tokens[(-keys).argsort(kind="stable")[:count]].tolist()
+        keys = noise[self.token_row]
+        keys *= -temperature
+        keys -= self.logits
+        return self.token_row[keys.argsort(kind="stable")[:count]].tolist()
 
 
 class ContextTable:
@@ -128,7 +134,7 @@ class ContextTable:
         for position in range(max(start, 1), len(tokens)):
             self._make_room(len(self.lengths))
             token = tokens[position]
-            alone = Candidates((token,), None)
+            alone = Candidates((token,))
             contexts = self.contexts_at(tuple(tokens[max(0, position - longest) : position]))
             known = self.known(contexts)
             for index, context in enumerate(contexts):
@@ -138,7 +144,7 @@ class ContextTable:
                     if before[0] == token:
                         continue
                     others = [other for other in before if other != token]
-                    made = Candidates([token, *others][: self._num_candidates], None)
+                    made = Candidates([token, *others][: self._num_candidates])
                 (self._newer if index else self._single)[context] = made
 
     def _make_room(self, num_contexts: int) -> None:
@@ -310,8 +316,8 @@ class ContextRecyclingDrafter:
             assert outcome.target_logits is not None, "a drafter that reads logits got none"
             request, tree = self._requests.get(outcome.request_id), outcome.tree
             top = outcome.target_logits.topk(request.num_kept if request else self._num_candidates, dim=-1)
-            logits = top.values.float().cpu().numpy()
-            candidates = [Candidates(tokens, row) for tokens, row in zip(top.indices.tolist(), logits, strict=True)]
+            token_rows, logits = top.indices.cpu().numpy(), top.values.float().cpu().numpy()
+            candidates = list(map(Candidates, token_rows.tolist(), token_rows, logits))
             # Of a request whose last steps were not shown here the root is all that is known.
             in_step = request is not None and request.tail[-1:] == tree.tokens[:1]
             places = [request.tail if request is not None and in_step else tree.tokens[:1]]
