@@ -244,8 +244,8 @@ class RecyclingConfig:
         num_candidates: children of a node; of sampled requests four times as many are kept, to be ranked by noise.
         max_context: the longest context that candidates are kept for, in tokens (1, 2, 3, 4, 8, 16, 32 and 64 up to
             it); static shapes take the last token alone.
-        capacity: the most contexts of more than one token in a table, 160 to 600 bytes each; of more the older half is
-            forgotten. Each request has a table, and all share one.
+        capacity: the most contexts of more than one token in a table, 160 to 600 bytes each; of more the older half
+            is forgotten. Each request has a table, and all share one.
         depth: longest path of the tree.
         max_nodes: draft tokens in a tree.
         shape: of the tree: "grown" best-first by measured acceptance, over contexts of several lengths; or the
