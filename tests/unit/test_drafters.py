@@ -31,7 +31,7 @@ def paths(tree: TokenTree) -> set[tuple[int, ...]]:
     return {tuple(tree.tokens[node] for node in tree.path(leaf)) for leaf in leaves if leaf}
 
 
-# Tree shapes and Token Recycling
+# Tree shapes and Token Recycling as in the paper; over longer contexts: test_recycling.py
 
 
 def test_best_first_shape_is_optimal() -> None:
@@ -65,7 +65,8 @@ def test_best_first_shape_is_optimal() -> None:
 
 
 def test_recycling_proposes_the_candidates_seen_last() -> None:
-    drafter = RecyclingDrafter(RecyclingConfig(num_candidates=2, depth=2, max_nodes=6), DraftStyle(), vocab_size=6)
+    config = RecyclingConfig(num_candidates=2, depth=2, max_nodes=6, shape="best_first")
+    drafter = RecyclingDrafter(config, DraftStyle(), vocab_size=6)
     assert drafter.propose([context([3])])[0].num_nodes == 1, "nothing was seen yet"
     logits = torch.zeros(2, 6)
     logits[0, 4], logits[0, 1] = 5.0, 4.0  # after token 3: first 4, then 1

@@ -6,8 +6,8 @@ import pytest
 
 from outrider.bench.replay import Recording, replay
 from outrider.config import HierarchyConfig, MergeConfig, RecyclingConfig, SourceConfig
+from outrider.drafting.context_recycling import ContextRecyclingDrafter
 from outrider.drafting.drafter import DraftStyle
-from outrider.drafting.recycling import RecyclingDrafter
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
 from tests.losslessness.engine_harness import DRAFTERS, make_engine, make_request, run
@@ -39,7 +39,7 @@ def test_counts_are_the_engines(drafter: str) -> None:
 
 def test_a_drafter_that_reads_logits_is_refused() -> None:
     with pytest.raises(ConfigError, match="reads logits"):
-        replay(RecyclingDrafter(RecyclingConfig(), DraftStyle(), 10), [Recording([1], [2, 3])])
+        replay(ContextRecyclingDrafter(RecyclingConfig(), DraftStyle(), 10), [Recording([1], [2, 3])])
 
 
 def test_the_node_budget_is_kept() -> None:

@@ -201,7 +201,14 @@ def test_aded_moves_probabilities_towards_what_is_seen() -> None:
     assert dict(predict([matrix], 1, 2)) == {4: pytest.approx(0.5), 3: pytest.approx(0.25)}
     assert predict([matrix], 9, 2)[0][0] == 4, "an unseen pair falls back on its last token"
     matrix.learn(1, 2, 5)
-    assert set(matrix.row(1, 2)) == {4, 5}, "the least likely candidate made place"
+    assert set(
+        matrix.row(
+            (
+                1,
+                2,
+            )
+        )
+    ) == {4, 5}, "the least likely candidate made place"
 
 
 def test_aded_keeps_the_rows_updated_last() -> None:
@@ -209,8 +216,18 @@ def test_aded_keeps_the_rows_updated_last() -> None:
     for token in range(50):
         matrix.learn(token, token + 1, token + 2)
     assert len(matrix) == 4
-    assert matrix.row(49, 50)
-    assert not matrix.row(0, 1)
+    assert matrix.row(
+        (
+            49,
+            50,
+        )
+    )
+    assert not matrix.row(
+        (
+            0,
+            1,
+        )
+    )
 
 
 def test_aded_without_exploration_takes_the_likeliest_nodes() -> None:
@@ -539,4 +556,4 @@ def test_confidences_are_corrected_by_what_came_true() -> None:
     assert right.confidences == pytest.approx([2 / 5, 2 / 5], abs=0.05)
     assert other.confidences == pytest.approx([0.0], abs=0.01), "another bin, never right"
     source.release("r")
-    assert not source._proposed
+    assert not source._calibration._proposed

@@ -197,6 +197,23 @@ def test_past_outputs_are_proposed_prompts_of_others_are_not() -> None:
     assert drafter.continuations(context([1, 35], "fourth")) == [], "a prompt without output leaves nothing"
 
 
+def test_past_outputs_stand_beside_the_requests_own_text_for_what_they_have_kept() -> None:
+    """Past outputs say 7 after 5, the request's own text says 8: both are proposed, and what came is believed."""
+    drafter = source(depth=1)
+    drafter.continuations(context([5], "past", prompt=1))
+    drafter.continuations(context([5, 7] * 10, "past", prompt=1))
+    drafter.release("past")
+    text = [5, 8] * 10 + [5]
+    first = {path.tokens[0]: path.confidences[0] for path in drafter.continuations(context(text))}
+    assert set(first) == {7, 8}
+    for _ in range(100):
+        drafter.continuations(context(text))
+        drafter.observe([outcome("r", 8)])
+    later = {path.tokens[0]: path.confidences[0] for path in drafter.continuations(context(text))}
+    assert later[7] < first[7] / 2
+    assert later[8] > first[8]
+
+
 def test_tokens_behind_a_stop_token_are_no_output() -> None:
     drafter = source()
     drafter.continuations(context([1, 2], "a"))

@@ -72,7 +72,7 @@ DRAFTER_DESCRIPTIONS: dict[str, DrafterDescription] = {
         needs="nothing",
     ),
     "recycling": DrafterDescription(
-        proposes="a static tree filled from the candidates that followed each token when it was last verified",
+        proposes="a tree of what the target found likely after the last tokens, the longest known context first",
         source="Token Recycling, arXiv 2408.08696",
         needs="the target's logits",
     ),
@@ -112,7 +112,7 @@ DRAFTER_DESCRIPTIONS: dict[str, DrafterDescription] = {
         needs="a second model with the same vocabulary (model)",
     ),
     "suffix": DrafterDescription(
-        proposes="the best-scored tree among the longest matches in suffix trees of the request and of past outputs",
+        proposes="the best-scored trees among the longest matches in suffix trees of the request and of past outputs",
         source="SuffixDecoding, arXiv 2411.04975",
         needs="nothing",
     ),

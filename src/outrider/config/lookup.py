@@ -9,7 +9,7 @@ from typing import Literal, Protocol, get_args
 
 from outrider.config.checks import check_int, check_number, check_path, check_tree_limits, require
 
-RecyclingShape = Literal["best_first", "sequoia"]
+RecyclingShape = Literal["grown", "best_first", "sequoia"]
 MAX_REFERENCE_TOKENS = 1 << 20  # of all references of a drafter together; an index takes some 200 bytes each
 
 
@@ -238,24 +238,34 @@ def check_references(config: ReferenceConfig) -> None:
 
 @dataclass(frozen=True)
 class RecyclingConfig:
-    """Token Recycling: a tree of the candidates that followed each token when it was last verified.
+    """Token Recycling: a tree of what the target found likely after the same tokens when it last verified them.
 
     Attributes:
-        num_candidates: candidates kept per token (columns of the adjacency matrix).
+        num_candidates: children of a node; of sampled requests four times as many are kept, to be ranked by noise.
+        max_context: the longest context that candidates are kept for, in tokens (1, 2, 3, 4, 8, 16, 32 and 64 up to
+            it); static shapes take the last token alone.
+        capacity: the most contexts of more than one token in a table, 160 to 600 bytes each; of more the older half
+            is forgotten. Each request has a table, and all share one.
         depth: longest path of the tree.
         max_nodes: draft tokens in a tree.
-        shape: of the tree: "best_first" (acceptance by rank) or "sequoia" (by rank and depth, which makes it deeper).
+        shape: of the tree: "grown" best-first by measured acceptance, over contexts of several lengths; or the
+            paper's form, a static tree from an adjacency matrix of tokens: "best_first" (acceptance by rank) or
+            "sequoia" (by rank and depth, which makes it deeper).
     """
 
     method: Literal["recycling"] = "recycling"
     num_candidates: int = 8
-    depth: int = 5
+    max_context: int = 16
+    capacity: int = 1 << 17
+    depth: int = 16
     max_nodes: int = 16
-    shape: RecyclingShape = "best_first"
+    shape: RecyclingShape = "grown"
 
     def __post_init__(self) -> None:
         check_tree_limits("recycling", self.depth, self.max_nodes)
         check_int("recycling.num_candidates", self.num_candidates, 1, 8)
+        check_int("recycling.max_context", self.max_context, 1, 64)
+        check_int("recycling.capacity", self.capacity, 64, 1 << 24)
         shapes = get_args(RecyclingShape)
         require(self.shape in shapes, "recycling.shape", self.shape, f"one of {', '.join(shapes)}")
 
@@ -277,7 +287,7 @@ class SuffixConfig:
 
     method: Literal["suffix"] = "suffix"
     max_match: int = 64
-    max_spec_factor: float = 8.0
+    max_spec_factor: float = 16.0
     num_matches: int = 3
     depth: int = 16
     max_nodes: int = 16

@@ -28,6 +28,7 @@ from outrider.config import (
     source_config,
 )
 from outrider.drafting.auto import AutoDrafter
+from outrider.drafting.context_recycling import ContextRecyclingDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.jacobi import JacobiDrafter
@@ -83,6 +84,8 @@ def build_drafter(  # noqa: PLR0911 - a catalogue: one case, one return
             return AutoDrafter(config, drafters, target.forward_cost())
         case NoDrafterConfig():
             return PlainDrafter()
+        case RecyclingConfig(shape="grown"):
+            return ContextRecyclingDrafter(config, style, target.vocab_size)
         case RecyclingConfig():
             return RecyclingDrafter(config, style, target.vocab_size)
         case JacobiConfig():

@@ -1,7 +1,8 @@
-"""Token Recycling (Luo et al., arXiv 2408.08696): yesterday's candidates are today's draft.
+"""Token Recycling as in the paper (Luo et al., arXiv 2408.08696): yesterday's candidates are today's draft.
 
 An adjacency matrix keeps, for every token, the target's top candidates when that token was last verified
 (section 3.1); a static breadth-first tree is filled from it (section 3.2). The matrix is shared by all requests.
+What we made of it is in `context_recycling.py`.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class RecyclingDrafter:
         self._num_candidates = 1 if style.chains_only else min(config.num_candidates, vocab_size)
         last = len(DEPTH_RANK_PROBS) - 1
         acceptance = [DEPTH_RANK_PROBS[min(depth, last)][: self._num_candidates] for depth in range(config.depth)]
-        match config.shape:
-            case "best_first":
-                rank_probs = RANK_PROBS[: self._num_candidates]
-                self._shape = best_first_shape(config.max_nodes, config.depth, rank_probs)
-            case "sequoia":
-                self._shape = sequoia_shape(config.max_nodes, config.depth, acceptance)
+        assert config.shape != "grown", "another drafter's"
+        if config.shape == "sequoia":
+            self._shape = sequoia_shape(config.max_nodes, config.depth, acceptance)
+        else:
+            rank_probs = RANK_PROBS[: self._num_candidates]
+            self._shape = best_first_shape(config.max_nodes, config.depth, rank_probs)
         self._confidences = node_confidences(self._shape, acceptance)
         self.max_nodes = len(self._shape.parents)
         self._candidates = np.full((vocab_size, self._num_candidates), UNSEEN, dtype=np.int64)

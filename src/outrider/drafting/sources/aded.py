@@ -58,21 +58,28 @@ class TrigramMatrix:
             del row[min(row, key=row.__getitem__)]
         row[token] = row.get(token, 0.0) + rate
 
-    def row(self, *key: int) -> Mapping[int, float]:
+    def row(self, key: tuple[int, ...]) -> Mapping[int, float]:
         """What follows a pair or a single token; empty where it is not known."""
         return self._rows.get(key, UNKNOWN)
 
 
-def predict(matrices: Sequence[TrigramMatrix], before: int | None, last: int) -> list[tuple[int, float]]:
+def predict(
+    matrices: Sequence[TrigramMatrix], before: int | None, last: int, least: float = 0.0
+) -> list[tuple[int, float]]:
     """What may follow, the most likely first: of the pair in each matrix in turn, then of the last token alone.
 
     What one row leaves of the probability is shared out by the next.
+
+    Args:
+        least: tokens that are less likely are left out.
     """
-    rows = [matrix.row(before, last) for matrix in matrices] if before is not None else []
-    rows += [matrix.row(last) for matrix in matrices]
+    keys = ((last,),) if before is None else ((before, last), (last,))
     found: dict[int, float] = {}
     left = 1.0
-    for row in rows:
+    for matrix, key in [(matrix, key) for key in keys for matrix in matrices]:
+        if left < least:
+            break
+        row = matrix.row(key)
         if row:
             taken = 0.0
             for token, probability in row.items():
@@ -80,13 +87,19 @@ def predict(matrices: Sequence[TrigramMatrix], before: int | None, last: int) ->
                     found[token] = left * probability
                     taken += probability
             left *= 1.0 - taken
-    return sorted(found.items(), key=lambda item: -item[1])
+    likely = [item for item in found.items() if item[1] >= least]
+    likely.sort(key=_negative_probability)
+    return likely
+
+
+def _negative_probability(item: tuple[int, float]) -> float:
+    return -item[1]
 
 
 class _State:
     """A node of the search: `best` is the greatest probability, from here, of a node that is not in the tree yet."""
 
-    __slots__ = ("best", "confidences", "states", "tokens", "values", "visits")
+    __slots__ = ("best", "confidences", "num_visits", "states", "tokens", "values", "visits")
 
     def __init__(self, candidates: Sequence[tuple[int, float]]) -> None:
         self.tokens = [token for token, _ in candidates]
@@ -94,6 +107,7 @@ class _State:
         self.states: list[_State | None] = [None] * len(candidates)
         self.values = list(self.confidences)
         self.visits = [0] * len(candidates)
+        self.num_visits = 0
         self.best = max(self.values, default=0.0)
 
 
@@ -108,8 +122,8 @@ class DraftMaker:
     def __init__(self, matrices: Sequence[TrigramMatrix], num_candidates: int, exploration: float) -> None:
         self._matrices, self._num_candidates, self._exploration = matrices, num_candidates, exploration
 
-    def _predict(self, before: int | None, last: int) -> list[tuple[int, float]]:
-        return predict(self._matrices, before, last)[: self._num_candidates]
+    def _predict(self, before: int | None, last: int, least: float) -> list[tuple[int, float]]:
+        return predict(self._matrices, before, last, least)[: self._num_candidates]
 
     def paths(
         self, before: int | None, last: int, max_nodes: int, max_depth: int, min_path_prob: float
@@ -117,7 +131,7 @@ class DraftMaker:
         """The tree as the paths to its leaves."""
         if max_nodes <= 0 or max_depth <= 0:
             return []
-        root = _State(self._predict(before, last))
+        root = _State(self._predict(before, last, min_path_prob))
         num_nodes = 0
         while num_nodes < max_nodes and root.best >= min_path_prob:
             self._add_node(root, before, last, max_depth, min_path_prob)
@@ -136,24 +150,28 @@ class DraftMaker:
             if below is None:
                 break
             state = below
-        state.states[index] = below = _State(self._predict(before, last) if len(walk) < max_depth else ())
+        # What is too unlikely from here would never be taken.
+        candidates = self._predict(before, last, min_path_prob / product) if len(walk) < max_depth else ()
+        state.states[index] = below = _State(candidates)
         value = below.best
         for state, index in reversed(walk):
             state.values[index] = state.confidences[index] * value
             state.visits[index] += 1
+            state.num_visits += 1
             value = state.best = max(state.values)
 
     def _select(self, state: _State, least: float) -> int:
         """The child with the greatest value and bonus among those below which something worthwhile is left."""
-        bonus = self._exploration * sqrt(1 + sum(state.visits)) if self._exploration else 0.0
+        bonus = self._exploration * sqrt(1 + state.num_visits) if self._exploration else 0.0
         chosen, greatest = -1, -1.0
+        confidences, visits = state.confidences, state.visits
         for index, value in enumerate(state.values):
             if value >= least:
-                score = value + bonus * state.confidences[index] / (1 + state.visits[index])
+                score = value + bonus * confidences[index] / (1 + visits[index])
                 if score > greatest:
                     chosen, greatest = index, score
-        assert chosen >= 0, "nothing left below a node that promised something"
-        return chosen
+        # A promise may be missed by a rounding.
+        return chosen if chosen >= 0 else state.values.index(state.best)
 
 
 def _leaves(state: _State, tokens: tuple[int, ...], confidences: tuple[float, ...]) -> Iterator[WeightedPath]:

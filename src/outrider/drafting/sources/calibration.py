@@ -19,21 +19,20 @@ NUM_BELIEVED = 8  # observations that a source's own word counts for, in each bi
 MAX_OBSERVED = 200  # in a bin; then all of its observations count half
 
 
-class CalibratedSource:
-    """A source whose confidences are corrected, bin by bin, by the share of its guesses that came true."""
+class Calibration:
+    """Corrects confidences, bin by bin, by the share of the guesses that came true."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self.name, self.reads_logits = source.name, source.reads_logits
+    def __init__(self) -> None:
         self._promised = [min((index + 0.5) / NUM_BINS, 1.0) * NUM_BELIEVED for index in range(NUM_BINS + 1)]
         self._right = list(self._promised)
         self._num_observed = [float(NUM_BELIEVED)] * (NUM_BINS + 1)
-        self._proposed: dict[str, Sequence[WeightedPath]] = {}  # by request, with the source's own confidences
+        self._factors = [1.0] * (NUM_BINS + 1)
+        self._proposed: dict[str, Sequence[WeightedPath]] = {}  # by request, with the guesses' own confidences
 
-    def continuations(self, context: DraftContext) -> list[WeightedPath]:
-        paths = self._source.continuations(context)
-        self._proposed[context.request_id] = paths
-        factors = [right / promised for right, promised in zip(self._right, self._promised, strict=True)]
+    def corrected(self, request_id: str, paths: Sequence[WeightedPath]) -> list[WeightedPath]:
+        """Paths as they are to be believed; what becomes of them is counted when the request's next tokens come."""
+        self._proposed[request_id] = paths
+        factors = self._factors
         return [
             WeightedPath(
                 path.tokens,
@@ -45,13 +44,9 @@ class CalibratedSource:
             for path in paths
         ]
 
-    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
-        for outcome in outcomes:
-            self._judge(self._proposed.pop(outcome.request_id, ()), outcome.new_tokens)
-        self._source.observe(outcomes)
-
-    def _judge(self, paths: Sequence[WeightedPath], new_tokens: Sequence[int]) -> None:
+    def observe(self, request_id: str, new_tokens: Sequence[int]) -> None:
         """Count the guesses whose path was right so far, verified or not: what came is known."""
+        paths = self._proposed.pop(request_id, ())
         for depth, token in enumerate(new_tokens):
             paths = [path for path in paths if len(path.tokens) > depth]
             guesses: dict[int, float] = {}
@@ -72,7 +67,28 @@ class CalibratedSource:
             self._promised[index] /= 2
             self._right[index] /= 2
             self._num_observed[index] /= 2
+        self._factors[index] = self._right[index] / self._promised[index]
 
     def release(self, request_id: str) -> None:
         self._proposed.pop(request_id, None)
+
+
+class CalibratedSource:
+    """A source whose confidences are corrected."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.name, self.reads_logits = source.name, source.reads_logits
+        self._calibration = Calibration()
+
+    def continuations(self, context: DraftContext) -> list[WeightedPath]:
+        return self._calibration.corrected(context.request_id, self._source.continuations(context))
+
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        for outcome in outcomes:
+            self._calibration.observe(outcome.request_id, outcome.new_tokens)
+        self._source.observe(outcomes)
+
+    def release(self, request_id: str) -> None:
+        self._calibration.release(request_id)
         self._source.release(request_id)

@@ -105,7 +105,8 @@ def weighted_paths(candidates: Iterable[tuple[Sequence[int], int]], max_paths: i
         votes[key] = votes.get(key, 0.0) + VOTES[length]
         lengths.setdefault(key, length)  # of all who share it the longest: they come first
     found: dict[tuple[int, ...], list[float]] = {}
-    _weigh(list(votes), votes, lengths, [], found)
+    if votes:
+        _weigh(list(votes), votes, lengths, [], found)
     return [WeightedPath(path, found[path]) for path in votes if path in found][:max_paths]
 
 
@@ -116,7 +117,12 @@ def _weigh(
     shared: list[float],
     found: dict[tuple[int, ...], list[float]],
 ) -> None:
-    """Find the confidences of paths whose first ``len(shared)`` tokens are equal; `shared` holds those of these."""
+    """Find the confidences of paths whose first ``len(shared)`` tokens are equal.
+
+    Args:
+        paths: at least one.
+        shared: confidences of these tokens.
+    """
     depth = len(shared)
     if len(paths) == 1:
         (path,) = paths
@@ -127,6 +133,18 @@ def _weigh(
             *(1.0 - share * discount for discount in LATER_DISCOUNTS[length : lengths[path] + len(path)]),
         ]
         return
+    # As long as all agree there is one group; the least and the greatest path differ where any two do.
+    least, greatest = min(paths), max(paths)
+    first = depth
+    while depth < len(least) and least[depth] == greatest[depth]:
+        depth += 1
+    if depth > first:
+        length = lengths[paths[0]]
+        share = VOTES[length] / sum([votes[path] for path in paths])
+        shared = [
+            *shared,
+            *[1.0 - share * discount for discount in LATER_DISCOUNTS[length + first : length + depth]],
+        ]
     groups: dict[int, list[tuple[int, ...]]] = {}
     for path in paths:
         if len(path) > depth:  # else the others hold all of it

@@ -7,17 +7,18 @@ make 64 nodes of it. An automaton finds matches as fast, but cannot take one out
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from outrider.config import SuffixConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.sources.calibration import Calibration
 from outrider.drafting.sources.guess_tree import ESCAPE, GuessTree, grow
 from outrider.drafting.sources.past_outputs import PastOutputs
 from outrider.drafting.sources.suffix_index import Cursor, Node, SuffixTree
 from outrider.drafting.tree_merge import WeightedPath
 
-HISTORY_ESCAPE = 5.0  # for `ESCAPE` in past outputs: texts of others, which are right less often
+HISTORY_ESCAPE = 12.0  # for `ESCAPE` in past outputs: texts of others, which are right less often
 PROMPT_TAIL = 8  # tokens of the prompt that stand before an output in the history, so that its beginning is found
 
 
@@ -114,7 +115,10 @@ class _Request:
 
 
 class SuffixSource:
-    """Proposes the best-scoring tree of guesses, from the request's own tokens or from past outputs.
+    """Proposes the best-scoring tree of guesses from the request's own tokens, and the one from past outputs.
+
+    The paper takes the better one of the two. A score is what a tree promises, and past outputs promise too much in
+    one text and too little in another, so both are corrected by what they have kept, and go into one tree.
 
     Raises:
         LookupFileError: the history file is damaged or is something else.
@@ -129,48 +133,68 @@ class SuffixSource:
         self._config = config
         self._history = PastOutputs(config, vocab_size=vocab_size, vocab_fingerprint=vocab_fingerprint)
         self._requests: dict[str, _Request] = {}
+        self._own, self._past = Calibration(), Calibration()
 
     def continuations(self, context: DraftContext) -> Sequence[WeightedPath]:
-        config = self._config
         request = self._requests.get(context.request_id)
         if request is None:
-            request = self._requests[context.request_id] = _Request(context, config, self._history.tree)
+            request = self._requests[context.request_id] = _Request(context, self._config, self._history.tree)
         request.follow(context.token_ids)
+        own = self._best(request.tree, request.tree.places, context, num_pending=1, escape=ESCAPE)
+        past = self._best(self._history.tree, request.cursor.places, context, num_pending=0, escape=HISTORY_ESCAPE)
+        return [
+            *self._own.corrected(context.request_id, own),
+            *self._past.corrected(context.request_id, past),
+        ]
+
+    def _best(
+        self,
+        tree: SuffixTree,
+        places: tuple[Sequence[Node], Sequence[int]],
+        context: DraftContext,
+        *,
+        num_pending: int,
+        escape: float,
+    ) -> list[WeightedPath]:
+        """The best-scoring tree of guesses below the longest matches with different sets of occurrences.
+
+        Args:
+            num_pending: 1 in the request's own tree, for the end of the text itself; see `Place`.
+        """
+        config = self._config
+        nodes, offsets = places
+        deepest = config.max_match - config.depth  # so that the tree still knows what follows
         best: GuessTree | None = None
-        for place in self._matches(request):
+        found = last_count = 0
+        for k in range(max(0, len(nodes) - deepest), len(nodes)):
+            if nodes[k].count == last_count:
+                continue
+            last_count = nodes[k].count
+            length = len(nodes) - k
             made = speculate(
-                place,
-                max_nodes=min(context.max_nodes, config.max_nodes, int(config.max_spec_factor * place.length)),
+                Place(tree, nodes[k], offsets[k], length, num_pending, escape),
+                max_nodes=min(context.max_nodes, config.max_nodes, int(config.max_spec_factor * length)),
                 max_depth=min(context.max_depth, config.depth),
                 min_path_prob=context.min_path_prob,
             )
             if best is None or made.score > best.score:
                 best = made
+            found += 1
+            if found == config.num_matches:
+                break
         return best.paths() if best else []
-
-    def _matches(self, request: _Request) -> Iterator[Place]:
-        """The longest matches with different sets of occurrences, in both trees."""
-        for tree, (nodes, offsets), num_pending, escape in (
-            (request.tree, request.tree.places, 1, ESCAPE),  # 1: the end of the text itself
-            (self._history.tree, request.cursor.places, 0, HISTORY_ESCAPE),
-        ):
-            found = last_count = 0
-            deepest = self._config.max_match - self._config.depth  # so that the tree still knows what follows
-            for k in range(max(0, len(nodes) - deepest), len(nodes)):
-                if nodes[k].count != last_count:
-                    last_count = nodes[k].count
-                    yield Place(tree, nodes[k], offsets[k], len(nodes) - k, num_pending, escape)
-                    found += 1
-                    if found == self._config.num_matches:
-                        break
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:
             request = self._requests.get(outcome.request_id)
             if request is not None:
                 request.unread = outcome.new_tokens
+            for calibration in (self._own, self._past):
+                calibration.observe(outcome.request_id, outcome.new_tokens)
 
     def release(self, request_id: str) -> None:
+        self._own.release(request_id)
+        self._past.release(request_id)
         request = self._requests.pop(request_id, None)
         if request is not None:
             self._history.add(request.finished_output())
