@@ -114,7 +114,7 @@ class CheapRows(ForwardCost):
     def __init__(self) -> None:
         super().__init__((1, 64), (0,), [(1.0, 1.1)])
 
-    def observe(self, num_rows: int, context: int, seconds: float) -> None:
+    def observe(self, num_rows: int, context: float, num_sequences: int, seconds: float) -> None:
         pass
 
 

@@ -161,7 +161,7 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], str, type[Exception]]] = {
     "no move": (no_move, "recycling", AssertionError),
     "one row too many": (one_row_too_many, "ngram", CacheError),
     "noise of the root": (noise_of_the_root, "ngram", AssertionError),
-    "penalties of the root": (penalties_of_the_root, "recycling", AssertionError),
+    "penalties of the root": (penalties_of_the_root, "draft_model-tree", AssertionError),
     "stop after the block": (stop_after_the_block, "ngram", AssertionError),
     "accept first child": (accept_first_child, "draft_model-chain", AssertionError),
     "siblings see each other": (siblings_see_each_other, "recycling", AssertionError),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -160,9 +161,14 @@ class LlamaModel:
             positions=batch.positions,
             write_slots=batch.attention.write_slots,
             sequences=batch.attention.flat,
-            logits_rows=torch.arange(len(batch.token_ids)) if wanted is None else wanted,
+            logits_rows=_all_rows(len(batch.token_ids)) if wanted is None else wanted,
             caches=caches,
         )
+
+
+@lru_cache(maxsize=128)
+def _all_rows(num_rows: int) -> Tensor:
+    return torch.arange(num_rows)
 
 
 def load_llama(
