@@ -20,10 +20,11 @@ from outrider.drafting.planner import choose_nodes
 from outrider.token_tree import TokenTree
 
 NEARLY_FREE = 0.008  # of a token: what all drafters of the first round together may cost a request's step
-MARGIN = 1.3  # times its price a row must promise: the nodes that look best are those that are overrated
+MARGIN = 1.3  # times its price a row or a draft must promise: what looks best is what is overrated
 ROW_STEP = 4  # rows over which the price of one more is taken
 PAUSE = 4  # steps of a request, at least, between trials of a drafter that does not pay
-RECENT = 0.08  # weight of a new figure in a long record; in a short one all count alike
+# Weight of a new figure in a long record, one request's or all requests'; in a short one all count alike.
+OWN_RECENT, SHARED_RECENT = 0.08, 0.02
 LONGEST_SLEEP = 256
 OTHERS_WEIGHT = 8  # of a request's own trials that count as much as what other requests have found
 TRIAL_STEPS = 0.25  # plain steps that a drafter's trials may cost before any time has passed
@@ -31,15 +32,20 @@ TRIAL_STEPS = 0.25  # plain steps that a drafter's trials may cost before any ti
 
 @dataclass
 class _Record:
-    """What a drafter's proposals came to: running means."""
+    """What a drafter's proposals came to: running means.
 
+    Attributes:
+        recent: the least weight of a new figure.
+    """
+
+    recent: float = SHARED_RECENT
     num_trials: int = 0
     accepted: float = 0.0
     rows: float = 0.0
 
     def add(self, accepted: int, rows: int) -> None:
         self.num_trials += 1
-        weight = max(RECENT, 1.0 / self.num_trials)
+        weight = max(self.recent, 1.0 / self.num_trials)
         self.accepted += weight * (accepted - self.accepted)
         self.rows += weight * (rows - self.rows)
 
@@ -52,6 +58,7 @@ class _OwnRecord(_Record):
         next_trial: the request's step from which on it may be tried although it does not pay.
     """
 
+    recent: float = OWN_RECENT
     next_trial: int = 0
 
 
@@ -319,7 +326,7 @@ class AutoDrafter:
         for arm in arms:
             if arm.shared.num_trials and arm.seconds is not None:
                 accepted, rows = arm.expected(own.get(arm))
-                worth = accepted - market.row_price * rows - market.tokens_per_s * arm.seconds
+                worth = accepted - market.row_price * rows - MARGIN * market.tokens_per_s * arm.seconds
                 if worth > best_worth:
                     best, best_worth = arm, worth
         return best
@@ -430,8 +437,8 @@ class AutoDrafter:
                 won = accepted / market.tokens_per_s if taken else 0.0
                 arm.trials_s = max(0.0, arm.trials_s + spent - won)
             expected, expected_rows = arm.expected(record)
-            pays = expected > market.row_price * expected_rows + market.tokens_per_s * (arm.seconds or 0.0)
-            record.next_trial = step if pays or not arm.is_steady else step + PAUSE
+            price = market.row_price * expected_rows + MARGIN * market.tokens_per_s * (arm.seconds or 0.0)
+            record.next_trial = step if expected > price or not arm.is_steady else step + PAUSE
         if plan.chosen is None and all(p.on_trial for p in plan.proposals):
             self._wake[request_id] = min(
                 step + LONGEST_SLEEP, *(self._next_trial(arm, own, step) for arm in self._arms)
