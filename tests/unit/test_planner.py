@@ -358,17 +358,17 @@ def test_prices_decide_the_size_of_a_tree() -> None:
 
 
 class ScriptedDrafter:
-    """Proposes the trees it is given, one a step."""
+    """Proposes the tree that it holds."""
 
     returns_probs = True
     reads_logits = False
     max_nodes = 8
 
-    def __init__(self, name: str, trees: Sequence[TokenTree]) -> None:
-        self.name, self.trees = name, iter(trees)
+    def __init__(self, name: str, tree: TokenTree) -> None:
+        self.name, self.tree = name, tree
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
-        return [next(self.trees) for _ in contexts]
+        return [self.tree for _ in contexts]
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass
@@ -407,12 +407,13 @@ def test_a_drawn_tree_is_kept_or_left_out_whatever_was_drawn(past: list[int]) ->
     kept = set()
     for draw in ([2], [7], [2, 3, 4, 5, 6, 7], [7] * 6, [7] * 8):
         clock = Clock()
-        trees = [*[drawn_chain(past)] * 6, drawn_chain(draw)]
+        drafter = ScriptedDrafter("drawn", drawn_chain(past))
         cost = ForwardCost([1, 64], [0], [[1.0, 1 + 63 * 0.3]])
         config = AutoConfig(drafters=["none"], exploration=1.0)
-        auto = AutoDrafter(config, [ScriptedDrafter("drawn", trees)], cost, clock=clock)
+        auto = AutoDrafter(config, [drafter], cost, clock=clock)
         for _ in range(6):
             one_step(auto, clock)
+        drafter.tree = drawn_chain(draw)
         (tree,) = one_step(auto, clock)
         assert tree.num_nodes in (1, 1 + len(draw)), "a part of a drawn tree"
         kept.add(tree.num_nodes > 1)
@@ -435,7 +436,7 @@ def test_a_failed_forward_teaches_nothing() -> None:
     chain = TokenTree((2, 0, 0), (-1, 0, 1), confidences=(1.0, 0.9, 0.9))
     auto = AutoDrafter(
         AutoConfig(drafters=["none"]),
-        [ScriptedDrafter("d", [chain] * 9)],
+        [ScriptedDrafter("d", chain)],
         ForwardCost([1, 64], [0], [[1.0, 2.0]]),
         clock=clock,
     )

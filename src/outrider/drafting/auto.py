@@ -22,7 +22,7 @@ from outrider.token_tree import TokenTree
 NEARLY_FREE = 0.008  # of a token: what all drafters of the first round together may cost a request's step
 MARGIN = 1.3  # times its price a row or a draft must promise: what looks best is what is overrated
 ROW_STEP = 4  # rows over which the price of one more is taken
-PAUSE = 4  # steps of a request, at least, between trials of a drafter that does not pay
+PAUSE = 4  # steps of a request, at least, between proposals of a drafter that does not pay
 # Weight of a new figure in a long record, one request's or all requests'; in a short one all count alike.
 OWN_RECENT, SHARED_RECENT = 0.08, 0.02
 LONGEST_SLEEP = 256
@@ -55,10 +55,12 @@ class _OwnRecord(_Record):
     """One request's record of a drafter, and when it is tried again.
 
     Attributes:
+        pays: whether the record promises more than drafting and the rows cost.
         next_trial: the request's step from which on it may be tried although it does not pay.
     """
 
     recent: float = OWN_RECENT
+    pays: bool = False
     next_trial: int = 0
 
 
@@ -182,6 +184,7 @@ class AutoDrafter:
         self._tokens, self._seconds = 0.0, 0.0  # of recent steps, the older ones worth less
         self._total_s, self._plain_s = 0.0, 0.0
         self._planned: dict[str, _Planned] = {}
+        self._first_round: list[_Arm] = []
         self._market: _Market | None = None
         self._draft_s, self._forward_start, self._num_step_rows = 0.0, 0.0, 0
         self.num_chosen = {arm.name: 0 for arm in self._arms}
@@ -244,11 +247,11 @@ class AutoDrafter:
 
     def _collect(self, contexts: Sequence[DraftContext], market: _Market) -> None:
         """Have drafters propose: first those that cost next to nothing, then those that promise more, or are due."""
-        first_round = self._nearly_free(market)
-        second_round = [arm for arm in self._arms if arm not in first_round]
+        self._first_round = self._nearly_free(market)
+        second_round = [arm for arm in self._arms if arm not in self._first_round]
         awake = [context for context in contexts if context.request_id in self._planned]
-        for arm in first_round:
-            self._ask(arm, awake, market)
+        for arm in self._first_round:
+            self._ask(arm, [context for context in awake if self._is_due(arm, context.request_id)], market)
         asked: dict[_Arm, list[DraftContext]] = {}
         for context in awake:
             best = self._most_promising(context.request_id, second_round, market)
@@ -271,7 +274,7 @@ class AutoDrafter:
         return self._cost.seconds(num_rows, market.context, market.num_sequences)
 
     def _nearly_free(self, market: _Market) -> list[_Arm]:
-        """Drafters that may always propose, the cheapest first."""
+        """Drafters that may propose without an account, the cheapest first."""
         found, spent = [], 0.0
         for arm in sorted((arm for arm in self._arms if arm.seconds is not None), key=lambda arm: arm.seconds or 0.0):
             spent += market.tokens_per_s * (arm.seconds or 0.0)
@@ -372,11 +375,14 @@ class AutoDrafter:
         share = self._config.exploration / len(self._arms)
         return arm.trials_s - share * self._total_s - TRIAL_STEPS * self._plain_s
 
-    def _next_trial(self, arm: _Arm, own: Mapping[_Arm, _OwnRecord], step: int) -> int:
-        """The step of a request in which an arm is due again and can be afforded."""
+    def _next_call(self, arm: _Arm, own: Mapping[_Arm, _OwnRecord], step: int) -> int:
+        """The step of a request in which an arm is to be asked again, as far as is known now."""
+        record = own.get(arm)
+        if arm in self._first_round or (record is not None and record.pays):
+            return record.next_trial if record is not None else step
         debt, per_step = self._debt(arm), self._config.exploration / len(self._arms) * self._plain_s
         wait = min(LONGEST_SLEEP, int(debt / per_step) + 1 if per_step else LONGEST_SLEEP) if debt > 0.0 else 0
-        return max(step + wait, own[arm].next_trial if arm in own else 0)
+        return max(step + wait, record.next_trial if record is not None else 0)
 
     def _allot(self, contexts: Sequence[DraftContext], market: _Market) -> list[TokenTree]:
         """Give every request its best proposal, and the batch's rows to the nodes that are worth them."""
@@ -438,10 +444,11 @@ class AutoDrafter:
                 arm.trials_s = max(0.0, arm.trials_s + spent - won)
             expected, expected_rows = arm.expected(record)
             price = market.row_price * expected_rows + MARGIN * market.tokens_per_s * (arm.seconds or 0.0)
-            record.next_trial = step if expected > price or not arm.is_steady else step + PAUSE
-        if plan.chosen is None and all(p.on_trial for p in plan.proposals):
+            record.pays = expected > price
+            record.next_trial = step if record.pays or not arm.is_steady else step + PAUSE
+        if plan.chosen is None:
             self._wake[request_id] = min(
-                step + LONGEST_SLEEP, *(self._next_trial(arm, own, step) for arm in self._arms)
+                step + LONGEST_SLEEP, *(self._next_call(arm, own, step) for arm in self._arms)
             )
 
     def _own(self, request_id: str) -> dict[_Arm, _OwnRecord]:
