@@ -46,7 +46,9 @@ def main() -> None:
         cache={"prefix_caching": False, "memory_gb": args.cache_gb},
     )
     contenders = {
-        "training-free": {"method": "auto"} if args.model else {"method": "auto", "drafters": ["suffix", "merge"]},
+        "training-free": {"method": "auto"}
+        if args.model
+        else {"method": "auto", "drafters": ["suffix", "recycling"]},
         "with a draft model": {"method": "auto", "draft_model": args.draft_model},
     }
     if args.draft_model is None and args.model is not None:

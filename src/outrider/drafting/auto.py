@@ -74,6 +74,7 @@ class _Arm:
         seconds_per_node: likewise a drafted node.
         is_steady: whether these come from requests that were asked before. The first time reads a whole prompt; it
             counts only while there is nothing better.
+        observe_s: of observing what became of a proposal.
         trials_s: what its trials have cost beyond what they won.
     """
 
@@ -83,7 +84,13 @@ class _Arm:
     seconds: float | None = None
     seconds_per_node: float = 0.0
     is_steady: bool = False
+    observe_s: float = 0.0
     trials_s: float = 0.0
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds that it takes of a request's step, if that is known."""
+        return None if self.seconds is None else self.seconds + self.observe_s
 
     def expected(self, own: _Record | None) -> tuple[float, float]:
         """Accepted tokens and rows that a proposal may be expected to come to, for a request with its own record."""
@@ -112,13 +119,15 @@ class _Proposal:
 
     Attributes:
         probs: ``[num_nodes]`` of reaching each node; None for a tree that must stay whole.
-        worth: expected accepted tokens, less what its rows cost.
+        nodes: draft tokens that are worth their rows.
+        worth: expected accepted tokens, less what these rows cost.
         seconds: that drafting it took.
     """
 
     arm: _Arm
     tree: TokenTree
     probs: list[float] | None
+    nodes: range | list[int]
     worth: float
     on_trial: bool = False
     seconds: float = 0.0
@@ -128,9 +137,12 @@ class _Proposal:
 class _Planned:
     """What a request got in the step under way."""
 
-    chosen: _Proposal | None
+    chosen: _Proposal | None = None
     num_nodes: int = 0
     proposals: list[_Proposal] = field(default_factory=list)
+
+    def has(self, arm: _Arm) -> bool:
+        return any(proposal.arm is arm for proposal in self.proposals)
 
 
 @dataclass(frozen=True)
@@ -200,7 +212,7 @@ class AutoDrafter:
             return trees
         market = self._market = self._prices(contexts)
         watched = [contexts[index] for index in awake]
-        self._planned = {context.request_id: _Planned(None) for context in watched}
+        self._planned = {context.request_id: _Planned() for context in watched}
         self._collect([c for c in contexts if c.max_nodes > 0 and c.max_depth > 0], market)
         for index, tree in zip(awake, self._allot(watched, market), strict=True):
             trees[index] = tree
@@ -220,8 +232,17 @@ class AutoDrafter:
         for outcome in outcomes:
             self._learn(outcome, market)
         for arm in self._arms:
-            if outcomes[0].target_logits is not None or not arm.drafter.reads_logits:
-                arm.drafter.observe(outcomes)
+            self._show(arm, outcomes)
+
+    def _show(self, arm: _Arm, outcomes: Sequence[DraftOutcome]) -> None:
+        """Have a drafter observe; one that reads logits, which takes time, only what became of its own proposals."""
+        if arm.drafter.reads_logits:
+            outcomes = [o for o in outcomes if (plan := self._planned.get(o.request_id)) and plan.has(arm)]
+            if not outcomes:
+                return
+        start = self.clock()
+        arm.drafter.observe(outcomes)
+        arm.observe_s += 0.1 * ((self.clock() - start) / len(outcomes) - arm.observe_s)
 
     def release(self, request_id: str) -> None:
         for arm in self._arms:
@@ -276,8 +297,8 @@ class AutoDrafter:
     def _nearly_free(self, market: _Market) -> list[_Arm]:
         """Drafters that may propose without an account, the cheapest first."""
         found, spent = [], 0.0
-        for arm in sorted((arm for arm in self._arms if arm.seconds is not None), key=lambda arm: arm.seconds or 0.0):
-            spent += market.tokens_per_s * (arm.seconds or 0.0)
+        for arm in sorted((arm for arm in self._arms if arm.step_s is not None), key=lambda arm: arm.step_s or 0.0):
+            spent += market.tokens_per_s * (arm.step_s or 0.0)
             if spent > NEARLY_FREE:
                 break
             found.append(arm)
@@ -310,7 +331,7 @@ class AutoDrafter:
     def _weigh(self, arm: _Arm, request_id: str, tree: TokenTree, market: _Market) -> _Proposal:
         num_nodes = tree.num_nodes - 1
         if num_nodes == 0:
-            return _Proposal(arm, tree, None, 0.0)
+            return _Proposal(arm, tree, None, range(0), 0.0)
         if tree.draft is not None or tree.confidences is None:
             # Rejection rules forbid to leave a drawn token out because of what it is, and what was drawn decides how
             # far a tree goes; without confidences nothing tells the nodes apart. Then the record of such trees must
@@ -318,18 +339,19 @@ class AutoDrafter:
             accepted, rows = arm.expected(self._own(request_id).get(arm))
             seconds = self._forward_s(market, market.num_rows + rows) - self._forward_s(market, market.num_rows)
             price = MARGIN * market.tokens_per_s * seconds
-            return _Proposal(arm, tree, None, accepted - price)
+            return _Proposal(arm, tree, None, range(1, tree.num_nodes), accepted - price)
         probs = self._acceptance.path_probs(arm.name, request_id, tree)
-        return _Proposal(arm, tree, probs, sum(p - market.row_price for p in probs[1:] if p > market.row_price))
+        nodes = [node for node in range(1, tree.num_nodes) if probs[node] > market.row_price]
+        return _Proposal(arm, tree, probs, nodes, sum(probs[node] - market.row_price for node in nodes))
 
     def _most_promising(self, request_id: str, arms: Sequence[_Arm], market: _Market) -> _Arm | None:
         """The drafter whose record promises a request most, and more than what is on the table."""
         best, best_worth = None, self._best_worth(request_id)
         own = self._own(request_id)
         for arm in arms:
-            if arm.shared.num_trials and arm.seconds is not None:
+            if arm.shared.num_trials and arm.step_s is not None:
                 accepted, rows = arm.expected(own.get(arm))
-                worth = accepted - market.row_price * rows - MARGIN * market.tokens_per_s * arm.seconds
+                worth = accepted - market.row_price * rows - MARGIN * market.tokens_per_s * arm.step_s
                 if worth > best_worth:
                     best, best_worth = arm, worth
         return best
@@ -359,7 +381,7 @@ class AutoDrafter:
         if record is not None and self._steps.get(request_id, 0) < record.next_trial:
             return False
         plan = self._planned.get(request_id)
-        return plan is None or all(proposal.arm is not arm for proposal in plan.proposals)
+        return plan is None or not plan.has(arm)
 
     def _knowledge(self, arm: _Arm, request_id: str) -> float:
         """What a request knows of a drafter, in trials, times the tokens that it gets without it."""
@@ -432,10 +454,11 @@ class AutoDrafter:
             arm, taken = proposal.arm, proposal is plan.chosen
             self._acceptance.observe(arm.name, request_id, proposal.tree, outcome.new_tokens)
             record = own.setdefault(arm, _OwnRecord())
-            # A proposal that was not taken counts with what it would have come to, as far as is known.
-            walked = outcome.path.accepted_nodes if taken else proposal.tree.nodes_along(outcome.new_tokens)
-            accepted = len(walked)
-            rows = plan.num_nodes if taken else proposal.tree.num_nodes - 1
+            if taken:
+                accepted, rows = len(outcome.path.accepted_nodes), plan.num_nodes
+            else:  # it counts with what it would have come to, as far as is known
+                accepted = len(set(proposal.nodes).intersection(proposal.tree.nodes_along(outcome.new_tokens)))
+                rows = len(proposal.nodes)
             record.add(accepted, rows)
             arm.shared.add(accepted, rows)
             if proposal.on_trial:
@@ -443,7 +466,7 @@ class AutoDrafter:
                 won = accepted / market.tokens_per_s if taken else 0.0
                 arm.trials_s = max(0.0, arm.trials_s + spent - won)
             expected, expected_rows = arm.expected(record)
-            price = market.row_price * expected_rows + MARGIN * market.tokens_per_s * (arm.seconds or 0.0)
+            price = market.row_price * expected_rows + MARGIN * market.tokens_per_s * (arm.step_s or 0.0)
             record.pays = expected > price
             record.next_trial = step if record.pays or not arm.is_steady else step + PAUSE
         if plan.chosen is None:

@@ -16,7 +16,7 @@ from outrider.config import (
     DraftModelConfig,
     EngineConfig,
     Exactness,
-    MergeConfig,
+    RecyclingConfig,
     SchedulerConfig,
     SuffixConfig,
 )
@@ -123,7 +123,7 @@ def build_engine(
 
 def _drafters_for_any_text(config: EngineConfig, draft_model: str | None) -> tuple[DrafterConfig, ...]:
     """What the planner chooses from unless told otherwise; it cuts trees and paths itself, so they may be large."""
-    lookups = (SuffixConfig(max_nodes=24), MergeConfig(max_nodes=24))
+    lookups = (SuffixConfig(max_nodes=24), RecyclingConfig(max_nodes=24))
     if config.model is None or draft_model is not None:
         return (*lookups, DraftModelConfig(model=draft_model, depth=16, max_nodes=24, min_path_prob=0.0))
     return lookups
