@@ -26,7 +26,7 @@ from outrider.models.model import Model
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXTS = (32, 1024)
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BUDGET_S = 4.0  # of measuring; a slow model gets MIN_ROUNDS all the same
 MIN_ROUNDS, MAX_ROUNDS = 3, 15
 BLOCK_SIZE = 16
@@ -70,8 +70,8 @@ def measure(model: Model, *, row_invariant: bool, on_progress: Progress | None =
     A machine's memory may change its speed between two forwards, so each is taken as a multiple of a forward of one
     row just before it. The context's keys and values are zeros: what they are costs nothing.
     """
-    longest = model.context_length - max(ROWS)
-    contexts = tuple(c for c in CONTEXTS if c <= longest) or (max(1, longest),)
+    longest = max(1, model.context_length - max(ROWS))
+    contexts = sorted({min(context, longest) for context in CONTEXTS})
     rows = tuple(m for m in ROWS if m <= model.context_length - contexts[0])
     points = [(c, m) for c in contexts for m in rows]
     ratios: dict[tuple[int, int], list[float]] = {point: [] for point in points}
