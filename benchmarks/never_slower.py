@@ -109,8 +109,9 @@ def measure(plain: LLM, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]
         }
         rows.append(row)
         print(
-            f"{name}, {workload}, temperature {temperature}, batch {batch_size} of {num_prompts}: {row['speedup_median']:.3f}x "
-            f"({min(ratios):.3f} to {max(ratios):.3f}), {stats.acceptance_length:.2f} tokens a step, "
+            f"{name}, {workload}, temperature {temperature}, batch {batch_size} of {num_prompts}: "
+            f"{row['speedup_median']:.3f}x ({min(ratios):.3f} to {max(ratios):.3f}), "
+            f"{stats.acceptance_length:.2f} tokens a step, "
             f"{'equal' if equal else 'DIFFERENT'}",
             flush=True,
         )

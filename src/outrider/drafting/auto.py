@@ -27,7 +27,7 @@ PAUSE = 4  # steps of a request, at least, between proposals of a drafter that d
 OWN_RECENT, SHARED_RECENT = 0.08, 0.02
 LONGEST_SLEEP = 256
 OTHERS_WEIGHT = 8  # of a request's own trials that count as much as what other requests have found
-TRIAL_STEPS = 0.25  # plain steps that a drafter's trials may cost before any time has passed
+TRIAL_STEPS = 0.25  # plain steps that all drafters' trials may cost before any time has passed
 
 
 @dataclass
@@ -394,8 +394,8 @@ class AutoDrafter:
 
     def _debt(self, arm: _Arm) -> float:
         """Seconds that trials of a drafter have cost beyond what they may."""
-        share = self._config.exploration / len(self._arms)
-        return arm.trials_s - share * self._total_s - TRIAL_STEPS * self._plain_s
+        allowed = self._config.exploration * self._total_s + TRIAL_STEPS * self._plain_s
+        return arm.trials_s - allowed / len(self._arms)
 
     def _next_call(self, arm: _Arm, own: Mapping[_Arm, _OwnRecord], step: int) -> int:
         """The step of a request in which an arm is to be asked again, as far as is known now."""
