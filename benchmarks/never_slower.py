@@ -25,8 +25,8 @@ from outrider.config import SchedulerConfig
 # (workload, temperature, batch size, prompts of a run, pairs of runs, tokens). A run of as many prompts as the batch
 # holds ends with its slowest request, however fast the others were; of three times as many the batch stays full.
 CASES = (
-    ("random", 1.5, 1, 1, 7, 96),
-    ("code", 2.0, 1, 1, 7, 96),
+    ("random", 1.5, 1, 1, 15, 96),
+    ("code", 2.0, 1, 1, 15, 96),
     ("code", 1.0, 16, 16, 3, 48),
     ("code", 1.0, 16, 48, 3, 48),
     ("random", 1.5, 16, 16, 3, 48),
