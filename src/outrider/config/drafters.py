@@ -89,8 +89,8 @@ class AutoConfig:
     """The planner: in every step the drafter and the draft tokens that pay, or none.
 
     Attributes:
-        drafters: what to choose from: names, mappings with key ``method``, or configs; None is every training-free
-            drafter that suits any text, and the bundled draft for the bundled target.
+        drafters: what to choose from: names, mappings with key ``method``, or configs; None is "suffix" and
+            "recycling", and the bundled draft for the bundled target.
         draft_model: folder or hub id of a draft model to choose from too, if `drafters` is None.
         max_nodes: the most draft tokens in a tree.
         exploration: share of the time that may go into trying drafters whose record does not promise a gain.
