@@ -29,7 +29,7 @@ CASES = (
     ("code", 2.0, 1, 1, 15, 96),
     ("code", 1.0, 16, 16, 3, 48),
     ("code", 1.0, 16, 48, 3, 48),
-    ("random", 1.5, 16, 16, 3, 48),
+    ("random", 1.5, 16, 16, 9, 48),
     ("random", 1.5, 48, 48, 2, 32),
 )
 MAX_PROMPTS = 48  # more runs take them again, with other seeds
