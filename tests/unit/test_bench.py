@@ -74,6 +74,16 @@ def test_an_interruption_leaves_the_finished_samples() -> None:
     assert list(results.complete()) == ["none"]
 
 
+def test_summary_takes_the_median_of_what_repeats_accepted() -> None:
+    """A planner decides by time, so its repeats differ."""
+    stats = [EngineStats(num_steps=100, step_s=1.0) for _ in range(3)]
+    for of, accepted in zip(stats, (0, 300, 100), strict=True):
+        of.num_verifications, of.num_accepted_tokens = 100, accepted
+    plain = [[1, 2]]
+    results = Results({"none": [Sample(1.0, plain)] * 3, "auto": [Sample(1.0, plain, of) for of in stats]})
+    assert summarise("auto", results, comparable=True)["acceptance_length"] == 2.0
+
+
 def test_summary_pairs_the_repeats_and_counts_equal_outputs() -> None:
     stats = EngineStats(draft_s=1.0, target_s=2.0, verify_s=0.5, step_s=4.0, num_steps=100)
     stats.num_verifications, stats.num_accepted_tokens = 100, 150

@@ -121,7 +121,6 @@ class _Proposal:
         probs: ``[num_nodes]`` of reaching each node; None for a tree that must stay whole.
         nodes: draft tokens that are worth their rows.
         worth: expected accepted tokens, less what these rows cost.
-        seconds: that drafting it took.
     """
 
     arm: _Arm
@@ -130,7 +129,6 @@ class _Proposal:
     nodes: range | list[int]
     worth: float
     on_trial: bool = False
-    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -325,7 +323,7 @@ class AutoDrafter:
         arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees), steady=steady)
         for context, tree in zip(contexts, trees, strict=True):
             proposal = self._weigh(arm, context.request_id, tree, market)
-            proposal.on_trial, proposal.seconds = on_trial, seconds
+            proposal.on_trial = on_trial
             self._planned[context.request_id].proposals.append(proposal)
 
     def _weigh(self, arm: _Arm, request_id: str, tree: TokenTree, market: _Market) -> _Proposal:
