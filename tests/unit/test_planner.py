@@ -516,3 +516,5 @@ def test_calibration_is_kept_and_a_spoilt_one_made_again(tmp_path, monkeypatch: 
 def test_calibration_fits_into_a_short_context() -> None:
     cost = measure(BlankModel(context_length=40), row_invariant=False)
     assert cost.seconds(1, 0) > 0
+    cost = measure(BlankModel(context_length=512), row_invariant=False)
+    assert cost.contexts == (32, 448), "the longest that leaves room for the rows: else contexts would look free"
