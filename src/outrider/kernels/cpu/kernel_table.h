@@ -40,17 +40,20 @@ struct PackedLinear {
     }
 };
 
-// The M rows of a GEMM's input in the form that its inner loop reads: blocks of at most `block_rows` rows, each
-// block [unit][row of the block], a unit being 32 bits of consecutive inputs of one row.
+// The M rows of a GEMM's input in the form that its inner loop reads: one block if they are at most `lone_rows`,
+// else blocks of at most `block_rows`; each block [unit][row of the block], a unit being 32 bits of consecutive inputs of
+// one row.
 struct PackedRows {
-    int num_rows, block_rows;
+    int num_rows, block_rows, lone_rows;
     int64_t num_units;   // per row
     int64_t num_groups;  // per row
     uint32_t* units;     // [num_rows * num_units]
     int32_t* sums;       // int8, int4: what each integer sum starts from, per block [group][row]
     float* scales;       // int8, int4: [num_rows]
 
-    OUTRIDER_INLINE int num_blocks() const { return (num_rows + block_rows - 1) / block_rows; }
+    OUTRIDER_INLINE int num_blocks() const {
+        return num_rows <= lone_rows ? 1 : (num_rows + block_rows - 1) / block_rows;
+    }
     // Blocks of nearly equal size: the first `num_rows % num_blocks` have one row more.
     OUTRIDER_INLINE int block_start(int block) const {
         const int blocks = num_blocks(), size = num_rows / blocks, extra = num_rows % blocks;
@@ -129,7 +132,7 @@ OUTRIDER_INLINE void read_first_split(const AttentionArgs& args, const SequenceV
 
 struct KernelTable {
     const char* name;
-    int block_rows[kNumFormats];  // most rows of a tile
+    int block_rows[kNumFormats], lone_rows[kNumFormats];  // most rows of a tile, and of one that is alone
     int unit_inputs[kNumFormats];
 
     // Writes part `part` of row `row` of `rows` from x [K] (order and format of `weight`).

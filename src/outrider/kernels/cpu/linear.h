@@ -8,8 +8,17 @@ namespace OUTRIDER_LEVEL {
 
 using outrider::Epilogue;
 
-constexpr int kMostRows = 12;
+constexpr int kMostRows = 18;
 constexpr int64_t kAheadBytes = 8192;
+
+// Dot instructions for each 128 bytes of weights up to which the processor's prefetchers, and up to which fetching into
+// the outer caches, are the fastest; measured, like the distance (docs/log.md).
+constexpr int kFewDots = 8, kSomeDots = 36;
+
+inline Fetch fetch_for(const PackedLinear& weight, const PackedRows& rows) {
+    const int dots = kDotsPerRow[weight.format] * rows.num_rows;
+    return dots <= kFewDots ? Fetch::kProcessor : dots <= kSomeDots ? Fetch::kFar : Fetch::kNear;
+}
 
 template <int R>
 inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
@@ -17,16 +26,16 @@ inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int 
     const int32_t* sums = rows.sums + start * rows.num_groups;
     switch (weight.format) {  // tiles of more rows than a format's blocks have are not even compiled
         case outrider::kFp32:
-            if constexpr (R <= kBlockRows[0]) tile_fp32<R>(units, panel, rows.num_units, tile, ahead);
+            if constexpr (R <= kLoneRows[0]) tile_fp32<R>(units, panel, rows.num_units, tile, ahead);
             return;
         case outrider::kBf16:
-            if constexpr (R <= kBlockRows[1]) tile_bf16<R>(units, panel, rows.num_units, tile, ahead);
+            if constexpr (R <= kLoneRows[1]) tile_bf16<R>(units, panel, rows.num_units, tile, ahead);
             return;
         case outrider::kInt8:
-            if constexpr (R <= kBlockRows[2]) tile_int8<R>(units, sums, panel, rows.num_units, tile, ahead);
+            if constexpr (R <= kLoneRows[2]) tile_int8<R>(units, sums, panel, rows.num_units, tile, ahead);
             return;
         default:
-            if constexpr (R <= kBlockRows[3]) {
+            if constexpr (R <= kLoneRows[3]) {
                 const int64_t groups = rows.num_groups;
                 if (weight.has_zeros) return tile_int4<R, true>(units, sums, panel, groups, weight.group_size, tile, ahead);
                 return tile_int4<R, false>(units, sums, panel, groups, weight.group_size, tile, ahead);
@@ -37,7 +46,7 @@ inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int 
 template <int R = kMostRows>
 inline void run_tile_for(int num_rows, const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
     if constexpr (R > 0) {
-        if constexpr (R <= kBlockRows[0] || R <= kBlockRows[1] || R <= kBlockRows[2] || R <= kBlockRows[3])
+        if constexpr (R <= kLoneRows[0] || R <= kLoneRows[1] || R <= kLoneRows[2] || R <= kLoneRows[3])
             if (num_rows == R) return run_tile_of<R>(weight, rows, start, panel, tile, ahead);
         run_tile_for<R - 1>(num_rows, weight, rows, start, panel, tile, ahead);
     }
@@ -47,10 +56,15 @@ inline void run_tile_for(int num_rows, const PackedLinear& weight, const PackedR
 inline void run_tile(const PackedLinear& weight, const PackedRows& rows, int block, const uint8_t* panel, float* tile) {
     const int start = rows.block_start(block), blocks = rows.num_blocks();
     const int64_t bytes = weight.panel_bytes();
-    // One block: fetch a little ahead in the same stream. More: each fetches its share of the next panel.
-    Ahead ahead = {reinterpret_cast<const char*>(panel) + kAheadBytes, 128};
-    if (blocks > 1) ahead = {reinterpret_cast<const char*>(panel) + bytes + bytes * block / blocks, 128 / blocks};
-    run_tile_for(rows.block_start(block + 1) - start, weight, rows, start, panel, tile, ahead);
+    const int num_rows = rows.block_start(block + 1) - start;
+    // Read once: fetch a little ahead in the same stream. More often: each time fetch a share of the next panel.
+    const int passes = blocks * (num_rows > kBlockRows[weight.format] ? 2 : 1);
+    Ahead ahead = {reinterpret_cast<const char*>(panel) + kAheadBytes, 128, fetch_for(weight, rows)};
+    if (passes > 1) {
+        ahead.at = reinterpret_cast<const char*>(panel) + bytes + bytes * block / blocks;
+        ahead.step = 128 / passes;
+    }
+    run_tile_for(num_rows, weight, rows, start, panel, tile, ahead);
 }
 
 inline vf finish(const PackedLinear& weight, const PackedRows& rows, int row, const float* tile, int64_t output, int c) {

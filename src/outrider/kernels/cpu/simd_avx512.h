@@ -72,6 +72,7 @@ inline void store_s8(int8_t* p, vf x) {
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T2); }
 
 // Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
 inline vf keep_lanes(vf x, int low, int high, vf other) {

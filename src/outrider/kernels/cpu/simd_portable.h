@@ -104,6 +104,12 @@ inline void prefetch(const void* p) {
 #endif
 }
 
+inline void prefetch_far(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 1);
+#endif
+}
+
 // Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
 inline vf keep_lanes(vf x, int low, int high, vf other) {
     return lanes([&](int i) { return low <= i && i < high ? x.x[i] : other.x[i]; });

@@ -52,6 +52,7 @@ public:
         const int64_t num_groups = whole ? weight.num_groups() : 0;
         return {num_rows,
                 kernels.block_rows[weight.format],
+                kernels.lone_rows[weight.format],
                 num_units,
                 num_groups,
                 units_.at_least(num_rows * num_units),
