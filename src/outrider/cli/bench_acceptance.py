@@ -46,7 +46,13 @@ def acceptance(
     drafter: opt.Drafters = None,
     drafting: DraftOptions,
     rules: Annotated[
-        str, option("--verification", help="Rules to run under.", panel=opt.DRAFTING, metavar="RULE,...")
+        str,
+        option(
+            "--verification",
+            help=f"Rules to run under: {opt.VERIFICATION_HELP}.",
+            panel=opt.DRAFTING,
+            metavar="RULE,...",
+        ),
     ] = EngineConfig.verification,
     budgets: Annotated[
         str, option("--budget", help="Most draft tokens of a step.", panel=MEASURING, metavar="N,...")

@@ -21,6 +21,7 @@ from outrider.config import (
 )
 from outrider.errors import ConfigError
 from outrider.sampling.params import MAX_SEED, SamplingParams
+from outrider.verification.descriptions import RULE_DESCRIPTIONS
 
 if TYPE_CHECKING:
     from outrider.llm import LLM
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 MODEL, DRAFTING, SAMPLING, ENGINE, OUTPUT = "Model", "Drafting", "Sampling", "Engine", "Output"
 MEASURING = "Measuring"
 MAX_THREADS, MAX_TOGETHER, MAX_REPEATS = 1024, 1000, 1000
+_EXACTNESS = {"sample": "what plain decoding gives with the same seed", "distribution": "exact in distribution"}
+VERIFICATION_HELP = "; ".join(
+    f"{', '.join(name for name, rule in RULE_DESCRIPTIONS.items() if rule.exactness == exactness)} ({words})"
+    for exactness, words in _EXACTNESS.items()
+)
 
 
 def option(*names: str, help: str, panel: str, metavar: str | None = None) -> Any:
@@ -57,17 +63,21 @@ Drafter = Annotated[
     option(
         "--decoding",
         "-d",
-        help=f"One of {', '.join(DRAFTER_CONFIGS)}. Default: ngram.",
+        help=f"One of {', '.join(DRAFTER_CONFIGS)}. Default: {EngineConfig().decoding.method}.",
         panel=DRAFTING,
     ),
 ]
 Drafters = Annotated[
     list[str] | None,
-    option("--decoding", "-d", help="Names, or all; repeat it or use commas.", panel=DRAFTING),
+    option("--decoding", "-d", help="Names, or all (the default); repeat it or use commas.", panel=DRAFTING),
 ]
 DraftModel = Annotated[
     str | None,
-    option("--draft-model", help="Folder or hub id of the draft model (implies draft_model).", panel=DRAFTING),
+    option(
+        "--draft-model",
+        help="Folder or hub id of the draft model of a drafter that runs one; auto chooses from it, too.",
+        panel=DRAFTING,
+    ),
 ]
 DrafterSettings = Annotated[
     str | None,
@@ -82,7 +92,7 @@ Verification = Annotated[
     str,
     option(
         "--verification",
-        help="coupled (what plain decoding gives with the same seed), rejection or tree_rejection.",
+        help=VERIFICATION_HELP,
         panel=DRAFTING,
     ),
 ]
