@@ -22,11 +22,13 @@ void run_linear(const PackedLinear& weight, const float* x, int num_rows, float*
     static RowsBuffer& buffer = *new RowsBuffer();  // never destroyed: a thread may still compute while the process ends
     ThreadPool::Turn turn;
     const KernelTable& kernels = active_level();
-    const PackedRows rows = buffer.rows_for(kernels, weight, num_rows);
+    static Buffer<uint32_t>& words_buffer = *new Buffer<uint32_t>();
+    const PackedRows rows = buffer.rows_for(kernels, weight, num_rows, turn.num_threads());
+    uint32_t* const words = words_buffer.at_least(num_words(rows) * turn.num_threads());
     auto job = [&](int thread, int num_threads) {
-        const RowShare mine = share_of_rows(rows, thread, num_threads);
-        for (int64_t row = mine.rows.begin; row < mine.rows.end; ++row)
-            kernels.pack_row(weight, x + row * weight.num_inputs, rows, static_cast<int>(row), mine.part, mine.num_parts);
+        pack_share(
+            kernels, weight, rows, thread, num_threads, words + thread * num_words(rows), [&](int row) { return x + row * weight.num_inputs; },
+            [&](int, const float* in) { return kernels.largest_magnitude(in, weight.num_inputs); });
         turn.barrier().wait(num_threads);
         const Share panels = share_of(weight.num_panels(), thread, num_threads);
         kernels.linear(weight, rows, out + panels.begin * kPanel, weight.num_outputs, Epilogue::kStore, panels.begin,

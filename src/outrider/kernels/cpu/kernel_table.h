@@ -15,6 +15,7 @@ namespace outrider {
 
 constexpr int kPanel = 32;
 constexpr int kKeySplit = 64;  // keys of one split of a row's own key sequence
+constexpr int kPartUnits = 32;  // parts of a packed row begin at its multiples: with whole groups of int4 and whole lines
 constexpr int kTaskRows = 64;  // most rows of an attention task
 
 enum Format : int { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kNumFormats = 4 };
@@ -45,14 +46,20 @@ struct PackedLinear {
 // one row.
 struct PackedRows {
     int num_rows, block_rows, lone_rows;
+    int num_parts;       // of a row, each packed by another thread
     int64_t num_units;   // per row
-    int64_t num_groups;  // per row
+    int64_t num_groups;  // per row; int8: what the parts' sums are
     uint32_t* units;     // [num_rows * num_units]
-    int32_t* sums;       // int8, int4: what each integer sum starts from, per block [group][row]
+    int32_t* sums;       // int8, int4: what each integer sum starts from, per block [group][row]; int8: the sum of all
     float* scales;       // int8, int4: [num_rows]
 
     OUTRIDER_INLINE int num_blocks() const {
         return num_rows <= lone_rows ? 1 : (num_rows + block_rows - 1) / block_rows;
+    }
+    // First unit of a part; all but the last end with whole cache lines of a row.
+    OUTRIDER_INLINE int64_t part_begin(int part) const {
+        const int64_t begin = (num_units + kPartUnits - 1) / kPartUnits * part / num_parts * kPartUnits;
+        return begin < num_units ? begin : num_units;
     }
     // Blocks of nearly equal size: the first `num_rows % num_blocks` have one row more.
     OUTRIDER_INLINE int block_start(int block) const {
@@ -65,6 +72,13 @@ struct PackedRows {
         return row < large ? row / (size + 1) : extra + (row - large) / size;
     }
 };
+
+// What a row's integer sum starts from: the sum of its parts', which stand `stride` apart.
+OUTRIDER_INLINE int32_t start_of_sum(const int32_t* sums, int stride, int num_parts) {
+    int32_t start = sums[0];
+    for (int part = 1; part < num_parts; ++part) start += sums[part * stride];
+    return start;
+}
 
 enum class Epilogue { kStore, kAdd };  // out = y, or out += y
 
@@ -135,14 +149,20 @@ struct KernelTable {
     int block_rows[kNumFormats], lone_rows[kNumFormats];  // most rows of a tile, and of one that is alone
     int unit_inputs[kNumFormats];
 
-    // Writes part `part` of row `row` of `rows` from x [K] (order and format of `weight`).
-    void (*pack_row)(const PackedLinear& weight, const float* x, const PackedRows& rows, int row, int part, int num_parts);
+    // The largest magnitude of x; NaN if there is one.
+    float (*largest_magnitude)(const float* x, int64_t width);
+    // Part `part` of row `row` of `rows` from x [K] (order and format of `weight`), whose largest magnitude int8 and int4
+    // need. Its units go into `words`, and from there `interleave` brings those of all rows of a block to their places:
+    // words [row of the block][unit of the part]. A block of one row has them in place.
+    void (*pack_row)(const PackedLinear& weight, const float* x, float largest, const PackedRows& rows, int row, int part,
+                     uint32_t* words);
+    void (*interleave)(const PackedRows& rows, int block, int part, const uint32_t* words);
     // Panels [begin, end) of the layer for all rows; `out` is the first row's first output of panel `begin`.
     void (*linear)(const PackedLinear& weight, const PackedRows& rows, float* out, int64_t out_stride,
                    Epilogue epilogue, int64_t begin, int64_t end);
-    // Likewise silu(gate) * up of two layers of one format.
+    // Likewise silu(gate) * up of two layers of one format; `largest` [M] becomes the largest magnitude of each row's.
     void (*gated_silu)(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows,
-                       const PackedRows& up_rows, float* out, int64_t out_stride, int64_t begin, int64_t end);
+                       const PackedRows& up_rows, float* out, int64_t out_stride, float* largest, int64_t begin, int64_t end);
     void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t width);
     // Rotates each of `num_heads` heads of `width` in place; cos and sin [width / 2].
     void (*rotate)(float* heads, int num_heads, int width, const float* cos, const float* sin);

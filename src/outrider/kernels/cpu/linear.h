@@ -32,7 +32,7 @@ inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int 
             if constexpr (R <= kLoneRows[1]) tile_bf16<R>(units, panel, rows.num_units, tile, ahead);
             return;
         case outrider::kInt8:
-            if constexpr (R <= kLoneRows[2]) tile_int8<R>(units, sums, panel, rows.num_units, tile, ahead);
+            if constexpr (R <= kLoneRows[2]) tile_int8<R>(units, sums, rows.num_parts, panel, rows.num_units, tile, ahead);
             return;
         default:
             if constexpr (R <= kLoneRows[3]) {
@@ -96,7 +96,8 @@ inline void linear(const PackedLinear& weight, const PackedRows& rows, float* ou
     }
 }
 
-inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows, const PackedRows& up_rows, float* out, int64_t out_stride, int64_t begin, int64_t end) {
+inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows, const PackedRows& up_rows, float* out, int64_t out_stride, float* largest, int64_t begin, int64_t end) {
+    for (int row = 0; row < gate_rows.num_rows; ++row) largest[row] = 0.0f;
     const int64_t gate_bytes = gate.panel_bytes(), up_bytes = up.panel_bytes();
     alignas(64) float gates[kMostRows * outrider::kPanel], ups[kMostRows * outrider::kPanel];
     for (int64_t p = begin; p < end; ++p) {
@@ -107,12 +108,17 @@ inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const P
             const int start = gate_rows.block_start(block), stop = gate_rows.block_start(block + 1);
             for (int row = start; row < stop; ++row) {
                 const int at = (row - start) * outrider::kPanel;
+                vf most = splat(largest[row]);
                 for (int c = 0; c < outrider::kPanel && output + c < gate.num_outputs; c += W) {
                     const vf g = finish(gate, gate_rows, row, gates + at, output, c);
                     const vf u = finish(up, up_rows, row, ups + at, output, c);
                     float* to = out + row * out_stride + (p - begin) * outrider::kPanel + c;
-                    store_part(to, mul(silu(g), u), gate.num_outputs - output - c);
+                    const vf y = mul(silu(g), u);
+                    const int64_t count = gate.num_outputs - output - c;
+                    store_part(to, y, count);
+                    most = max_magnitude(most, count >= W ? y : keep_lanes(y, 0, static_cast<int>(count), splat(0.0f)));
                 }
+                largest[row] = largest_magnitude_of(most);
             }
         }
     }

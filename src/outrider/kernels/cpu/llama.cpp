@@ -40,12 +40,14 @@ struct Llama::Step {
     const LlamaOutput& output;
     const KernelTable& kernels;
     Barrier& barrier;
-    float *hidden, *qkv, *attended, *inner, *cos, *sin, *rows, *scratch, *strip, *best;
+    float *hidden, *qkv, *attended, *inner, *largest, *cos, *sin, *rows, *scratch, *strip, *best;
     int64_t* best_tokens;
     int64_t row_width;
     PackedRows packed[3];
     AttentionPlan plan;
     std::atomic<size_t> next_task;
+    uint32_t* words;    // [threads][num_words]
+    int64_t num_words;
 
     void wait(int num_threads) { barrier.wait(num_threads); }
 };
@@ -72,6 +74,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
               qkv_.at_least(rows * (query_width + 2 * kv_width)),
               attended_.at_least(rows * query_width),
               inner_.at_least(rows * spec_.intermediate),
+              largest_.at_least(threads * rows),
               cos_.at_least(rows * spec_.head_dim / 2),
               sin_.at_least(rows * spec_.head_dim / 2),
               rows_.at_least(row_width * threads),
@@ -82,13 +85,18 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
               row_width,
               {},
               std::move(plan),
-              {}};
-    for (RowsBuffer& buffer : packed_) {  // room for every layer before the threads start
-        for (const LlamaLayer& layer : spec_.layers)
-            for (const PackedLinear* weight : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down})
-                buffer.rows_for(kernels, *weight, batch.num_rows);
-        buffer.rows_for(kernels, spec_.lm_head, std::max(1, batch.num_logits));
-    }
+              {},
+              nullptr,
+              0};
+    const auto make_room = [&](const PackedLinear& weight, int num_rows) {
+        for (RowsBuffer& buffer : packed_)
+            step.num_words = std::max(step.num_words, num_words(buffer.rows_for(kernels, weight, num_rows, turn.num_threads())));
+    };
+    for (const LlamaLayer& layer : spec_.layers)  // for every layer before the threads start
+        for (const PackedLinear* weight : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down})
+            make_room(*weight, batch.num_rows);
+    make_room(spec_.lm_head, std::max(1, batch.num_logits));
+    step.words = words_.at_least(step.num_words * threads);
     auto job = [&](int thread, int num_threads) { run_layers(step, thread, num_threads); };
     turn.run(job);
     last_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -122,10 +130,10 @@ void Llama::embed(Step& step, int thread, int num_threads) {
 namespace {
 
 // Packs a thread's share of rows for up to three layers; rows that serve several are packed once.
-template <class RowOf>
+template <class RowOf, class LargestOf>
 void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (&packed)[3],
               std::initializer_list<const PackedLinear*> weights, int num_rows, int thread, int num_threads,
-              RowOf row_of) {
+              uint32_t* words, RowOf row_of, LargestOf largest_of) {
     const PackedLinear* const* weight = weights.begin();
     int own[3];
     PackedRows rows[3];
@@ -133,16 +141,22 @@ void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (
         own[i] = i;
         for (int j = 0; j < i && own[i] == i; ++j)
             if (same_inputs(*weight[j], *weight[i])) own[i] = j;
-        rows[i] = buffers[own[i]].rows_for(kernels, *weight[i], num_rows);
+        rows[i] = buffers[own[i]].rows_for(kernels, *weight[i], num_rows, num_threads);
     }
-    const RowShare mine = share_of_rows(rows[0], thread, num_threads);
-    for (int64_t row = mine.rows.begin; row < mine.rows.end; ++row) {
-        const float* x = row_of(row);
-        for (int i = 0; i < static_cast<int>(weights.size()); ++i)
-            if (own[i] == i) kernels.pack_row(*weight[i], x, rows[i], static_cast<int>(row), mine.part, mine.num_parts);
-    }
+    for (int i = 0; i < static_cast<int>(weights.size()); ++i)
+        if (own[i] == i) pack_share(kernels, *weight[i], rows[i], thread, num_threads, words, row_of, largest_of);
     if (thread == 0)
         for (int i = 0; i < static_cast<int>(weights.size()); ++i) packed[i] = rows[i];
+}
+
+// Of what each thread has seen of a row; a NaN stays.
+float largest_of_threads(const float* largest, int64_t stride, int num_threads) {
+    float most = largest[0];
+    for (int thread = 1; thread < num_threads; ++thread) {
+        const float other = largest[thread * stride];
+        if (!(other <= most) && most == most) most = other;
+    }
+    return most;
 }
 
 }  // namespace
@@ -154,11 +168,13 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     const int64_t query_width = layer.query.num_outputs, kv_width = layer.key.num_outputs;
     const int64_t width = query_width + 2 * kv_width;
     float* normed = step.rows + thread * step.row_width;
-    pack_for(kernels, packed_, step.packed, {&layer.query, &layer.key, &layer.value}, batch.num_rows, thread, num_threads,
+    uint32_t* words = step.words + thread * step.num_words;
+    pack_for(kernels, packed_, step.packed, {&layer.query, &layer.key, &layer.value}, batch.num_rows, thread, num_threads, words,
              [&](int64_t row) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.input_norm, spec_.norm_eps, normed, spec_.hidden);
                  return normed;
-             });
+             },
+             [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
     if (thread == 0) step.next_task.store(num_threads, std::memory_order_relaxed);
 
     // The three layers' panels in one row, of which each thread takes a stretch.
@@ -208,8 +224,9 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
               step.scratch + thread * step.plan.scratch_size);
     step.wait(num_threads);
 
-    pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads,
-             [&](int64_t row) { return step.attended + row * query_width; });
+    pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads, words,
+             [&](int64_t row) { return step.attended + row * query_width; },
+             [&](int, const float* x) { return kernels.largest_magnitude(x, query_width); });
     step.wait(num_threads);
     kernels.linear(layer.output, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
                    outputs.begin, outputs.end);
@@ -220,20 +237,23 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
     const LlamaLayer& layer = spec_.layers[index];
     const KernelTable& kernels = step.kernels;
     float* normed = step.rows + thread * step.row_width;
-    pack_for(kernels, packed_, step.packed, {&layer.gate, &layer.up}, step.batch.num_rows, thread, num_threads,
+    uint32_t* words = step.words + thread * step.num_words;
+    pack_for(kernels, packed_, step.packed, {&layer.gate, &layer.up}, step.batch.num_rows, thread, num_threads, words,
              [&](int64_t row) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.post_norm, spec_.norm_eps, normed, spec_.hidden);
                  return normed;
-             });
+             },
+             [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
     const Share inner = share_of(layer.gate.num_panels(), thread, num_threads);
     fetch_ahead(layer.gate, inner);
     fetch_ahead(layer.up, inner);
     step.wait(num_threads);
     kernels.gated_silu(layer.gate, layer.up, step.packed[0], step.packed[1], step.inner + inner.begin * kPanel,
-                       spec_.intermediate, inner.begin, inner.end);
+                       spec_.intermediate, step.largest + thread * step.batch.num_rows, inner.begin, inner.end);
     step.wait(num_threads);
-    pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads,
-             [&](int64_t row) { return step.inner + row * spec_.intermediate; });
+    pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads, words,
+             [&](int64_t row) { return step.inner + row * spec_.intermediate; },
+             [&](int row, const float*) { return largest_of_threads(step.largest + row, step.batch.num_rows, num_threads); });
     const Share outputs = share_of(layer.down.num_panels(), thread, num_threads);
     fetch_ahead(layer.down, outputs);
     step.wait(num_threads);
@@ -248,11 +268,14 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     const LlamaOutput& output = step.output;
     const int64_t num_logits = batch.num_logits, vocab = spec_.vocab;
     float* normed = step.rows + thread * step.row_width;
-    pack_for(kernels, packed_, step.packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, [&](int64_t i) {
-        kernels.rms_norm(step.hidden + batch.logits_rows[i] * spec_.hidden, spec_.final_norm, spec_.norm_eps, normed,
-                         spec_.hidden);
-        return normed;
-    });
+    uint32_t* words = step.words + thread * step.num_words;
+    pack_for(kernels, packed_, step.packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, words,
+             [&](int64_t i) {
+                 kernels.rms_norm(step.hidden + batch.logits_rows[i] * spec_.hidden, spec_.final_norm, spec_.norm_eps, normed,
+                                  spec_.hidden);
+                 return normed;
+             },
+             [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
     step.wait(num_threads);
     const Share panels = share_of(spec_.lm_head.num_panels(), thread, num_threads);
     if (output.logits != nullptr) {

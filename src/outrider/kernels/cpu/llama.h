@@ -68,8 +68,9 @@ private:
 
     LlamaSpec spec_;
     double last_seconds_ = 0.0;
-    Buffer<float> hidden_, qkv_, attended_, inner_, cos_, sin_, rows_, scratch_, strip_, best_;
+    Buffer<float> hidden_, qkv_, attended_, inner_, largest_, cos_, sin_, rows_, scratch_, strip_, best_;
     Buffer<int64_t> best_tokens_;
+    Buffer<uint32_t> words_;
     RowsBuffer packed_[3];
 };
 

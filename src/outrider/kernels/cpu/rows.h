@@ -108,47 +108,53 @@ inline float quantize(const float* x, int64_t width, int8_t* out) {
     return largest / 127.0f;
 }
 
-// The sum of x[begin, end) in the layer's order, rounded as `pack_row` rounds.
-inline int32_t sum_of_rounded(const PackedLinear& weight, const float* x, int64_t begin, int64_t end, float inverse) {
-    int32_t sum = 0;
-    for (int64_t i = begin; i < end; i += W) {
-        const int64_t count = end - i < W ? end - i : W;
-        float in[W];
-        for (int64_t j = 0; j < count; ++j) in[j] = x[weight.input_order != nullptr ? weight.input_order[i + j] : i + j];
-        int8_t q[W];
-        store_s8(q, round_even(mul(load_part(in, count), splat(inverse))));
-        for (int64_t j = 0; j < count; ++j) sum += q[j];
+constexpr int64_t kStretch = 1024;  // inputs handled at a time, so that they stay in the first cache
+
+// Inputs in the form of the format's units: rounded bytes, bf16 (widened where a unit is one input), or as they are. What
+// the last unit has no input for becomes zero.
+inline void write_words(Format format, int per_unit, const float* in, int64_t count, float inverse, uint32_t* words) {
+    alignas(64) char last[4 * W] = {};
+    const int64_t whole = count / W * W;
+    if (format == outrider::kInt8 || format == outrider::kInt4) {
+        int8_t* out = reinterpret_cast<int8_t*>(words);
+        for (int64_t i = 0; i < whole; i += W) store_s8(out + i, round_even(mul(load(in + i), splat(inverse))));
+        if (whole == count) return;
+        store_s8(reinterpret_cast<int8_t*>(last), round_even(mul(load_part(in + whole, count - whole), splat(inverse))));
+        std::memcpy(out + whole, last, (count - whole + 3) / 4 * 4);
+    } else if (format == outrider::kBf16 && per_unit == 2) {
+        uint16_t* out = reinterpret_cast<uint16_t*>(words);
+        for (int64_t i = 0; i < whole; i += W) store_bf16(out + i, load(in + i));
+        if (whole == count) return;
+        store_bf16(reinterpret_cast<uint16_t*>(last), load_part(in + whole, count - whole));
+        std::memcpy(out + whole, last, (count - whole + 1) / 2 * 4);
+    } else if (format == outrider::kBf16) {
+        uint16_t narrow[W];
+        for (int64_t i = 0; i < count; i += W) {
+            store_bf16(narrow, load_part(in + i, count - i));
+            for (int64_t j = 0; j < W && i + j < count; ++j) words[i + j] = static_cast<uint32_t>(narrow[j]) << 16;
+        }
+    } else {
+        std::memcpy(words, in, sizeof(float) * count);
     }
+}
+
+inline int32_t sum_of_bytes(const int8_t* bytes, int64_t count) {
+    int32_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += bytes[i];
     return sum;
 }
 
-constexpr int64_t kStretch = 1024;  // inputs handled at a time, so that they stay in the first cache
-constexpr int64_t kPartInputs = 128;  // parts of a row begin at its multiples: whole units and groups, whole cache lines
-
-inline int64_t part_begin(int64_t width, int part, int num_parts) {
-    const int64_t begin = (width + kPartInputs - 1) / kPartInputs * part / num_parts * kPartInputs;
-    return begin < width ? begin : width;
-}
-
-inline void pack_row(const PackedLinear& weight, const float* x, const PackedRows& rows, int row, int part, int num_parts) {
+inline void pack_row(const PackedLinear& weight, const float* x, float largest, const PackedRows& rows, int row, int part,
+                     uint32_t* words) {
     const int block = rows.block_of(row), start = rows.block_start(block);
-    const int size = rows.block_start(block + 1) - start;
-    uint32_t* units = rows.units + start * rows.num_units + (row - start);
-    const int64_t width = weight.num_inputs;
-    const int64_t begin = part_begin(width, part, num_parts), end = part_begin(width, part + 1, num_parts);
-    const int per_unit = kUnitInputs[weight.format];
-    float ordered[kStretch];
-    float inverse = 0.0f;
-    if (weight.format == outrider::kInt8 || weight.format == outrider::kInt4) {
-        const float largest = largest_magnitude(x, width);
-        if (part == 0) rows.scales[row] = largest / 127.0f;
-        inverse = inverse_scale(largest);
-    }
-    int32_t* sums = rows.sums + start * rows.num_groups + (row - start);
-    const int factor = weight.format == outrider::kInt8 ? -128 : weight.has_zeros ? -1 : -8;
-    int64_t unit = begin / per_unit, in_group = 0;
-    int64_t group = weight.format == outrider::kInt4 ? begin / weight.group_size : 0;
-    int32_t sum = 0;
+    const int size = rows.block_start(block + 1) - start, per_unit = kUnitInputs[weight.format];
+    const int64_t first_unit = rows.part_begin(part), num_units = rows.part_begin(part + 1) - first_unit;
+    const int64_t width = weight.num_inputs, begin = first_unit * per_unit < width ? first_unit * per_unit : width;
+    const int64_t end = begin + num_units * per_unit < width ? begin + num_units * per_unit : width;
+    const bool whole = weight.format == outrider::kInt8 || weight.format == outrider::kInt4;
+    const float inverse = whole ? inverse_scale(largest) : 0.0f;
+    if (whole && part == 0) rows.scales[row] = largest / 127.0f;
+    alignas(64) float ordered[kStretch];
     for (int64_t first = begin; first < end; first += kStretch) {
         const int64_t count = end - first < kStretch ? end - first : kStretch;
         const float* in = x + first;
@@ -156,41 +162,40 @@ inline void pack_row(const PackedLinear& weight, const float* x, const PackedRow
             for (int64_t i = 0; i < count; ++i) ordered[i] = x[weight.input_order[first + i]];
             in = ordered;
         }
-        if (weight.format == outrider::kInt8 || weight.format == outrider::kInt4) {
-            alignas(64) int8_t q[kStretch + W];
-            for (int64_t i = 0; i < count; i += W) store_s8(q + i, round_even(mul(load_part(in + i, count - i), splat(inverse))));
-            for (int64_t i = count; i % 4 != 0; ++i) q[i] = 0;
-            for (int64_t i = 0; i < count; i += 4, ++unit) {
-                uint32_t word;
-                std::memcpy(&word, q + i, 4);
-                units[unit * size] = word;
-                sum += q[i] + q[i + 1] + q[i + 2] + q[i + 3];
-                in_group += 4;
-                if (weight.format == outrider::kInt4 && in_group == weight.group_size) {
-                    sums[group++ * size] = factor * sum;
-                    sum = 0;
-                    in_group = 0;
-                }
-            }
-        } else if (weight.format == outrider::kBf16) {
-            uint16_t narrow[kStretch + W] = {};
-            for (int64_t i = 0; i < count; i += W) store_bf16(narrow + i, load_part(in + i, count - i));
-            if (per_unit == 2) {
-                for (int64_t i = 0; i < count; i += 2, ++unit) std::memcpy(units + unit * size, narrow + i, 4);
-            } else {
-                for (int64_t i = 0; i < count; ++i, ++unit) units[unit * size] = static_cast<uint32_t>(narrow[i]) << 16;
-            }
-        } else {
-            for (int64_t i = 0; i < count; ++i, ++unit) std::memcpy(units + unit * size, in + i, 4);
+        write_words(weight.format, per_unit, in, count, inverse, words + (first - begin) / per_unit);
+    }
+    const int64_t written = (end - begin + per_unit - 1) / per_unit;
+    std::memset(words + written, 0, sizeof(uint32_t) * (num_units - written));
+    int32_t* sums = rows.sums + start * rows.num_groups + (row - start);
+    const int8_t* bytes = reinterpret_cast<const int8_t*>(words);
+    if (weight.format == outrider::kInt8) {
+        sums[part * size] = -128 * sum_of_bytes(bytes, end - begin);
+    } else if (weight.format == outrider::kInt4) {
+        const int factor = weight.has_zeros ? -1 : -8;
+        for (int64_t i = begin; i < end; i += weight.group_size) {
+            const int64_t count = end - i < weight.group_size ? end - i : weight.group_size;
+            sums[i / weight.group_size * size] = factor * sum_of_bytes(bytes + i - begin, count);
         }
     }
-    if (weight.format == outrider::kInt8) {
-        if (part == 0) sums[0] = factor * (sum + sum_of_rounded(weight, x, end, width, inverse));
-    } else if (weight.format == outrider::kInt4 && in_group > 0) {
-        sums[group * size] = factor * sum;
+}
+
+inline void interleave(const PackedRows& rows, int block, int part, const uint32_t* words) {
+    const int start = rows.block_start(block), size = rows.block_start(block + 1) - start;
+    const int64_t num_units = rows.part_begin(part + 1) - rows.part_begin(part);
+    uint32_t* units = rows.units + start * rows.num_units + rows.part_begin(part) * size;
+    int64_t unit = 0;
+    for (; unit + W <= num_units; unit += W) {
+        for (int first = 0; first < size; first += W) {
+            const char* from[W];
+            const int count = size - first < W ? size - first : W;
+            for (int i = 0; i < W; ++i)
+                from[i] = reinterpret_cast<const char*>(words + (first + (i < count ? i : 0)) * num_units + unit);
+            float* to = reinterpret_cast<float*>(units + unit * size + first);
+            transpose_block(from, 0, [&](int column, vf x) { store_lanes(to + column * size, x, count); });
+        }
     }
-    if (part + 1 == num_parts)
-        for (; unit < rows.num_units; ++unit) units[unit * size] = 0;
+    for (; unit < num_units; ++unit)
+        for (int row = 0; row < size; ++row) units[unit * size + row] = words[row * num_units + unit];
 }
 
 // Rotates the first half of each head against the second (Su et al., arXiv 2104.09864, as Llama lays it out).

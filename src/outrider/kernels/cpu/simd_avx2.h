@@ -85,6 +85,12 @@ inline void store_s8(int8_t* p, vf x) {
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T2); }
 
+// The first `count` lanes.
+inline void store_lanes(float* p, vf x, int count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane), x);
+}
+
 // Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
 inline vf keep_lanes(vf x, int low, int high, vf other) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

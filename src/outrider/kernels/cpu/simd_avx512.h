@@ -74,6 +74,9 @@ inline void store_s8(int8_t* p, vf x) {
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T2); }
 
+// The first `count` lanes.
+inline void store_lanes(float* p, vf x, int count) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), x); }
+
 // Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
 inline vf keep_lanes(vf x, int low, int high, vf other) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -110,6 +110,9 @@ inline void prefetch_far(const void* p) {
 #endif
 }
 
+// The first `count` lanes.
+inline void store_lanes(float* p, vf v, int count) { std::memcpy(p, v.x, sizeof(float) * count); }
+
 // Lanes [low, high) of x, the others of `other`; both may lie outside the vector.
 inline vf keep_lanes(vf x, int low, int high, vf other) {
     return lanes([&](int i) { return low <= i && i < high ? x.x[i] : other.x[i]; });

@@ -74,7 +74,7 @@ inline __m256i dot_signed(__m256i sum, __m256i magnitude, __m256i weight, __m256
 }
 
 template <int R>
-void tile_int8(const uint32_t* units, const int32_t*, const uint8_t* panel, int64_t num_units, float* tile,
+void tile_int8(const uint32_t* units, const int32_t*, int, const uint8_t* panel, int64_t num_units, float* tile,
                Ahead ahead) {
     __m256i sum[R][4];
     for (int r = 0; r < R; ++r)

@@ -10,6 +10,7 @@
 namespace OUTRIDER_LEVEL {
 
 using outrider::kPanel;
+using outrider::start_of_sum;
 
 constexpr int kBlockRows[] = {12, 12, 12, 6};
 constexpr int kLoneRows[] = {18, 18, 18, 8};
@@ -98,12 +99,15 @@ void tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, f
 }
 
 template <int R, int V>
-inline void sum_int8(const uint32_t* units, const int32_t* sums, const float* scales, const uint8_t* panel, int64_t num_units,
-                     float* tile, Ahead& ahead) {
+inline void sum_int8(const uint32_t* units, const int32_t* sums, int num_parts, const float* scales, const uint8_t* panel,
+                     int64_t num_units, float* tile, Ahead& ahead) {
+    __m512i starts[R];  // in memory: with calls between them the compiler would keep no sum in a register
+    for (int r = 0; r < R; ++r) starts[r] = _mm512_set1_epi32(start_of_sum(sums + r, R, num_parts));
     __m512i sum[R][V];
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = _mm512_set1_epi32(sums[r]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[r][v] = starts[r];
     sum_units<R, V>(sum, units, panel, num_units, ahead, DotInt8());
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
@@ -112,13 +116,13 @@ inline void sum_int8(const uint32_t* units, const int32_t* sums, const float* sc
 }
 
 template <int R>
-void tile_int8(const uint32_t* units, const int32_t* sums, const uint8_t* panel, int64_t num_units, float* tile,
-               Ahead ahead) {
+void tile_int8(const uint32_t* units, const int32_t* sums, int num_parts, const uint8_t* panel, int64_t num_units,
+               float* tile, Ahead ahead) {
     const float* scales = reinterpret_cast<const float*>(panel);
     panel += 128;
-    if constexpr (R <= kBlockRows[2]) return sum_int8<R, 2>(units, sums, scales, panel, num_units, tile, ahead);
-    sum_int8<R, 1>(units, sums, scales, panel, num_units, tile, ahead);
-    sum_int8<R, 1>(units, sums, scales + 16, panel + 64, num_units, tile + 16, ahead);
+    if constexpr (R <= kBlockRows[2]) return sum_int8<R, 2>(units, sums, num_parts, scales, panel, num_units, tile, ahead);
+    sum_int8<R, 1>(units, sums, num_parts, scales, panel, num_units, tile, ahead);
+    sum_int8<R, 1>(units, sums, num_parts, scales + 16, panel + 64, num_units, tile + 16, ahead);
 }
 
 template <int R, int V, bool kZeros>

@@ -9,6 +9,7 @@
 namespace OUTRIDER_LEVEL {
 
 using outrider::kPanel;
+using outrider::start_of_sum;
 
 constexpr int kBlockRows[] = {4, 4, 4, 4};
 constexpr int kUnitInputs[] = {1, 1, 4, 4};  // bf16 rows are kept as float32 that bf16 can hold
@@ -53,12 +54,12 @@ inline int32_t dot_unsigned(uint32_t weight, uint32_t unit) {
 }
 
 template <int R>
-void tile_int8(const uint32_t* units, const int32_t* sums, const uint8_t* panel, int64_t num_units, float* tile,
-               Ahead) {
+void tile_int8(const uint32_t* units, const int32_t* sums, int num_parts, const uint8_t* panel, int64_t num_units,
+               float* tile, Ahead) {
     const float* scales = reinterpret_cast<const float*>(panel);
     int32_t sum[R][kPanel];
     for (int r = 0; r < R; ++r)
-        for (int c = 0; c < kPanel; ++c) sum[r][c] = sums[r];
+        for (int c = 0; c < kPanel; ++c) sum[r][c] = start_of_sum(sums + r, R, num_parts);
     for (int64_t k = 0; k < num_units; ++k) {
         const uint32_t* w = reinterpret_cast<const uint32_t*>(panel + 128) + k * kPanel;
         for (int r = 0; r < R; ++r)

@@ -43,21 +43,19 @@ private:
 // Packed inputs of one or more layers that read rows in the same form.
 class RowsBuffer {
 public:
-    PackedRows rows_for(const KernelTable& kernels, const PackedLinear& weight, int num_rows) {
+    PackedRows rows_for(const KernelTable& kernels, const PackedLinear& weight, int num_rows, int num_threads) {
         const int per_unit = kernels.unit_inputs[weight.format];
         int64_t num_units = (weight.num_inputs + per_unit - 1) / per_unit;
         if (weight.format == kInt4) num_units = weight.num_groups() * (weight.group_size / 4);
         if (weight.format == kBf16) num_units = (weight.num_inputs + 1) / 2 * 2 / per_unit;
-        const bool whole = weight.format == kInt8 || weight.format == kInt4;
-        const int64_t num_groups = whole ? weight.num_groups() : 0;
-        return {num_rows,
-                kernels.block_rows[weight.format],
-                kernels.lone_rows[weight.format],
-                num_units,
-                num_groups,
-                units_.at_least(num_rows * num_units),
-                sums_.at_least(num_rows * num_groups),
-                scales_.at_least(num_rows)};
+        PackedRows rows{num_rows, kernels.block_rows[weight.format], kernels.lone_rows[weight.format], 1, num_units, 0,
+                        nullptr, nullptr, nullptr};
+        if (rows.num_blocks() < num_threads) rows.num_parts = num_threads;
+        rows.num_groups = weight.format == kInt4 ? weight.num_groups() : weight.format == kInt8 ? rows.num_parts : 0;
+        rows.units = units_.at_least(num_rows * num_units);
+        rows.sums = sums_.at_least(num_rows * rows.num_groups);
+        rows.scales = scales_.at_least(num_rows);
+        return rows;
     }
 
 private:
@@ -75,16 +73,31 @@ inline Share share_of(int64_t count, int thread, int num_threads) {
     return {count * thread / num_threads, count * (thread + 1) / num_threads};
 }
 
-// Who packs what: whole rows where there are several blocks of them, else a stretch of every row, because the rows of
-// one block lie so close together that threads would fight for the same cache lines.
-struct RowShare {
-    Share rows;
-    int part, num_parts;
-};
+// Words that a thread needs to pack a block.
+inline int64_t num_words(const PackedRows& rows) {
+    return rows.num_units * (rows.num_rows < rows.lone_rows ? rows.num_rows : rows.lone_rows);
+}
 
-inline RowShare share_of_rows(const PackedRows& rows, int thread, int num_threads) {
-    if (rows.num_blocks() == 1) return {{0, rows.num_rows}, thread, num_threads};
-    return {share_of(rows.num_rows, thread, num_threads), 0, 1};
+// Packs a thread's share of rows: whole blocks where there are enough, else a stretch of every row. Threads that packed a
+// row each of one block would fight for the cache lines in which its rows lie interleaved.
+// row_of(row) gives its inputs, largest_of(row, inputs) their largest magnitude; `words` are the thread's own.
+template <class RowOf, class LargestOf>
+void pack_share(const KernelTable& kernels, const PackedLinear& weight, const PackedRows& rows, int thread, int num_threads,
+                uint32_t* words, RowOf row_of, LargestOf largest_of) {
+    const bool whole = weight.format == kInt8 || weight.format == kInt4;
+    const int part = rows.num_parts > 1 ? thread : 0;
+    const int64_t num_units = rows.part_begin(part + 1) - rows.part_begin(part);
+    const Share blocks = rows.num_parts > 1 ? Share{0, rows.num_blocks()} : share_of(rows.num_blocks(), thread, num_threads);
+    for (int block = static_cast<int>(blocks.begin); block < blocks.end; ++block) {
+        const int start = rows.block_start(block), end = rows.block_start(block + 1);
+        for (int row = start; row < end; ++row) {
+            const float* x = row_of(row);
+            uint32_t* out = end - start == 1 ? rows.units + row * rows.num_units + rows.part_begin(part)
+                                             : words + (row - start) * num_units;
+            kernels.pack_row(weight, x, whole ? largest_of(row, x) : 0.0f, rows, row, part, out);
+        }
+        if (end - start > 1) kernels.interleave(rows, block, part, words);
+    }
 }
 
 }  // namespace outrider
