@@ -49,6 +49,9 @@ GROWTHS: dict[str, DraftModelConfig] = {
     "static": DraftModelConfig(
         growth="static", depth=2, max_nodes=NUM_NODES, rank_probs=(0.5, 0.3), min_path_prob=0.1
     ),
+    "static-table": DraftModelConfig(
+        growth="static", rank_paths=[[0], [1], [0, 0], [1, 0]], depth=2, max_nodes=NUM_NODES, min_path_prob=0.0
+    ),
     "specexec": DraftModelConfig(growth="specexec", depth=2, max_nodes=NUM_NODES, max_expanded=2, min_path_prob=0.0),
     "opt_tree": DraftModelConfig(growth="opt_tree", depth=2, max_nodes=NUM_NODES, min_path_prob=0.0),
 }

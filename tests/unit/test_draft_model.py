@@ -19,6 +19,7 @@ from outrider.drafting.growth.levels import CAPE_CANDIDATES
 from outrider.drafting.growth.stochastic_beam import truncated
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.drafting.sequoia import sequoia_shape
+from outrider.drafting.tree_shape import TreeShape
 from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams
@@ -39,6 +40,9 @@ GROWTHS: dict[str, DraftModelConfig] = {
     "dyspec_threshold": DraftModelConfig(growth="dyspec_threshold", min_path_prob=0.05),
     "opt_tree": DraftModelConfig(growth="opt_tree", min_path_prob=0.0),
     "static": DraftModelConfig(growth="static", min_path_prob=0.0),
+    "static-table": DraftModelConfig(
+        growth="static", rank_paths=[[0], [1], [0, 0], [0, 1], [1, 0]], min_path_prob=0.0
+    ),
 }
 
 
@@ -251,6 +255,50 @@ def test_static_trees_are_the_best_for_their_acceptance(ranks) -> None:
     for node, (parent, rank) in enumerate(zip(shape.parents, shape.ranks, strict=True), 1):
         row = log_q(tuple(tree.tokens[above] for above in tree.path(parent)))
         assert tree.tokens[node] == np.argsort(-row)[rank]
+
+
+# The first nodes of the table that EAGLE publishes for 7B models.
+TABLE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(("params", "style"), [(GREEDY, SHARED), (SAMPLED, SHARED), (SAMPLED, INDEPENDENT)])
+def test_a_published_table_is_drafted_as_it_stands(params: SamplingParams, style: DraftStyle) -> None:
+    config = DraftModelConfig(growth="static", rank_paths=TABLE[::-1], min_path_prob=0.0)
+    tree = grown(config, params, style).finished()
+    shape = TreeShape.from_paths(TABLE)
+    ranks = [rank for children in tree.children() for rank, _ in enumerate(children)]
+    assert tree.parents[1:] == shape.parents
+    assert sorted(ranks) == sorted(shape.ranks)
+    if params.greedy:
+        for node, (parent, rank) in enumerate(zip(shape.parents, shape.ranks, strict=True), 1):
+            row = log_q(tuple(tree.tokens[above] for above in tree.path(parent)))
+            assert tree.tokens[node] == np.argsort(-row)[rank]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank_paths": [[0], [1, 0]]}, r"its parent \[1\] too"),
+        ({"rank_paths": [[0], [2]]}, r"its sibling before it \[1\] too"),
+        ({"rank_paths": [[0], [0, 0], [0, 2]]}, r"its sibling before it \[0, 1\] too"),
+        ({"rank_paths": [[0], [0]]}, "every node once"),
+        ({"rank_paths": []}, "a list of paths"),
+        ({"rank_paths": "0"}, "a list of paths"),
+        ({"rank_paths": [[]]}, "at least one"),
+        ({"rank_paths": [0]}, "at least one"),
+        ({"rank_paths": [[-1]]}, "integer"),
+        ({"rank_paths": [[True]]}, "integer"),
+        ({"rank_paths": [[0.0]]}, "integer"),
+        ({"rank_paths": TABLE, "max_nodes": 8}, "max_nodes: got 8, expected at least the 9 .* set max_nodes to 9"),
+        ({"rank_paths": TABLE, "depth": 3}, "depth: got 3, expected at least the 4"),
+        ({"rank_paths": TABLE, "rank_probs": (0.5,)}, "leave one of them out"),
+        ({"rank_paths": TABLE, "growth": "beam"}, "growth 'static'"),
+    ],
+    ids=str,
+)
+def test_tables_that_cannot_be_drafted_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DraftModelConfig(**{"growth": "static", **values})  # type: ignore[arg-type]
 
 
 def test_stochastic_beam_search_draws_paths_without_replacement() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from outrider.config.checks import Weights, check_int, check_tree_limits, check_weights, require
+from outrider.errors import ConfigError
 
 GrowthName = Literal[
     "beam",
@@ -21,6 +22,9 @@ GrowthName = Literal[
     "opt_tree",
     "static",
 ]
+
+
+DEFAULT_RANK_PROBS = (0.6, 0.12, 0.05, 0.03)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class DraftModelConfig:
             "dyspec_threshold": all places likelier than `min_path_prob`, depth by depth;
             "specexec": the most probable paths, `max_expanded` nodes read per forward;
             "opt_tree": the same, a layer per forward, until a layer is worth less than `min_gain`;
-            "static": the best shape for `rank_probs`, by Sequoia's dynamic programme.
+            "static": the shape of `rank_paths`, or the best one for `rank_probs`, by Sequoia's dynamic programme.
         depth: the longest path of the tree.
         width: children drawn below an expanded node, or paths side by side; 1 is a chain.
         max_expanded: nodes expanded per depth or forward, the most probable paths first.
@@ -52,6 +56,8 @@ class DraftModelConfig:
         min_gain: least gain in expected accepted tokens for which a further layer is read.
         rank_probs: how likely the child of each rank is accepted once its parent is: ``[rank]``, or
             ``[depth][rank]``, which ends the tree at the last depth.
+        rank_paths: the nodes of a published table, each by the ranks that lead to it: ``[[0], [1], [0, 0]]``. It must
+            fit into `max_nodes` and `depth`.
         dtype: of the draft's activations and cache; "auto" is the checkpoint's.
         weights, group_size: of the draft's linear layers, as in `EngineConfig`.
     """
@@ -67,7 +73,8 @@ class DraftModelConfig:
     max_nodes: int = 12
     branching: Sequence[int] = (3, 1, 1, 1)
     min_gain: float = 0.1
-    rank_probs: Sequence[float] | Sequence[Sequence[float]] = (0.6, 0.12, 0.05, 0.03)
+    rank_probs: Sequence[float] | Sequence[Sequence[float]] = DEFAULT_RANK_PROBS
+    rank_paths: Sequence[Sequence[int]] | None = None
     dtype: str = "auto"
     weights: Weights = "auto"
     group_size: int = 64
@@ -87,7 +94,37 @@ class DraftModelConfig:
         valid = isinstance(self.min_gain, int | float) and 0 <= self.min_gain < 128
         require(valid, "draft_model.min_gain", self.min_gain, "a number in [0, 128)")
         _check_rank_probs(self.rank_probs)
+        if self.rank_paths is not None:
+            self._check_rank_paths(self.rank_paths)
         check_weights("draft_model.", self.weights, self.group_size)
+
+    def _check_rank_paths(self, rank_paths: Sequence[Sequence[int]]) -> None:
+        name = "draft_model.rank_paths"
+        if self.growth != "static" or self.rank_probs != DEFAULT_RANK_PROBS:
+            got = f"growth={self.growth!r}, rank_probs={self.rank_probs!r} beside it"
+            raise ConfigError(
+                name, got=got, expected="growth 'static' and no rank_probs", remedy="leave one of them out"
+            )
+        require(isinstance(rank_paths, list | tuple) and len(rank_paths) > 0, name, rank_paths, "a list of paths")
+        chosen: set[tuple[int, ...]] = set()
+        for path in rank_paths:
+            valid = isinstance(path, list | tuple) and len(path) > 0
+            require(valid, name, path, "a list of ranks from 0, at least one")
+            for rank in path:
+                check_int(name, rank, 0, 63)
+            require(tuple(path) not in chosen, name, list(path), "every node once")
+            chosen.add(tuple(path))
+        for *above, rank in chosen:  # a draft's siblings come in the order of their ranks, from the first on
+            for needed, what in ((above, "parent"), ([*above, rank - 1], "sibling before it")):
+                if needed and needed[-1] >= 0 and tuple(needed) not in chosen:
+                    raise ConfigError(name, got=f"node {[*above, rank]}", expected=f"its {what} {needed} too")
+        for setting, limit, size in (
+            ("max_nodes", self.max_nodes, len(chosen)),
+            ("depth", self.depth, max(map(len, chosen))),
+        ):
+            if size > limit:
+                expected, remedy = f"at least the {size} of rank_paths", f"set {setting} to {size}"
+                raise ConfigError(f"draft_model.{setting}", got=limit, expected=expected, remedy=remedy)
 
 
 def _check_fraction(name: str, value: object) -> None:

@@ -12,6 +12,7 @@ from outrider.drafting.growth.policy import Growth
 from outrider.drafting.growth.stochastic_beam import StochasticBeam
 from outrider.drafting.growth.tree import Draws, GrowthLimits
 from outrider.drafting.sequoia import sequoia_shape
+from outrider.drafting.tree_shape import TreeShape
 
 
 def build_growth(config: DraftModelConfig, style: DraftStyle) -> Growth:
@@ -58,6 +59,8 @@ def _as_the_rule_asks(config: DraftModelConfig, limits: GrowthLimits, draws: Dra
             return Branching(limits, draws, (config.width, *[1] * (config.depth - 1)))
         case "cape":
             return ExpandedChain(limits, draws)
+        case "static" if config.rank_paths is not None:
+            return Static(limits, draws, TreeShape.from_paths(config.rank_paths))
         case "static":
             return Static(limits, draws, sequoia_shape(config.max_nodes, config.depth, config.rank_probs))
         case _:
