@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from outrider.bench.predict import PAIR_RATES, SIBLING_SHARES
 from outrider.bench.runner import OutriderContender, Sample
-from outrider.config import DRAFTER_CONFIGS, drafter_config
+from outrider.bench.speculation import by_depth_and_rank
+from outrider.config import DraftModelConfig, JacobiConfig, LookaheadConfig, NoDrafterConfig, drafter_config
 from outrider.llm import LLM
 from outrider.sampling.params import SamplingParams
 from outrider.verification.descriptions import RULE_DESCRIPTIONS
+
+LONGEST_PATH = 32  # of a draft model whose depth is left open
 
 
 @dataclass(frozen=True)
@@ -19,18 +23,21 @@ class AcceptanceRow:
     """One drafter with one budget under one rule on one workload.
 
     Attributes:
-        budget: the most draft tokens of a step; None for a drafter that has no such setting, which takes its own.
+        spec: of the drafter, as it ran.
+        budget: the most draft tokens of a step.
         acceptance_length: tokens per verification, the bonus token included.
         draft_tokens_per_step: draft tokens verified, of the budget.
         draft_ms: in the drafter, per step and request.
         num_equal: outputs that are plain decoding's; None under a rule that gives another sample.
+        levels: what each level of a hierarchy was asked, answered, drafted and had accepted; None for other drafters.
     """
 
     workload: str
     rule: str
     temperature: float
     drafter: str
-    budget: int | None
+    spec: Mapping[str, Any]
+    budget: int
     acceptance_length: float
     draft_tokens_per_step: float
     draft_ms: float
@@ -38,24 +45,71 @@ class AcceptanceRow:
     num_tokens: int
     num_equal: int | None
     num_outputs: int
+    levels: Sequence[Mapping[str, Any]] | None = None
 
     def record(self) -> dict[str, Any]:
         """As a JSON object."""
         return dataclasses.asdict(self)
 
 
-def with_budget(spec: Mapping[str, Any], budget: int) -> dict[str, Any] | None:
-    """A drafter's specification with `budget` draft tokens at most; None if it has no setting for that.
+def with_budget(spec: Mapping[str, Any], budget: int) -> dict[str, Any]:
+    """A drafter's specification with `budget` draft tokens at most.
+
+    A draft model's depth and branching, which could keep it from using them, follow the budget where the
+    specification leaves them open.
 
     Raises:
         ConfigError: the drafter refuses that budget.
     """
-    fields = {field.name for field in dataclasses.fields(DRAFTER_CONFIGS[spec["method"]])}
-    if "max_nodes" not in fields:
-        return None
-    budgeted = {**spec, "max_nodes": budget}
-    drafter_config(budgeted)
-    return budgeted
+    config = drafter_config(spec)
+    settings: dict[str, Any] = {"max_nodes": budget}
+    given, depth = dict(spec), min(budget, LONGEST_PATH)
+    match config:
+        case NoDrafterConfig():
+            return given
+        case JacobiConfig():
+            settings = {"block_size": budget}
+        case LookaheadConfig():
+            settings = _lookahead_settings(budget)
+        case DraftModelConfig(growth="mcsd" | "rsd_c"):
+            # Two chains, as in `GROWTH_SETTINGS`; of fewer than two nodes one.
+            following = {"depth": depth, "branching": [min(2, budget), *[1] * (min(depth, budget // 2) - 1)]}
+            given = {**following, **given}
+        case DraftModelConfig():
+            given = {"depth": depth, **given}
+    made = {**given, **settings}
+    drafter_config(made)
+    return made
+
+
+def _lookahead_settings(budget: int) -> dict[str, int]:
+    """The longest n-grams of which window and guesses, equally many (the paper's choice), fit into the budget.
+
+    ``guesses * (ngram - 1)`` nodes and ``window * (ngram - 1) - 1``. On held-out code longer n-grams brought more
+    tokens a step than more of them did, up to 16 nodes.
+    """
+    columns = max(1, budget // 16)
+    return {"window": columns, "guesses": columns, "ngram": 1 + (budget + 1) // (2 * columns)}
+
+
+# How a draft model's trees grow, beside the budget. Two paths side by side did better than three or four, with 8
+# nodes and with 16; shapes that are constant by definition do not end where the draft is not confident.
+GROWTH_SETTINGS: dict[str, dict[str, Any]] = {
+    "beam": {"width": 2},
+    "mcsd": {"min_path_prob": 0.0},
+    "mcsd_improved": {"width": 2},
+    "rsd_c": {"min_path_prob": 0.0},
+    "rsd_s": {"width": 2, "min_path_prob": 0.0},
+    "static": {
+        "min_path_prob": 0.0,
+        "rank_probs": [[round(p, 3) for p in row] for row in by_depth_and_rank(PAIR_RATES, SIBLING_SHARES)],
+    },
+}
+
+
+def growth_specs(growths: Sequence[str], spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A draft model's specification for each growth, by "draft_model" and its name; what `spec` says goes first."""
+    return {f"{spec['method']} {name}": {**GROWTH_SETTINGS.get(name, {}), **spec, "growth": name} for name in growths}
 
 
 @dataclass
@@ -78,16 +132,11 @@ class AcceptanceRuns:
     batch_size: int = 1
     rows: list[AcceptanceRow] = field(default_factory=list)
 
-    def contenders(self) -> list[tuple[str, int | None, dict[str, Any]]]:
+    def contenders(self) -> list[tuple[str, int, dict[str, Any]]]:
         """Name, budget and specification of all that is run."""
-        found: list[tuple[str, int | None, dict[str, Any]]] = []
-        for name, spec in self.specs.items():
-            budgeted = [(budget, with_budget(spec, budget)) for budget in self.budgets]
-            if budgeted[0][1] is None:
-                found.append((name, None, dict(spec)))
-            else:
-                found += [(name, budget, made) for budget, made in budgeted if made is not None]
-        return found
+        return [
+            (name, budget, with_budget(spec, budget)) for name, spec in self.specs.items() for budget in self.budgets
+        ]
 
     def run(
         self,
@@ -104,22 +153,39 @@ class AcceptanceRuns:
         """
         params = SamplingParams(temperature=temperature, max_tokens=self.max_tokens, seed=self.seed)
         on_start(f"{workload}: plain")
-        plain = self._decode({"method": "none"}, "coupled", params, prompts)
+        plain, _ = self._decode({"method": "none"}, "coupled", params, prompts)
         for rule in rules:
             exact = params.greedy or RULE_DESCRIPTIONS[rule].exactness == "sample"
             for name, budget, spec in self.contenders():
-                on_start(f"{workload}: {name}" + ("" if budget is None else f" with {budget}"))
-                sample = self._decode(spec, rule, params, prompts)
-                where = {"workload": workload, "rule": rule, "temperature": temperature}
-                self.rows.append(_row({**where, "drafter": name, "budget": budget}, sample, plain if exact else None))
+                on_start(f"{workload}: {name} with {budget}")
+                sample, levels = self._decode(spec, rule, params, prompts)
+                where = {"workload": workload, "rule": rule, "temperature": temperature, "levels": levels}
+                where |= {"drafter": name, "spec": spec, "budget": budget}
+                self.rows.append(_row(where, sample, plain if exact else None))
 
     def _decode(
         self, spec: Mapping[str, Any], rule: str, params: SamplingParams, prompts: Sequence[list[int]]
-    ) -> Sample:
+    ) -> tuple[Sample, list[dict[str, Any]] | None]:
         base = self.llm if rule == self.llm.config.verification else self.llm.with_decoding("none", verification=rule)
-        contender = OutriderContender("", base, spec, params, self.batch_size)
+        contender = _Contender("", base, spec, params, self.batch_size)
         contender.prepare()
-        return contender.run(prompts)
+        before = contender.levels()
+        sample = contender.run(prompts)
+        after = contender.levels()
+        return sample, None if before is None or after is None else list(map(_since, before, after))
+
+
+class _Contender(OutriderContender):
+    """One whose drafter may count by levels."""
+
+    def levels(self) -> list[dict[str, Any]] | None:
+        """Counts of every level so far, the warm-up's too; None for a drafter without any."""
+        statistics = getattr(self._llm.engine.drafter, "statistics", None)
+        return None if statistics is None else [dataclasses.asdict(level) for level in statistics]
+
+
+def _since(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value - before[key] if key.startswith("num_") else value for key, value in after.items()}
 
 
 def _row(where: Mapping[str, Any], sample: Sample, plain: Sample | None) -> AcceptanceRow:

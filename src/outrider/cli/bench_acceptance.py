@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import asdict
 from itertools import count
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from outrider.bench.data_sets import DATA_SETS
 from outrider.bench.workloads import Workload
@@ -25,6 +25,7 @@ from outrider.cli.options import (
 )
 from outrider.cli.prompts import chosen_workload
 from outrider.config import EngineConfig, SchedulerConfig
+from outrider.config.draft_models import GrowthName
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
 from outrider.verification.descriptions import RULE_DESCRIPTIONS
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 DEFAULT_NUM_PROMPTS = 8
 DEFAULT_WORKLOADS = "code,edit,random"
+GROWTHS = get_args(GrowthName)
 
 
 @with_groups
@@ -45,6 +47,15 @@ def acceptance(
     target: ModelOptions,
     drafter: opt.Drafters = None,
     drafting: DraftOptions,
+    growths: Annotated[
+        str | None,
+        option(
+            "--growth",
+            help=f"Also measure draft_model with trees that grow so: all, or some of {', '.join(GROWTHS)}.",
+            panel=opt.DRAFTING,
+            metavar="NAME,...",
+        ),
+    ] = None,
     rules: Annotated[
         str,
         option(
@@ -102,10 +113,7 @@ def acceptance(
         threads=threads,
         prefix_caching=False,
     )
-    chosen = [name for name in opt.drafter_names(drafter, engine) if name != "none"]
-    if not chosen:
-        raise ConfigError("--decoding", got="none", expected="a drafter to measure")
-    specs = opt.drafter_specs(chosen, engine)
+    specs = _specs(drafter, growths, engine)
     report.check()
     llm = engine.load("none")
 
@@ -130,6 +138,23 @@ def acceptance(
         _measure(runs, plan, encoded, names)
     finally:
         _report(runs.rows, settings, report)
+
+
+def _specs(drafter: list[str] | None, growths: str | None, engine: EngineOptions) -> dict[str, dict[str, Any]]:
+    """Of the drafters named, and of draft_model with every growth named."""
+    chosen = [name for name in opt.drafter_names(drafter, engine) if name != "none"]
+    if growths is None:
+        if not chosen:
+            raise ConfigError("--decoding", got="none", expected="a drafter to measure")
+        return opt.drafter_specs(chosen, engine)
+    grown = _names(",".join(GROWTHS) if growths == "all" else growths, "--growth", GROWTHS)
+    if engine.model is not None and engine.draft_model is None:
+        raise ConfigError("--growth", got="no draft model", expected="one by --draft-model")
+    specs = opt.drafter_specs([*chosen, "draft_model"], engine)
+
+    from outrider.bench.acceptance import growth_specs
+
+    return {**{name: specs[name] for name in chosen}, **growth_specs(grown, specs["draft_model"])}
 
 
 def encode_for(llm: LLM, workload: Workload, max_tokens: int) -> list[list[int]]:
@@ -213,7 +238,7 @@ def _table(rows: list[AcceptanceRow], title: str) -> Table:
     from rich.table import Table
 
     columns = list(dict.fromkeys((row.workload, row.temperature) for row in rows))
-    lines: dict[tuple[str, str, int | None], dict[tuple[str, float], AcceptanceRow]] = {}
+    lines: dict[tuple[str, str, int], dict[tuple[str, float], AcceptanceRow]] = {}
     for row in rows:
         lines.setdefault((row.rule, row.drafter, row.budget), {})[row.workload, row.temperature] = row
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
@@ -228,9 +253,7 @@ def _table(rows: list[AcceptanceRow], title: str) -> Table:
         drafted = sum(row.draft_tokens_per_step * row.num_steps for row in of.values()) / max(1, num_steps)
         draft_ms = sum(row.draft_ms * row.num_steps for row in of.values()) / max(1, num_steps)
         numbers = [f"{drafted:.1f}", f"{draft_ms:.3f}"]
-        table.add_row(
-            rule, drafter, "its own" if budget is None else str(budget), *lengths, *numbers, _identical(of.values())
-        )
+        table.add_row(rule, drafter, str(budget), *lengths, *numbers, _identical(of.values()))
     return table
 
 
