@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from outrider.config import DraftModelConfig
-from outrider.drafting.drafter import DraftContext, DraftStyle
+from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.growth.build import build_growth
-from outrider.drafting.growth.policy import Growth
+from outrider.drafting.growth.policy import Growth, PlannedGrowth
 from outrider.drafting.growth.tree import Draws, GrowingTree, GrowthLimits, Row
 from outrider.sampling.noise import Purpose
 from outrider.sampling.params import SamplingParams
-from outrider.token_tree import TokenTreeBatch
+from outrider.token_tree import TokenTree, TokenTreeBatch
 from outrider.verification.build import build_rule
 from tests.losslessness.enumeration import (
     TOLERANCE,
@@ -52,6 +52,10 @@ GROWTHS: dict[str, DraftModelConfig] = {
     "static-table": DraftModelConfig(
         growth="static", rank_paths=[[0], [1], [0, 0], [1, 0]], depth=2, max_nodes=NUM_NODES, min_path_prob=0.0
     ),
+    "static-measured": DraftModelConfig(
+        growth="static", rank_probs="measured", depth=3, max_nodes=NUM_NODES, min_path_prob=0.1
+    ),
+    "ppd": DraftModelConfig(growth="ppd", rank_probs=(0.5, 0.4), depth=3, max_nodes=NUM_NODES, min_path_prob=0.3),
     "specexec": DraftModelConfig(growth="specexec", depth=2, max_nodes=NUM_NODES, max_expanded=2, min_path_prob=0.0),
     "opt_tree": DraftModelConfig(growth="opt_tree", depth=2, max_nodes=NUM_NODES, min_path_prob=0.0),
 }
@@ -73,7 +77,7 @@ class EnumeratedTree(GrowingTree):
     def _next_token(self, node: int, number: int) -> int | None:
         if not self.is_sampled:
             return super()._next_token(node, number)
-        left = self.tables.q(self.path_tokens(node)).copy()
+        left = np.exp(self._below[node].log_probs)  # not of the node's own path where one guess serves several
         if self._siblings == "without_replacement":
             left[[self.tokens[n] for n in range(1, len(self.tokens)) if self.parents[n] == node]] = 0.0
         return self.decisions.choose(left / left.sum()) if left.sum() > 0.0 else None
@@ -89,12 +93,16 @@ class EnumeratedTree(GrowingTree):
         return np.array([offset - 0.7 * digest[rank + 1] / 64 - 2.0 * rank for rank in range(min(count, possible))])
 
 
-def run(growth: Growth, rule_name: str, tables: Tables, decisions: EnumeratedDecisions) -> tuple[int, ...]:
+def grow(growth: Growth, tables: Tables, decisions: EnumeratedDecisions) -> TokenTree:
     tree = EnumeratedTree(tables, decisions, growth)
     for nodes in growth.grow(tree):
         for node in nodes:
             tree.read(node)
-    grown = tree.finished()
+    return tree.finished()
+
+
+def run(growth: Growth, rule_name: str, tables: Tables, decisions: EnumeratedDecisions) -> tuple[int, ...]:
+    grown = grow(growth, tables, decisions)
     batch = TokenTreeBatch.from_trees([grown])
     path = build_rule(rule_name).verify(batch, tables.log_rows(grown, "p"), decisions).paths[0]
     return emitted_tokens(grown, path)
@@ -128,6 +136,80 @@ def test_growths_are_exact_under_rejection_rules(name: str, rule_name: str) -> N
     for kind in PROVED:
         error = largest_error(growth, rule_name, Tables(VOCAB, kind, seed=1))
         assert error < TOLERANCE, f"{kind}: off by {error:.3g}"
+
+
+@dataclass(frozen=True)
+class TablesAfter(Tables):
+    """What tables give after some tokens."""
+
+    prefix: tuple[int, ...] = ()
+
+    def p(self, path: Sequence[int]) -> np.ndarray:
+        return super().p((*self.prefix, *path))
+
+    def q(self, path: Sequence[int]) -> np.ndarray:
+        return super().q((*self.prefix, *path))
+
+
+@pytest.mark.parametrize("name", ["static", "ppd"])
+@pytest.mark.parametrize("rule_name", ["tree_rejection", "multi_candidate"])
+def test_shapes_by_earlier_outcomes_are_exact(name: str, rule_name: str) -> None:
+    """Two steps, the second with a tree that what became of the first has shaped."""
+    config = DraftModelConfig(growth=name, rank_probs="measured", depth=2, max_nodes=2, min_path_prob=0.3)  # type: ignore[arg-type]
+    second_shapes = set()
+
+    def two_steps(decisions: EnumeratedDecisions, kind: Kind) -> tuple[int, ...]:
+        growth = build_growth(config, style_of(rule_name))
+        assert isinstance(growth, PlannedGrowth)
+        emitted: tuple[int, ...] = ()
+        for step in range(2):
+            tables = TablesAfter(2, kind, 1, emitted)
+            grown = grow(growth, tables, decisions)
+            batch = TokenTreeBatch.from_trees([grown])
+            path = build_rule(rule_name).verify(batch, tables.log_rows(grown, "p"), decisions).paths[0]
+            emitted += emitted_tokens(grown, path)
+            for _ in range(200 if step == 0 else 0):  # as if it had been so for long
+                growth.planner.count(grown, DraftOutcome("r", grown, path, None))
+                growth.planner.end_step()
+            if step == 1:
+                second_shapes.add(grown.parents)
+        return emitted
+
+    for kind in PROVED:
+        tables, length = Tables(2, kind, 1), 6
+        actual: dict[tuple[int, ...], float] = defaultdict(float)
+        for tokens, weight in enumerate_runs(lambda decisions, kind=kind: two_steps(decisions, kind)):
+            for rest in itertools.product(range(2), repeat=length - len(tokens)):
+                actual[tokens + rest] += weight * probability(tables, tokens + rest, len(tokens))
+        sequences = itertools.product(range(2), repeat=length)
+        assert max(abs(actual[s] - probability(tables, s, 0)) for s in sequences) < TOLERANCE
+    assert len(second_shapes) > 1, "a case in which nothing varies"
+
+
+def test_candidates_of_the_target_are_lossless_only_one_at_a_time() -> None:
+    """Why `mcsd_improved` has the root for the target's candidates.
+
+    The paper takes several tokens that the target would say next, drafts below each, and keeps the one with the
+    longest accepted draft: which of them is kept depends on what follows it, and so the output is not the target's.
+    """
+
+    def one_step(decisions: EnumeratedDecisions, num_candidates: int) -> int:
+        left, lengths = tables.p(()).copy(), {}
+        for _ in range(num_candidates):
+            first = decisions.choose(left / left.sum())
+            left[first] = 0.0
+            p, q = tables.p((first,)), tables.q((first,))
+            second = decisions.choose(q)
+            lengths[first] = decisions.accept(min(1.0, p[second] / q[second]), 0, 0)
+        return max(lengths, key=lambda token: lengths[token])  # of equals the one that was drawn first
+
+    tables = Tables(VOCAB, "dense", 1)
+    for num_candidates, is_exact in ((1, True), (2, False)):
+        actual = np.zeros(VOCAB)
+        for token, weight in enumerate_runs(lambda decisions, count=num_candidates: one_step(decisions, count)):
+            actual[token] += weight
+        error = np.abs(actual - tables.p(())).max()
+        assert error < TOLERANCE if is_exact else error > 0.01
 
 
 @dataclass(frozen=True)
@@ -189,11 +271,7 @@ def test_pruning_by_confidence_is_exact() -> None:
             tables = Tables(VOCAB, kind, 1)
 
             def pruned(decisions: EnumeratedDecisions, tables: Tables = tables, kept: int = kept) -> tuple[int, ...]:
-                tree = EnumeratedTree(tables, decisions, growth)
-                for nodes in growth.grow(tree):
-                    for node in nodes:
-                        tree.read(node)
-                grown = tree.finished()
+                grown = grow(growth, tables, decisions)
                 confidences = grown.path_confidences
                 assert confidences is not None
                 order = sorted(range(1, grown.num_nodes), key=lambda node: (-confidences[node], node))

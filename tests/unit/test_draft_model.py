@@ -23,7 +23,7 @@ from outrider.drafting.tree_shape import TreeShape
 from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams
-from outrider.token_tree import VerifiedPath, ancestor_mask
+from outrider.token_tree import TokenTree, VerifiedPath, ancestor_mask
 from tests.losslessness.engine_harness import DRAFTERS, make_engine, make_request, run
 from tests.toy_model import ToyModel
 
@@ -40,6 +40,8 @@ GROWTHS: dict[str, DraftModelConfig] = {
     "dyspec_threshold": DraftModelConfig(growth="dyspec_threshold", min_path_prob=0.05),
     "opt_tree": DraftModelConfig(growth="opt_tree", min_path_prob=0.0),
     "static": DraftModelConfig(growth="static", min_path_prob=0.0),
+    "static-measured": DraftModelConfig(growth="static", rank_probs="measured", min_path_prob=0.0),
+    "ppd": DraftModelConfig(growth="ppd", min_path_prob=0.01),
     "static-table": DraftModelConfig(
         growth="static", rank_paths=[[0], [1], [0, 0], [0, 1], [1, 0]], min_path_prob=0.0
     ),
@@ -255,6 +257,49 @@ def test_static_trees_are_the_best_for_their_acceptance(ranks) -> None:
     for node, (parent, rank) in enumerate(zip(shape.parents, shape.ranks, strict=True), 1):
         row = log_q(tuple(tree.tokens[above] for above in tree.path(parent)))
         assert tree.tokens[node] == np.argsort(-row)[rank]
+
+
+@pytest.mark.parametrize(("params", "style"), [(GREEDY, SHARED), (SAMPLED, SHARED), (SAMPLED, INDEPENDENT)])
+def test_ppd_widens_a_chain_with_one_guess_for_each_depth(params: SamplingParams, style: DraftStyle) -> None:
+    """As many levels as the draft is confident for, in the shape that is best for so many."""
+    ranks, states = (0.5, 0.35, 0.2), set()
+    for seed in range(12):
+        config = DraftModelConfig(growth="ppd", depth=4, max_nodes=14, rank_probs=ranks, min_path_prob=0.4)
+        tree = grown(config, params, style, seed)
+        made, path = tree.finished(), []
+        while children := made.children()[path[-1] if path else 0]:
+            path.append(children[0])
+        state = len(path)
+        states.add(state)
+        assert all(tree.scores[node] >= math.log(0.4) for node in path[:-1])
+        assert state == max(sequoia_shape(14, 4, ranks).depths) or tree.scores[path[-1]] < math.log(0.4)
+        places = [
+            tuple(siblings_before(made, above) for above in made.path(node)) for node in range(1, made.num_nodes)
+        ]
+        assert set(places) == set(sequoia_shape(14, state, ranks).paths)
+        if style is SHARED:  # what stands at a rank is the same below every candidate of a depth
+            at = {(made.depths[node], place[-1], made.tokens[node]) for node, place in enumerate(places, 1)}
+            assert len(at) == len({(depth, rank) for depth, rank, _ in at})
+        else:  # drawn from the chain's guess, with noise of its own
+            assert made.draft is not None
+            for node in range(1, made.num_nodes):
+                if made.children()[node]:
+                    words = [made.tokens[above] for above in path[: made.depths[node]]]
+                    expected = log_q(tuple(words))
+                    np.testing.assert_allclose(made.draft.log_probs[node].numpy(), expected, atol=1e-5)
+    assert params.greedy or len(states) > 1, "a case in which nothing varies"
+
+
+def siblings_before(tree: TokenTree, node: int) -> int:
+    return sum(tree.parents[other] == tree.parents[node] for other in range(node))
+
+
+def test_ppd_reads_once_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = drafter_of(DraftModelConfig(growth="ppd", depth=4, max_nodes=12, min_path_prob=0.0), monkeypatch)
+    model = drafter._runner._model  # type: ignore[attr-defined]
+    (tree,) = drafter.propose([context(PROMPT)])
+    assert tree.num_nodes > 6
+    assert model.num_rows == [len(PROMPT), *[1] * (max(tree.depths) - 1)]
 
 
 # The first nodes of the table that EAGLE publishes for 7B models.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from outrider.config.checks import Weights, check_int, check_tree_limits, check_weights, require
+from outrider.config.checks import Weights, check_int, check_number, check_tree_limits, check_weights, require
 from outrider.errors import ConfigError
 
 GrowthName = Literal[
@@ -21,6 +21,7 @@ GrowthName = Literal[
     "specexec",
     "opt_tree",
     "static",
+    "ppd",
 ]
 
 
@@ -46,7 +47,9 @@ class DraftModelConfig:
             "dyspec_threshold": all places likelier than `min_path_prob`, depth by depth;
             "specexec": the most probable paths, `max_expanded` nodes read per forward;
             "opt_tree": the same, a layer per forward, until a layer is worth less than `min_gain`;
-            "static": the shape of `rank_paths`, or the best one for `rank_probs`, by Sequoia's dynamic programme.
+            "static": the shape of `rank_paths`, or the best one for `rank_probs`, by Sequoia's dynamic programme;
+            "ppd": a chain as long as the draft is confident, and its guesses of each depth in the tree that is best
+            for so many, by `rank_probs` and as large as pays on this machine.
         depth: the longest path of the tree.
         width: children drawn below an expanded node, or paths side by side; 1 is a chain.
         max_expanded: nodes expanded per depth or forward, the most probable paths first.
@@ -55,7 +58,9 @@ class DraftModelConfig:
         branching: children of each node of depth 0, 1, ...
         min_gain: least gain in expected accepted tokens for which a further layer is read.
         rank_probs: how likely the child of each rank is accepted once its parent is: ``[rank]``, or
-            ``[depth][rank]``, which ends the tree at the last depth.
+            ``[depth][rank]``, which ends the tree at the last depth. "measured" counts it while decoding, plans anew
+            every so often, and makes trees no larger nor deeper than pays on this machine.
+        draft_cost: time of a forward of the draft, in forwards of the target; for "static" with "measured".
         rank_paths: the nodes of a published table, each by the ranks that lead to it: ``[[0], [1], [0, 0]]``. It must
             fit into `max_nodes` and `depth`.
         dtype: of the draft's activations and cache; "auto" is the checkpoint's.
@@ -73,7 +78,8 @@ class DraftModelConfig:
     max_nodes: int = 12
     branching: Sequence[int] = (3, 1, 1, 1)
     min_gain: float = 0.1
-    rank_probs: Sequence[float] | Sequence[Sequence[float]] = DEFAULT_RANK_PROBS
+    rank_probs: Sequence[float] | Sequence[Sequence[float]] | Literal["measured"] = DEFAULT_RANK_PROBS
+    draft_cost: float = 0.1
     rank_paths: Sequence[Sequence[int]] | None = None
     dtype: str = "auto"
     weights: Weights = "auto"
@@ -93,10 +99,35 @@ class DraftModelConfig:
             check_int("draft_model.branching", factor, 1, 64)
         valid = isinstance(self.min_gain, int | float) and 0 <= self.min_gain < 128
         require(valid, "draft_model.min_gain", self.min_gain, "a number in [0, 128)")
-        _check_rank_probs(self.rank_probs)
+        self._check_rank_probs()
+        check_number("draft_model.draft_cost", self.draft_cost, 0, 100)
         if self.rank_paths is not None:
             self._check_rank_paths(self.rank_paths)
         check_weights("draft_model.", self.weights, self.group_size)
+
+    @property
+    def plans_shapes(self) -> bool:
+        """Whether shapes are planned while decoding, for what the target's forwards cost."""
+        return self.growth == "ppd" or (self.growth == "static" and self.rank_probs == "measured")
+
+    def _check_rank_probs(self) -> None:
+        name, rank_probs = "draft_model.rank_probs", self.rank_probs
+        if self.plans_shapes:
+            for setting, value, most in (("max_nodes", self.max_nodes, 128), ("depth", self.depth, 32)):
+                expected = f"at most {most} where shapes are planned while decoding"
+                require(value <= most, f"draft_model.{setting}", value, expected)
+        if rank_probs == "measured":
+            return
+        valid = isinstance(rank_probs, list | tuple) and 1 <= len(rank_probs) <= 64
+        require(valid, name, rank_probs, "a list of 1 to 64 numbers, or 'measured'")
+        by_depth = [list(row) for row in rank_probs if isinstance(row, list | tuple)]
+        require(len(by_depth) in (0, len(rank_probs)), name, rank_probs, "numbers, or lists of them")
+        rows: list[list[Any]] = by_depth or [list(rank_probs)]
+        for row in rows:
+            _check_list("rank_probs", row, 64)
+            for probability in row:
+                _check_fraction("rank_probs", probability)
+            require(row == sorted(row, reverse=True), name, rank_probs, "falling probabilities")
 
     def _check_rank_paths(self, rank_paths: Sequence[Sequence[int]]) -> None:
         name = "draft_model.rank_paths"
@@ -130,18 +161,6 @@ class DraftModelConfig:
 def _check_fraction(name: str, value: object) -> None:
     valid = isinstance(value, int | float) and 0 <= value < 1
     require(valid, f"draft_model.{name}", value, "a number in [0, 1)")
-
-
-def _check_rank_probs(rank_probs: Sequence[float] | Sequence[Sequence[float]]) -> None:
-    _check_list("rank_probs", rank_probs, 64)
-    by_depth = [list(row) for row in rank_probs if isinstance(row, list | tuple)]
-    require(len(by_depth) in (0, len(rank_probs)), "draft_model.rank_probs", rank_probs, "numbers, or lists of them")
-    rows: list[list[Any]] = by_depth or [list(rank_probs)]
-    for row in rows:
-        _check_list("rank_probs", row, 64)
-        for probability in row:
-            _check_fraction("rank_probs", probability)
-        require(row == sorted(row, reverse=True), "draft_model.rank_probs", rank_probs, "falling probabilities")
 
 
 def _check_list(name: str, values: object, most: int) -> None:

@@ -29,6 +29,7 @@ from outrider.config import (
 )
 from outrider.drafting.auto import AutoDrafter
 from outrider.drafting.context_recycling import ContextRecyclingDrafter
+from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.jacobi import JacobiDrafter
@@ -56,7 +57,7 @@ class TargetParts:
         vocab_size: width of its logits.
         vocab_fingerprint: digest of what its token ids mean, 32 bytes; asked for only where a file holds token ids.
         build_draft_model: loads a second model of any kind, with a cache of its own; called only where one is needed.
-        forward_cost: what its forwards cost; called only by a planner.
+        forward_cost: what its forwards cost; called only where something is planned by it.
     """
 
     vocab_size: int
@@ -93,7 +94,10 @@ def build_drafter(  # noqa: PLR0911 - a catalogue: one case, one return
         case LookaheadConfig():
             return LookaheadDrafter(config, style, target.vocab_size)
         case DraftModelConfig():
-            return target.build_draft_model(config, style)
+            drafter = target.build_draft_model(config, style)
+            if config.plans_shapes and isinstance(drafter, DraftModelDrafter):
+                drafter.plan_for(target.forward_cost())
+            return drafter
         case HierarchyConfig():
             levels = [CalibratedSource(build_source(source_config(spec), target)) for spec in config.levels]
             return HierarchyDrafter(levels, max_nodes=config.max_nodes, max_depth=config.depth, style=style)

@@ -13,7 +13,9 @@ from outrider.cache.kv_cache import KVCache
 from outrider.config import DraftModelConfig
 from outrider.drafting.draft_runner import DraftRunner, TreeReader, TreeRows, accepted_rows
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.growth.build import build_growth
+from outrider.drafting.growth.policy import PlannedGrowth
 from outrider.drafting.growth.tree import GrowingTree
 from outrider.models.model import Model
 from outrider.token_tree import TokenTree
@@ -35,10 +37,16 @@ class DraftModelDrafter:
     ) -> None:
         self.name: str = config.method
         self._growth = build_growth(config, style)
+        self._planner = self._growth.planner if isinstance(self._growth, PlannedGrowth) else None
         self._runner = make_runner(model, cache, vocab_size=vocab_size, max_batch_tokens=max_batch_tokens)
         self.returns_probs = style.noise == "independent" and self._growth.draws.siblings is not None
         self.max_nodes = self._growth.limits.num_nodes
         self._rows: dict[str, TreeRows] = {}
+
+    def plan_for(self, cost: ForwardCost) -> None:
+        """Fit trees to what the target's forwards cost, where the growth plans them."""
+        if self._planner is not None:
+            self._planner.cost = cost
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         active = [context for context in contexts if self._has_room(context)]
@@ -68,6 +76,11 @@ class DraftModelDrafter:
                 accepted = outcome.new_tokens[:-1]  # what follows them is the next root, whose logits are wanted
                 kept = accepted_rows(rows, accepted)
                 self._runner.commit(outcome.request_id, kept, accepted[: len(kept)])
+                if self._planner is not None:
+                    grown = rows.tree
+                    self._planner.count(TokenTree(tuple(grown.tokens), tuple(grown.parents)), outcome)
+        if self._planner is not None:
+            self._planner.end_step()
 
     def release(self, request_id: str) -> None:
         self._rows.pop(request_id, None)

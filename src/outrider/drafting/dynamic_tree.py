@@ -123,6 +123,34 @@ class DynamicTreePlanner:
         return best_worth, PromptedTree(self._shapes[state][best_size], tuple(best_counts.tolist()))
 
 
+def candidate_trees(
+    acceptance: Sequence[Sequence[float]], target: LatencyTable | None, *, max_nodes: int
+) -> tuple[PromptedTree, ...]:
+    """``[1 + max_depth]`` the tree for each state of a drafter that makes its guesses itself, without prompt tokens.
+
+    The next state is no matter of this step's rows then, so that a state's tree is the one with the most tokens per
+    time by itself.
+
+    Args:
+        target: None takes trees of `max_nodes`.
+
+    Raises:
+        ConfigError: see `acceptance_rows`.
+    """
+    rows = acceptance_rows(acceptance, len(acceptance))
+    trees = [PromptedTree(TreeShape((), (), ()), (0,))]
+    for state in range(1, 1 + len(rows)):
+        optimal = OptimalTrees(max_nodes, state, rows)
+        size = max_nodes
+        if target is not None:
+            largest = min(max_nodes, target.max_rows - 1)
+            rates = [(1.0 + optimal.expected_length(n)) / target.ms_of(1 + n) for n in range(largest + 1)]
+            size = int(np.argmax(rates))
+        shape = optimal.shape(size)
+        trees.append(PromptedTree(shape, (0,) * (1 + len(shape.parents))))
+    return tuple(trees)
+
+
 def mean_tokens(trees: Sequence[PromptedTree], acceptance: Sequence[Sequence[float]]) -> float:
     """Expected tokens per step in the long run, from state 0: mean over the steady probabilities of the states.
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from outrider.drafting.drafter import DraftOutcome
+from outrider.token_tree import TokenTree
 
 
 class AcceptanceCounter:
@@ -24,15 +27,22 @@ class AcceptanceCounter:
 
     def count(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:
-            children = outcome.tree.children()
-            path = outcome.path.accepted_nodes
-            # Whoever lies on the path had its children put to the test: one was accepted, or none.
-            for depth, (node, accepted) in enumerate(zip((0, *path), (*path, None), strict=True)):
-                if depth == len(self._seen):
-                    break
-                for rank, child in enumerate(children[node][: len(self._seen[depth])]):
-                    self._seen[depth][rank] += 1
-                    self._accepted[depth][rank] += child == accepted
+            self.count_path(outcome.tree, outcome.path.accepted_nodes)
+
+    def count_path(self, tree: TokenTree, path: Sequence[int], *, is_open: bool = False) -> None:
+        """Count the children of the root and of a path's nodes: one of each was accepted, or none behind the path.
+
+        Args:
+            is_open: what came after the path's last node is not known.
+        """
+        children = tree.children()
+        ends = path if is_open else (*path, None)
+        for depth, (node, accepted) in enumerate(zip((0, *path), ends, strict=False)):
+            if depth == len(self._seen):
+                break
+            for rank, child in enumerate(children[node][: len(self._seen[depth])]):
+                self._seen[depth][rank] += 1
+                self._accepted[depth][rank] += child == accepted
 
     def by_depth_and_rank(self) -> list[list[float]]:
         """``[depth][rank]``; 0 where nothing was seen."""
@@ -47,3 +57,17 @@ class AcceptanceCounter:
             sum(accepted) / max(1, sum(seen))
             for accepted, seen in zip(zip(*self._accepted, strict=True), zip(*self._seen, strict=True), strict=True)
         ]
+
+    def estimates(self, prior: Sequence[float], num_trials: float) -> list[list[float]]:
+        """``[depth][rank]`` as counted; the less was seen, the nearer to the rank's over all depths, and to `prior`.
+
+        Never rises with the rank, so that a shape takes siblings from the first on.
+
+        Args:
+            prior: ``[num_ranks]``.
+            num_trials: how many outcomes `prior` weighs as much as, and all depths beside one.
+        """
+        seen, accepted = np.array(self._seen, dtype=np.float64), np.array(self._accepted, dtype=np.float64)
+        of_rank = (accepted.sum(axis=0) + num_trials * np.asarray(prior)) / (seen.sum(axis=0) + num_trials)
+        of_depth = (accepted + num_trials * of_rank) / (seen + num_trials)
+        return np.minimum.accumulate(of_depth, axis=1).tolist()

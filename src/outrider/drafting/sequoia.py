@@ -152,13 +152,12 @@ def hardware_aware_shape(
     """
     largest = min(max_nodes, target.max_rows - 1)
     best = ShapeChoice(TreeShape((), (), ()), 1.0, target.ms_of(1))
-    for depth in range(1, max_depth + 1):
+    step_ms = np.array([target.ms_of(1 + size) for size in range(1, largest + 1)])
+    for depth in range(1, max_depth + 1 if largest else 1):
         trees = OptimalTrees(largest, depth, acceptance)
-        rates = [
-            (1.0 + trees.expected_length(n)) / (target.ms_of(1 + n) + depth * draft_ms) for n in range(1, largest + 1)
-        ]
-        if rates and max(rates) > best.tokens_per_ms:
-            size = 1 + int(np.argmax(rates))
-            step_ms = target.ms_of(1 + size) + depth * draft_ms
-            best = ShapeChoice(trees.shape(size), 1.0 + trees.expected_length(size), step_ms)
+        rates = (1.0 + trees.values[1:]) / (step_ms + depth * draft_ms)
+        size = 1 + int(np.argmax(rates))
+        if rates[size - 1] > best.tokens_per_ms:
+            spent = float(step_ms[size - 1]) + depth * draft_ms
+            best = ShapeChoice(trees.shape(size), 1.0 + trees.expected_length(size), spent)
     return best

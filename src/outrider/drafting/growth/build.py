@@ -7,8 +7,9 @@ from dataclasses import replace
 from outrider.config import DraftModelConfig
 from outrider.drafting.drafter import DraftStyle
 from outrider.drafting.growth.best_first import Greedy, MostProbable, Threshold
-from outrider.drafting.growth.levels import Beam, Branching, ExpandedChain, Static
+from outrider.drafting.growth.levels import Beam, Branching, ExpandedChain, Planned, SparseByState, Static
 from outrider.drafting.growth.policy import Growth
+from outrider.drafting.growth.shape_planner import ShapePlanner
 from outrider.drafting.growth.stochastic_beam import StochasticBeam
 from outrider.drafting.growth.tree import Draws, GrowthLimits
 from outrider.drafting.sequoia import sequoia_shape
@@ -59,9 +60,19 @@ def _as_the_rule_asks(config: DraftModelConfig, limits: GrowthLimits, draws: Dra
             return Branching(limits, draws, (config.width, *[1] * (config.depth - 1)))
         case "cape":
             return ExpandedChain(limits, draws)
-        case "static" if config.rank_paths is not None:
-            return Static(limits, draws, TreeShape.from_paths(config.rank_paths))
-        case "static":
-            return Static(limits, draws, sequoia_shape(config.max_nodes, config.depth, config.rank_probs))
+        case "static" | "ppd":
+            return _shaped(config, limits, draws)
         case _:
             return Beam(limits, draws, config.width, config.max_expanded)
+
+
+def _shaped(config: DraftModelConfig, limits: GrowthLimits, draws: Draws) -> Growth:
+    """Growths whose shapes are there before any token is drawn."""
+    acceptance = config.rank_probs
+    if config.plans_shapes:
+        planner = ShapePlanner(limits, None if isinstance(acceptance, str) else acceptance, config.draft_cost)
+        return SparseByState(limits, draws, planner) if config.growth == "ppd" else Planned(limits, draws, planner)
+    if config.rank_paths is not None:
+        return Static(limits, draws, TreeShape.from_paths(config.rank_paths))
+    assert not isinstance(acceptance, str), "a shape that is planned while decoding"
+    return Static(limits, draws, sequoia_shape(config.max_nodes, config.depth, acceptance))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from outrider.drafting.growth.shape_planner import ShapePlanner
 from outrider.drafting.growth.tree import Draws, GrowingTree, GrowthLimits
 from outrider.drafting.tree_shape import TreeShape
 
@@ -136,3 +137,61 @@ class Static:
             if not level:
                 return
             yield level
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The shape that is best by what was accepted so far, on this machine (Sequoia, arXiv 2402.12374, section 3)."""
+
+    limits: GrowthLimits
+    draws: Draws
+    planner: ShapePlanner
+
+    @property
+    def num_rows(self) -> int:
+        return self.limits.num_nodes
+
+    def grow(self, tree: GrowingTree) -> Iterator[Sequence[int]]:
+        return Static(self.limits, self.draws, self.planner.shape(tree.context.num_step_rows)).grow(tree)
+
+
+@dataclass(frozen=True)
+class SparseByState:
+    """A tree for each state, sparse and as large as pays (PPD's dynamic tree, Chen et al., arXiv 2405.18628).
+
+    In PPD prompt tokens, which have to be trained, guess the positions ahead in the target's own forward. Here a
+    draft model guesses them, and no row is a prompt token. What is kept: one guess for each position, whatever
+    candidate stands above it, so that a whole tree takes one reading of the draft per level; a state, here the number
+    of levels that the draft is confident for (there: of prompt tokens behind the last accepted one), which a chain
+    finds out; and a shape for each state, planned for the machine.
+    """
+
+    limits: GrowthLimits
+    draws: Draws
+    planner: ShapePlanner
+
+    @property
+    def num_rows(self) -> int:
+        return min(self.limits.num_nodes, self.limits.depth)
+
+    def grow(self, tree: GrowingTree) -> Iterator[Sequence[int]]:
+        shapes = self.planner.shapes_by_depth(tree.context.num_step_rows)
+        longest, chain = max(shapes[-1].depths), [0]
+        while drawn := tree.draw(chain[-1], 1):
+            chain += drawn
+            if len(chain) > longest or not tree.may_extend(chain[-1]):
+                break
+            yield drawn
+        self._widen(tree, chain, shapes[len(chain) - 1])
+
+    def _widen(self, tree: GrowingTree, chain: Sequence[int], shape: TreeShape) -> None:
+        """Draw the nodes of a shape that are not on the chain, which is the first child of each of its nodes."""
+        node_of, num_on_chain = {0: 0}, 1
+        for place, (parent, depth) in enumerate(zip(shape.parents, shape.depths, strict=True), 1):
+            above = node_of.get(parent)
+            if above == chain[depth - 1] and num_on_chain == depth:
+                node_of[place], num_on_chain = chain[depth], depth + 1
+            elif above is not None:
+                if not tree.is_read(above):
+                    tree.read_as(above, chain[depth - 1])
+                node_of.update((place, child) for child in tree.draw(above, 1))

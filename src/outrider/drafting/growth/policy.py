@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from outrider.drafting.growth.shape_planner import ShapePlanner
 from outrider.drafting.growth.tree import Draws, GrowingTree, GrowthLimits
 
 
@@ -32,3 +33,15 @@ class Growth(Protocol):
             are read together, so every yield costs a forward.
         """
         ...
+
+
+@runtime_checkable
+class PlannedGrowth(Growth, Protocol):
+    """A growth whose shapes are planned before a step.
+
+    Attributes:
+        planner: wants to know what became of the trees.
+    """
+
+    @property
+    def planner(self) -> ShapePlanner: ...

@@ -163,6 +163,10 @@ class GrowingTree:
             keys = log_weights + self._noise(node, Purpose.TARGET, len(log_weights))
         self._below[node] = _Below(log_weights, keys, _log_sum_exp(keys * self._sharpness))
 
+    def read_as(self, node: int, other: int) -> None:
+        """Take what the draft says after `other` for what it says after `node` too."""
+        self.set_log_weights(node, self._below[other].log_probs)
+
     def candidates(self, node: int, count: int) -> list[int]:
         """The tokens that come next below a read node if they are asked for, at most `count` in all, in order."""
         below = self._below[node]
