@@ -40,7 +40,7 @@ def tokens(llm: LLM, params: SamplingParams) -> list[list[int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_equals_transformers_and_plain_decoding(family: str, exactness: str, tmp_path: Path) -> None:
     folder = make_tiny(family, tmp_path / family)
-    # Eager: the attention that transformers chooses by itself on CUDA leaves Gemma 2's softcap out.
+    # Eager: what transformers 5.17 chooses by itself leaves Gemma 2's softcap out.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").to("cuda")
     model.generation_config.eos_token_id = None
     expected = []

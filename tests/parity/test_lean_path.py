@@ -226,6 +226,38 @@ def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "int4"])
+def test_bits_do_not_depend_on_how_weights_are_read(format: WeightFormat, tmp_path: Path) -> None:
+    make(tmp_path, model_type="llama")
+    model = load(tmp_path, format)
+    found = []
+    for fetch, lone in native.WAYS:
+        for num_rows in (7, 14, 17, 37):  # one and several blocks
+            run = CachedRun(model, block_size=4, num_positions=64, num_sequences=1, row_invariant=True)
+            with native.forced_way(fetch, lone):
+                rows = [run.feed("a", list(range(3 + i, 3 + min(i + num_rows, 37)))) for i in range(0, 37, num_rows)]
+            found.append([torch.cat(rows), *run.committed("a")])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_a_nan_within_the_mlp_reaches_its_own_row_alone(format: WeightFormat, tmp_path: Path) -> None:
+    """Rounding needs the largest magnitude, which the threads gather while they make the inner values."""
+    make(tmp_path, model_type="llama")
+    model = load(tmp_path, format)
+    with torch.no_grad():
+        model.embedding[20] = float("nan")
+    native.set_num_threads(3)
+    try:
+        run = CachedRun(model, block_size=4, num_positions=64, num_sequences=1, row_invariant=True)
+        logits = run.feed("a", [3, 4, 5, 6, 20])
+    finally:
+        native.set_num_threads(None)
+    assert logits[:4].isfinite().all()
+    assert logits[4].isnan().all()
+
+
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("cache_dtype", ["auto", "int8"])
 def test_drafters_do_not_change_the_output(cache_dtype: Any, weights: Any, tmp_path: Path) -> None:

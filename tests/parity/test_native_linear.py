@@ -91,6 +91,31 @@ def test_row_invariance(level: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_ways_of_reading_weights_give_the_same_bits(level: str, kind: str) -> None:
+    for num_outputs, num_inputs in ((33, 70), (70, 1030)):
+        layer = layer_of(KINDS[kind], num_outputs, num_inputs)
+        x = rows_of(40, num_inputs)
+        alone = torch.cat([layer.apply(row[None]) for row in x])
+        for fetch, lone in native.WAYS:
+            for num_threads in (1, 3):
+                with use_threads(num_threads), native.forced_way(fetch, lone):
+                    for num_rows in range(1, 41):
+                        assert_same_bits(layer.apply(x[:num_rows]), alone[:num_rows])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4 g32"])
+def test_layers_that_are_measured_keep_their_bits(level: str, kind: str) -> None:
+    """Large enough that ways are tried in turns."""
+    layer = layer_of(KINDS[kind], 2048, 1030)
+    x = rows_of(14, 1030)
+    with use_threads(2):
+        first = layer.apply(x)
+        for _ in range(40):
+            assert_same_bits(layer.apply(x), first)
+    assert_same_bits(torch.cat([layer.apply(row[None]) for row in x]), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_numbers_of_threads(level: str, kind: str) -> None:
     """Threads share the packing of rows and the panels; with more threads than either some have nothing to do."""
     for num_outputs, num_rows in ((1, 1), (130, 2), (130, 40)):

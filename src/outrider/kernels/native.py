@@ -124,6 +124,23 @@ def set_num_threads(number: int | None) -> None:
     _threads_wanted = number
 
 
+WAYS = [(fetch, lone) for fetch in ("processor", "far", "near") for lone in (False, True)]
+"""How a layer's weights can be read: who prefetches them, and whether more rows than a block's may be one block."""
+
+
+@contextmanager
+def forced_way(fetch: str, lone: bool) -> Iterator[None]:
+    """Read all weights in one of `WAYS`, instead of in whichever was measured to be the fastest; for tests.
+
+    No way changes a bit of any result.
+    """
+    _module().force_way(["processor", "far", "near"].index(fetch), lone)
+    try:
+        yield
+    finally:
+        _module().force_way(-1, False)
+
+
 def _module() -> Any:
     """The compiled module, set to the level and the threads that are asked for."""
     level = isa()

@@ -6,6 +6,7 @@
 
 #include "dispatch.h"
 #include "thread_pool.h"
+#include "tuner.h"
 #include "workspace.h"
 
 namespace outrider {
@@ -23,16 +24,21 @@ void run_linear(const PackedLinear& weight, const float* x, int num_rows, float*
     ThreadPool::Turn turn;
     const KernelTable& kernels = active_level();
     static Buffer<uint32_t>& words_buffer = *new Buffer<uint32_t>();
-    const PackedRows rows = buffer.rows_for(kernels, weight, num_rows, turn.num_threads());
+    static Tuners& tuners = *new Tuners();
+    Trial trial(tuners.find(kernels, weight, num_rows, turn.num_threads()));
+    const PackedRows rows = buffer.rows_for(kernels, weight, num_rows, turn.num_threads(), trial.way());
     uint32_t* const words = words_buffer.at_least(num_words(rows) * turn.num_threads());
     auto job = [&](int thread, int num_threads) {
         pack_share(
-            kernels, weight, rows, thread, num_threads, words + thread * num_words(rows), [&](int row) { return x + row * weight.num_inputs; },
+            kernels, weight, rows, thread, num_threads, words + thread * num_words(rows),
+            [&](int row) { return x + row * weight.num_inputs; },
             [&](int, const float* in) { return kernels.largest_magnitude(in, weight.num_inputs); });
         turn.barrier().wait(num_threads);
+        if (thread == 0) trial.start();
         const Share panels = share_of(weight.num_panels(), thread, num_threads);
         kernels.linear(weight, rows, out + panels.begin * kPanel, weight.num_outputs, Epilogue::kStore, panels.begin,
                        panels.end);
+        if (thread == 0) trial.stop();
     };
     turn.run(job);
 }

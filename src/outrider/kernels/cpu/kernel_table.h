@@ -41,12 +41,28 @@ struct PackedLinear {
     }
 };
 
+// Who brings weights into the caches before they are needed.
+enum class Fetch : int {
+    kProcessor,  // its own prefetchers alone
+    kFar,        // and we, into the outer caches: what is on its way does not take up the first cache's few places
+    kNear,       // and we, into the first cache
+};
+
+// How a layer's weights are read; all ways give the same bits.
+struct Way {
+    Fetch fetch;
+    bool lone;  // more rows than a block's are one block, as far as there are tiles for so many
+};
+
+constexpr Way kUsualWay = {Fetch::kNear, true};
+
 // The M rows of a GEMM's input in the form that its inner loop reads: one block if they are at most `lone_rows`,
 // else blocks of at most `block_rows`; each block [unit][row of the block], a unit being 32 bits of consecutive inputs of
 // one row.
 struct PackedRows {
     int num_rows, block_rows, lone_rows;
     int num_parts;       // of a row, each packed by another thread
+    Fetch fetch;
     int64_t num_units;   // per row
     int64_t num_groups;  // per row; int8: what the parts' sums are
     uint32_t* units;     // [num_rows * num_units]

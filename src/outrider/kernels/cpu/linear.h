@@ -11,15 +11,6 @@ using outrider::Epilogue;
 constexpr int kMostRows = 18;
 constexpr int64_t kAheadBytes = 8192;
 
-// Dot instructions for each 128 bytes of weights up to which the processor's prefetchers, and up to which fetching into
-// the outer caches, are the fastest; measured, like the distance (docs/log.md).
-constexpr int kFewDots = 8, kSomeDots = 36;
-
-inline Fetch fetch_for(const PackedLinear& weight, const PackedRows& rows) {
-    const int dots = kDotsPerRow[weight.format] * rows.num_rows;
-    return dots <= kFewDots ? Fetch::kProcessor : dots <= kSomeDots ? Fetch::kFar : Fetch::kNear;
-}
-
 template <int R>
 inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
     const uint32_t* units = rows.units + start * rows.num_units;
@@ -59,7 +50,7 @@ inline void run_tile(const PackedLinear& weight, const PackedRows& rows, int blo
     const int num_rows = rows.block_start(block + 1) - start;
     // Read once: fetch a little ahead in the same stream. More often: each time fetch a share of the next panel.
     const int passes = blocks * (num_rows > kBlockRows[weight.format] ? 2 : 1);
-    Ahead ahead = {reinterpret_cast<const char*>(panel) + kAheadBytes, 128, fetch_for(weight, rows)};
+    Ahead ahead = {reinterpret_cast<const char*>(panel) + kAheadBytes, 128, rows.fetch};
     if (passes > 1) {
         ahead.at = reinterpret_cast<const char*>(panel) + bytes + bytes * block / blocks;
         ahead.step = 128 / passes;

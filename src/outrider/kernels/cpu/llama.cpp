@@ -46,8 +46,9 @@ struct Llama::Step {
     PackedRows packed[3];
     AttentionPlan plan;
     std::atomic<size_t> next_task;
-    uint32_t* words;    // [threads][num_words]
-    int64_t num_words;
+    uint32_t* words = nullptr;  // [threads][num_words]
+    int64_t num_words = 0;
+    Trial qkv_trial, output_trial, gate_trial, down_trial, lm_head_trial;  // thread 0 sets them, a layer ahead
 
     void wait(int num_threads) { barrier.wait(num_threads); }
 };
@@ -85,21 +86,34 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
               row_width,
               {},
               std::move(plan),
-              {},
-              nullptr,
-              0};
+              {}};
     const auto make_room = [&](const PackedLinear& weight, int num_rows) {
         for (RowsBuffer& buffer : packed_)
-            step.num_words = std::max(step.num_words, num_words(buffer.rows_for(kernels, weight, num_rows, turn.num_threads())));
+            for (const bool lone : {false, true})
+                step.num_words = std::max(step.num_words, num_words(buffer.rows_for(kernels, weight, num_rows, turn.num_threads(),
+                                                                                    {kUsualWay.fetch, lone})));
     };
     for (const LlamaLayer& layer : spec_.layers)  // for every layer before the threads start
         for (const PackedLinear* weight : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down})
             make_room(*weight, batch.num_rows);
     make_room(spec_.lm_head, std::max(1, batch.num_logits));
     step.words = words_.at_least(step.num_words * threads);
+    choose_ways(step, 0, turn.num_threads());
+    step.lm_head_trial = Trial(tuners_.find(kernels, spec_.lm_head, std::max(1, batch.num_logits), turn.num_threads()));
     auto job = [&](int thread, int num_threads) { run_layers(step, thread, num_threads); };
     turn.run(job);
     last_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void Llama::choose_ways(Step& step, size_t index, int num_threads) {
+    const LlamaLayer& layer = spec_.layers[index];
+    const auto trial_of = [&](const PackedLinear& weight) {
+        return Trial(tuners_.find(step.kernels, weight, step.batch.num_rows, num_threads));
+    };
+    step.qkv_trial = trial_of(layer.query);
+    step.output_trial = trial_of(layer.output);
+    step.gate_trial = trial_of(layer.gate);
+    step.down_trial = trial_of(layer.down);
 }
 
 void Llama::run_layers(Step& step, int thread, int num_threads) {
@@ -133,7 +147,7 @@ namespace {
 template <class RowOf, class LargestOf>
 void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (&packed)[3],
               std::initializer_list<const PackedLinear*> weights, int num_rows, int thread, int num_threads,
-              uint32_t* words, RowOf row_of, LargestOf largest_of) {
+              uint32_t* words, Way way, RowOf row_of, LargestOf largest_of) {
     const PackedLinear* const* weight = weights.begin();
     int own[3];
     PackedRows rows[3];
@@ -141,7 +155,7 @@ void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (
         own[i] = i;
         for (int j = 0; j < i && own[i] == i; ++j)
             if (same_inputs(*weight[j], *weight[i])) own[i] = j;
-        rows[i] = buffers[own[i]].rows_for(kernels, *weight[i], num_rows, num_threads);
+        rows[i] = buffers[own[i]].rows_for(kernels, *weight[i], num_rows, num_threads, way);
     }
     for (int i = 0; i < static_cast<int>(weights.size()); ++i)
         if (own[i] == i) pack_share(kernels, *weight[i], rows[i], thread, num_threads, words, row_of, largest_of);
@@ -170,6 +184,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
     pack_for(kernels, packed_, step.packed, {&layer.query, &layer.key, &layer.value}, batch.num_rows, thread, num_threads, words,
+             step.qkv_trial.way(),
              [&](int64_t row) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.input_norm, spec_.norm_eps, normed, spec_.hidden);
                  return normed;
@@ -183,6 +198,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     const Share panels = share_of(total, thread, num_threads);
     fetch_ahead(layer.query, {panels.begin, std::min(panels.end, layer.query.num_panels())});
     step.wait(num_threads);
+    if (thread == 0) step.qkv_trial.start();
     int64_t first = 0, column = 0;
     for (int i = 0; i < 3; ++i) {
         const int64_t begin = std::max(panels.begin - first, int64_t{0});
@@ -192,6 +208,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
         first += weights[i]->num_panels();
         column += weights[i]->num_outputs;
     }
+    if (thread == 0) step.qkv_trial.stop();
     const KvCache keys = {reinterpret_cast<void*>(batch.keys[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
     const KvCache values = {reinterpret_cast<void*>(batch.values[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
     const AttentionArgs args = {step.qkv, step.attended, width, query_width, spec_.num_heads, keys, values,
@@ -224,12 +241,14 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
               step.scratch + thread * step.plan.scratch_size);
     step.wait(num_threads);
 
-    pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads, words,
+    pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads, words, step.output_trial.way(),
              [&](int64_t row) { return step.attended + row * query_width; },
              [&](int, const float* x) { return kernels.largest_magnitude(x, query_width); });
     step.wait(num_threads);
+    if (thread == 0) step.output_trial.start();
     kernels.linear(layer.output, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
                    outputs.begin, outputs.end);
+    if (thread == 0) step.output_trial.stop();
     step.wait(num_threads);
 }
 
@@ -239,6 +258,7 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
     pack_for(kernels, packed_, step.packed, {&layer.gate, &layer.up}, step.batch.num_rows, thread, num_threads, words,
+             step.gate_trial.way(),
              [&](int64_t row) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.post_norm, spec_.norm_eps, normed, spec_.hidden);
                  return normed;
@@ -248,17 +268,24 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
     fetch_ahead(layer.gate, inner);
     fetch_ahead(layer.up, inner);
     step.wait(num_threads);
+    if (thread == 0) step.gate_trial.start();
     kernels.gated_silu(layer.gate, layer.up, step.packed[0], step.packed[1], step.inner + inner.begin * kPanel,
                        spec_.intermediate, step.largest + thread * step.batch.num_rows, inner.begin, inner.end);
+    if (thread == 0) step.gate_trial.stop();
     step.wait(num_threads);
-    pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads, words,
+    pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads, words, step.down_trial.way(),
              [&](int64_t row) { return step.inner + row * spec_.intermediate; },
              [&](int row, const float*) { return largest_of_threads(step.largest + row, step.batch.num_rows, num_threads); });
     const Share outputs = share_of(layer.down.num_panels(), thread, num_threads);
     fetch_ahead(layer.down, outputs);
     step.wait(num_threads);
+    if (thread == 0) step.down_trial.start();
     kernels.linear(layer.down, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
                    outputs.begin, outputs.end);
+    if (thread == 0) {
+        step.down_trial.stop();
+        if (index + 1 < spec_.layers.size()) choose_ways(step, index + 1, num_threads);
+    }
     step.wait(num_threads);
 }
 
@@ -269,7 +296,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     const int64_t num_logits = batch.num_logits, vocab = spec_.vocab;
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
-    pack_for(kernels, packed_, step.packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, words,
+    pack_for(kernels, packed_, step.packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, words, step.lm_head_trial.way(),
              [&](int64_t i) {
                  kernels.rms_norm(step.hidden + batch.logits_rows[i] * spec_.hidden, spec_.final_norm, spec_.norm_eps, normed,
                                   spec_.hidden);
@@ -278,9 +305,11 @@ void Llama::choose(Step& step, int thread, int num_threads) {
              [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
     step.wait(num_threads);
     const Share panels = share_of(spec_.lm_head.num_panels(), thread, num_threads);
+    if (thread == 0) step.lm_head_trial.start();
     if (output.logits != nullptr) {
         kernels.linear(spec_.lm_head, step.packed[0], output.logits + panels.begin * kPanel, vocab, Epilogue::kStore,
                        panels.begin, panels.end);
+        if (thread == 0) step.lm_head_trial.stop();
         return;
     }
     float* best = step.best + thread * num_logits;
@@ -302,6 +331,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
             }
         }
     }
+    if (thread == 0) step.lm_head_trial.stop();
     step.wait(num_threads);
     const Share mine = share_of(num_logits, thread, num_threads);
     for (int64_t i = mine.begin; i < mine.end; ++i) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "tuner.h"
 #include "workspace.h"
 
 namespace outrider {
@@ -61,6 +62,7 @@ private:
     struct Step;
 
     void run_layers(Step& step, int thread, int num_threads);
+    void choose_ways(Step& step, size_t layer, int num_threads);
     void embed(Step& step, int thread, int num_threads);
     void attend(Step& step, size_t layer, int thread, int num_threads);
     void feed_forward(Step& step, size_t layer, int thread, int num_threads);
@@ -72,6 +74,7 @@ private:
     Buffer<int64_t> best_tokens_;
     Buffer<uint32_t> words_;
     RowsBuffer packed_[3];
+    Tuners tuners_;
 };
 
 }  // namespace outrider

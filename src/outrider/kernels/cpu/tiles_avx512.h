@@ -15,7 +15,6 @@ using outrider::start_of_sum;
 constexpr int kBlockRows[] = {12, 12, 12, 6};
 constexpr int kLoneRows[] = {18, 18, 18, 8};
 constexpr int kUnitInputs[] = {1, 2, 4, 4};
-constexpr int kDotsPerRow[] = {2, 2, 2, 4};  // for each 128 bytes of weights
 
 // The sums of more rows than a block's do not fit into registers: a lone block of them takes the panel's first 16 outputs,
 // then the others.

@@ -13,7 +13,6 @@ using outrider::start_of_sum;
 
 constexpr int kBlockRows[] = {4, 4, 4, 4};
 constexpr int kUnitInputs[] = {1, 1, 4, 4};  // bf16 rows are kept as float32 that bf16 can hold
-constexpr int kDotsPerRow[] = {8, 16, 32, 64};  // for each 128 bytes of weights
 constexpr const int (&kLoneRows)[4] = kBlockRows;
 
 template <int R>

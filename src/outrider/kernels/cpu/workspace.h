@@ -43,13 +43,14 @@ private:
 // Packed inputs of one or more layers that read rows in the same form.
 class RowsBuffer {
 public:
-    PackedRows rows_for(const KernelTable& kernels, const PackedLinear& weight, int num_rows, int num_threads) {
+    PackedRows rows_for(const KernelTable& kernels, const PackedLinear& weight, int num_rows, int num_threads, Way way) {
         const int per_unit = kernels.unit_inputs[weight.format];
         int64_t num_units = (weight.num_inputs + per_unit - 1) / per_unit;
         if (weight.format == kInt4) num_units = weight.num_groups() * (weight.group_size / 4);
         if (weight.format == kBf16) num_units = (weight.num_inputs + 1) / 2 * 2 / per_unit;
-        PackedRows rows{num_rows, kernels.block_rows[weight.format], kernels.lone_rows[weight.format], 1, num_units, 0,
-                        nullptr, nullptr, nullptr};
+        const int block_rows = kernels.block_rows[weight.format];
+        const int lone_rows = way.lone ? kernels.lone_rows[weight.format] : block_rows;
+        PackedRows rows{num_rows, block_rows, lone_rows, 1, way.fetch, num_units, 0, nullptr, nullptr, nullptr};
         if (rows.num_blocks() < num_threads) rows.num_parts = num_threads;
         rows.num_groups = weight.format == kInt4 ? weight.num_groups() : weight.format == kInt8 ? rows.num_parts : 0;
         rows.units = units_.at_least(num_rows * num_units);
