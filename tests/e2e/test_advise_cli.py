@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.models import OptionInfo
@@ -18,9 +20,10 @@ import outrider.llm
 from outrider.bench import advise as bench_advise
 from outrider.cli.advise import advise
 from outrider.cli.app import app
-from outrider.config import drafter_config
+from outrider.config import AutoConfig, EngineConfig, drafter_config
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine import calibration
+from outrider.engine.build import _drafters_for_any_text
 from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
 
 TINY = ("--seconds", "0.1", "--prompts", "2", "--max-tokens", "8")
@@ -68,6 +71,27 @@ def test_prompts_of_the_user_a_draft_and_json_alone(tmp_path: Path) -> None:
     assert record["prompts"]["workload"] == "file"
     chain = next(of for of in record["candidates"] if of["name"] == "draft, chain")
     assert chain["drafter"] == {"method": "draft_model", "model": str(BUNDLED_DRAFT)}
+
+
+@pytest.mark.parametrize(
+    ("drafts", "spec"),
+    [([], {"method": "auto"}), (["a"], {"method": "auto", "draft_model": "a"}), (["a", "b"], None)],
+)
+def test_the_planner_that_is_tried_is_the_engine_s_default(
+    drafts: list[str], spec: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [{"method": "draft_model", "model": draft} for draft in drafts]
+    monkeypatch.setattr(bench_advise, "_usable_draft", lambda _, path: models[drafts.index(path)])
+    llm = SimpleNamespace(config=EngineConfig())
+    found = bench_advise.candidates(llm, drafts)["auto"]  # type: ignore[arg-type]
+    if spec is not None:
+        assert found == spec
+        return
+    config = drafter_config(found)
+    assert isinstance(config, AutoConfig)
+    drafters = tuple(drafter_config(of) for of in config.drafters or ())
+    assert drafters[:-1] == _drafters_for_any_text(EngineConfig(), "a")
+    assert drafters[-1] == replace(drafters[-2], model="b")  # type: ignore[type-var]
 
 
 def test_an_interruption_advises_on_what_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:

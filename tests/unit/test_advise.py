@@ -351,4 +351,6 @@ def test_lines_to_paste() -> None:
         "outrider generate PROMPT --model 'my model' --weights int8 --decoding draft_model --draft-model d "
         "--decoding-config '{\"depth\": 3}'"
     )
+    spec = {"method": "auto", "draft_model": "d"}
+    assert cli_line({"model": None}, spec) == "outrider generate PROMPT --decoding auto --draft-model d"
     assert cli_line({"model": None}, {"method": "none"}) == "outrider generate PROMPT --decoding none"

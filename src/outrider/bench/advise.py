@@ -27,13 +27,16 @@ BATCH, BATCH_SHARE = 8, 0.2  # sequences that run together as a check, and its s
 BATCH_PROMPTS = 2 * BATCH  # the next one begins where one ends, so that the batch is mostly full
 PREFILL_ROWS = 64
 TREE = {"growth": "opt_tree", "max_nodes": 24, "depth": 8}
-PLANNED = {"depth": 16, "max_nodes": 24}  # the planner cuts them itself
+# What the planner chooses from by default, and draft models beside it; it cuts trees itself.
+PLANNED_LOOKUPS = ({"method": "suffix", "max_nodes": 24}, {"method": "recycling", "max_nodes": 24})
+PLANNED_DRAFT = {"depth": 16, "max_nodes": 24, "min_path_prob": 0.0}
 
 
 def candidates(llm: LLM, drafts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Drafter specifications to try, by name: lookup, recycling, each draft model as a chain and a tree, the planner.
 
-    A draft with another vocabulary is tried as a universal draft.
+    The planner is the engine's default, with the draft model if there is one, and with all if there are several. A
+    draft with another vocabulary is tried as a universal draft.
 
     Args:
         drafts: paths of draft models; for the bundled model without any its own draft.
@@ -50,9 +53,17 @@ def candidates(llm: LLM, drafts: Sequence[str]) -> dict[str, dict[str, Any]]:
         label = name if names.count(name) == 1 else f"{name} {index + 1}"
         found[f"{label}, chain"] = spec
         found[f"{label}, tree"] = {**spec, **TREE}
-    planned = [{**spec, **PLANNED, "min_path_prob": 0.0} for spec in models]
+    return {**found, "auto": _planner(models)}
+
+
+def _planner(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """As a user asks for it: without drafters as long as its default has those models."""
     auto: dict[str, Any] = {"method": "auto"}
-    return {**found, "auto": {**auto, "drafters": [{"method": "ngram", **PLANNED}, *planned]} if planned else auto}
+    if not models or models == [{"method": "draft_model"}]:  # the bundled model's own draft belongs to the default
+        return auto
+    if len(models) == 1 and models[0]["method"] == "draft_model":
+        return {**auto, "draft_model": models[0]["model"]}
+    return {**auto, "drafters": [*PLANNED_LOOKUPS, *({**spec, **PLANNED_DRAFT} for spec in models)]}
 
 
 def _usable_draft(llm: LLM, path: str) -> dict[str, Any]:
@@ -265,7 +276,7 @@ def advice(
             otherwise ties may differ.
     """
     here = Conditions.of(results, batched, cost, context)
-    found = [_found(name, specs[name], results, here) for name in results.complete() if name != PLAIN]
+    found = [_found(name, specs, results, here) for name in results.complete() if name != PLAIN]
     eligible = [of for of in found if not exact or of["num_equal"] == of["num_outputs"]]
     best = max(eligible, key=lambda of: of["speedup"]["median"], default=None)
     pays = best is not None and best["speedup"]["low"] > 1.0 and best["speedup"]["median"] >= WORTH_IT
@@ -284,10 +295,10 @@ def advice(
     }
 
 
-def _found(name: str, spec: dict[str, Any], results: Results, here: Conditions) -> dict[str, Any]:
+def _found(name: str, specs: Mapping[str, dict[str, Any]], results: Results, here: Conditions) -> dict[str, Any]:
     summary = summarise(name, results, comparable=True)
-    samples = results.samples[name]
-    profile = _profile(samples, spec, here)
+    samples, spec = results.samples[name], specs[name]
+    profile = _profile(name, specs, samples, here)
     config = drafter_config(spec)
     plans = [profile.plan(size, here) for size in BATCHES]
     return {
@@ -320,18 +331,21 @@ def _batch_check(
     return {
         "name": name,
         "batch_size": BATCH,
-        "expected_speedup": _profile(results.samples[name], specs[name], here).plan(BATCH, here).speedup,
+        "expected_speedup": _profile(name, specs, results.samples[name], here).plan(BATCH, here).speedup,
         "speedup": asdict(median_interval(ratios)),
         "num_equal": batched.num_equal(name),
         "num_outputs": len(batched.samples[name][0].token_ids),
     }
 
 
-def _profile(samples: Sequence[Sample], spec: Mapping[str, Any], here: Conditions) -> Profile:
-    return Profile.of([sample.stats for sample in samples if sample.stats], here, runs_model=_runs_model(spec))
+def _profile(
+    name: str, specs: Mapping[str, Mapping[str, Any]], samples: Sequence[Sample], here: Conditions
+) -> Profile:
+    """The planner has all draft models of the other candidates."""
+    of_planner = specs[name]["method"] == "auto"
+    runs_model = any(map(_runs_model, specs.values() if of_planner else (specs[name],)))
+    return Profile.of([sample.stats for sample in samples if sample.stats], here, runs_model=runs_model)
 
 
 def _runs_model(spec: Mapping[str, Any]) -> bool:
-    if spec["method"] == "auto":
-        return any(_runs_model(inner) for inner in spec.get("drafters", ()))
     return issubclass(DRAFTER_CONFIGS[spec["method"]], DraftModelConfig)

@@ -161,8 +161,9 @@ def cli_line(config: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
     for name, value in _settings(config).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--decoding", spec["method"]]
-    if isinstance(settings.get("model"), str):
-        words += ["--draft-model", settings.pop("model")]
+    for name in ("model", "draft_model"):
+        if isinstance(settings.get(name), str):
+            words += ["--draft-model", settings.pop(name)]
     if settings:
         words += ["--decoding-config", json.dumps(settings)]
     return f"outrider generate PROMPT {shlex.join(words)}"
