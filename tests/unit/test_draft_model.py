@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
 import pytest
 
-from outrider.config import DraftModelConfig
+from outrider.config import DraftModelConfig, SchedulerConfig
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.growth import tree as growing_tree
@@ -20,6 +21,7 @@ from outrider.drafting.growth.stochastic_beam import truncated
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.drafting.sequoia import sequoia_shape
 from outrider.drafting.tree_shape import TreeShape
+from outrider.engine.engine import Engine
 from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams
@@ -458,6 +460,56 @@ def test_the_tree_of_another_drafter_is_followed_as_far_as_it_is_known(monkeypat
         [context(tokens)]
     )
     assert after.tokens == fresh.tokens
+
+
+def spec_exec_engine(num_nodes: int, monkeypatch: pytest.MonkeyPatch, **changes: int) -> Engine:
+    config = DraftModelConfig(growth="specexec", max_nodes=num_nodes, depth=12, max_expanded=64, min_path_prob=0.0)
+    monkeypatch.setitem(DRAFTERS, "asked", config)
+    settings = {"num_blocks": 800, "draft_blocks": 1200, "max_batch_tokens": 1200, **changes}
+    scheduler = SchedulerConfig(max_num_seqs=4, max_batch_tokens=settings.pop("max_batch_tokens"))
+    return make_engine("asked", scheduler=scheduler, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("params", [replace(GREEDY, ignore_eos=True), replace(SAMPLED, seed=3, ignore_eos=True)])
+def test_spec_exec_takes_fewer_target_calls_the_larger_its_budget(
+    params: SamplingParams, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Up to a thousand nodes in one step, and the output is plain decoding's."""
+    params = replace(params, max_tokens=60)
+    plain = make_request("plain", PROMPT, params)
+    run(make_engine("none"), [plain])
+    num_steps = []
+    for num_nodes in (4, 64, 1024):
+        engine = spec_exec_engine(num_nodes, monkeypatch)
+        request = make_request("r", PROMPT, params)
+        run(engine, [request])
+        assert request.output_token_ids == plain.output_token_ids
+        model = engine.model
+        assert isinstance(model, ToyModel)
+        assert max(model.num_rows[1:]) == 1 + num_nodes
+        num_steps.append(engine.stats.num_steps)
+    assert num_steps[0] > 1.5 * num_steps[1]
+    assert num_steps[1] > 1.2 * num_steps[2]
+    assert not caplog.records
+
+
+def test_a_budget_that_cannot_be_had_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    for changes, message in (
+        ({"max_batch_tokens": 200}, "got 1024, expected at most 199, the rows of a step"),
+        ({"draft_blocks": 300}, "reads up to 1280, expected fewer than its cache's 1200 positions"),
+    ):
+        caplog.clear()
+        engine = spec_exec_engine(1024, monkeypatch, **changes)
+        for number in range(2):
+            run(engine, [make_request(f"r{number}", PROMPT, params)])
+        (record,) = caplog.records
+        assert message in record.getMessage()
+        model = engine.model
+        assert isinstance(model, ToyModel)
+        assert max(model.num_rows) == (200 if "max_batch_tokens" in changes else len(PROMPT))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class DraftModelConfig:
         width: children drawn below an expanded node, or paths side by side; 1 is a chain.
         max_expanded: nodes expanded per depth or forward, the most probable paths first.
         min_path_prob: paths that the draft itself finds less probable are not drafted further.
-        max_nodes: the most draft tokens in a tree.
+        max_nodes: the most draft tokens in a tree; no more than fit into `scheduler.max_batch_tokens` and the caches.
         branching: children of each node of depth 0, 1, ...
         min_gain: least gain in expected accepted tokens for which a further layer is read.
         rank_probs: how likely the child of each rank is accepted once its parent is: ``[rank]``, or

@@ -8,6 +8,7 @@ to the same choice; under rejection rules the noise is independent.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from logging import getLogger
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import DraftModelConfig
@@ -42,6 +43,7 @@ class DraftModelDrafter:
         self.returns_probs = style.noise == "independent" and self._growth.draws.siblings is not None
         self.max_nodes = self._growth.limits.num_nodes
         self._rows: dict[str, TreeRows] = {}
+        self._warn_of_limits(max_batch_tokens, cache.num_positions)
 
     def plan_for(self, cost: ForwardCost) -> None:
         """Fit trees to what the target's forwards cost, where the growth plans them."""
@@ -88,6 +90,27 @@ class DraftModelDrafter:
 
     def check_integrity(self) -> None:
         self._runner.check_integrity()
+
+    def _warn_of_limits(self, max_batch_tokens: int, num_positions: int) -> None:
+        """Say so where trees could never be as large as they were asked for, or never be drafted."""
+        name, wanted, num_rows = f"{self.name}.max_nodes", self.max_nodes, self._growth.num_rows
+        if wanted >= max_batch_tokens:
+            getLogger("outrider").warning(
+                "%s: got %d, expected at most %d, the rows of a step without the root; trees will be smaller; "
+                "raise scheduler.max_batch_tokens",
+                name,
+                wanted,
+                max_batch_tokens - 1,
+            )
+        if num_rows >= num_positions:
+            getLogger("outrider").warning(
+                "%s: got %d, of which the draft reads up to %d, expected fewer than its cache's %d positions; none "
+                "will be; raise cache.memory_gb, cache.num_blocks or scheduler.max_num_seqs",
+                name,
+                wanted,
+                num_rows,
+                num_positions,
+            )
 
     def _has_room(self, context: DraftContext) -> bool:
         depth = min(self._growth.limits.depth, context.max_depth)
