@@ -17,11 +17,10 @@ from outrider.drafting.context_recycling import (
     GREEDY_CHOSEN,
     GREEDY_SEEN,
     MAX_OBSERVED,
-    Candidates,
     ContextRecyclingDrafter,
-    ContextTable,
     Rates,
 )
+from outrider.drafting.context_table import Candidates, ContextTable, learn_chosen
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
@@ -57,6 +56,11 @@ def show(drafter: ContextRecyclingDrafter, tokens: list[int], *candidates: int, 
     drafter.propose([context(tokens, request_id)])
     path = VerifiedPath((), candidates[0])
     drafter.observe([DraftOutcome(request_id, TokenTree.root_only(tokens[-1]), path, logits_of(candidates))])
+
+
+def tokens_after(table: ContextTable, context: tuple[int, ...]) -> Sequence[int]:
+    found = table.get(context)
+    return found.tokens if found else ()
 
 
 def first_level(tree: TokenTree) -> dict[int, float]:
@@ -169,13 +173,15 @@ def test_confidences_become_what_is_kept() -> None:
 
 
 def test_rates_forget_slowly() -> None:
-    rates = Rates([0.5])
+    rates = Rates([0.5, 0.5])
     for _ in range(10 * MAX_OBSERVED):
-        rates.count(0, right=False)
+        rates.count([8], 9)
     assert rates.by_rank[0] < 0.001
+    assert rates.by_rank[1] == 0.5, "no second candidate was proposed"
     for _ in range(2 * MAX_OBSERVED):
-        rates.count(0, right=True)
+        rates.count([8, 9], 8)
     assert rates.by_rank[0] > 0.9
+    assert rates.by_rank[1] < 0.02
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent"])
@@ -214,14 +220,33 @@ def test_steps_that_were_not_shown_do_no_harm() -> None:
 def test_a_table_is_bounded_and_keeps_the_newest(places: list[list[int]], capacity: int) -> None:
     table = ContextTable(3, 2, capacity)
     for number, place in enumerate(places):
-        table.learn_chosen(table.contexts_at(tuple(place)), Candidates([number]))
+        learn_chosen([table], [tuple(place)], [Candidates([number])])
         assert len(table) <= capacity
     newest = {tuple(place)[-length:]: number for number, place in enumerate(places) for length in (1, 2, 3)}
     for place in places[len(places) - capacity // 2 // 3 :]:
         contexts = table.contexts_at(tuple(place))
-        assert [found.tokens[0] for found in table.known(contexts)] == [newest[context] for context in contexts]
+        assert [tokens_after(table, context) for context in contexts] == [[newest[context]] for context in contexts]
     for token in {place[-1] for place in places}:
-        assert table.known([(token,)]), "single tokens are kept"
+        assert table.get((token,)), "single tokens are kept"
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=60), st.integers(6, 20))
+def test_places_learnt_together_are_learnt_in_their_order(places: list[list[int]], capacity: int) -> None:
+    apart, together = (
+        [ContextTable(3, 2, capacity) for _ in range(2)],
+        [ContextTable(3, 2, capacity) for _ in range(2)],
+    )
+    candidates = [Candidates([number]) for number in range(len(places))]
+    contexts = [tuple(place) for place in places]
+    for place, of_place in zip(contexts, candidates, strict=True):
+        learn_chosen(apart, [place], [of_place])
+    learn_chosen(together, contexts, candidates)
+    for table in together:
+        assert len(table) <= capacity
+        for context in {
+            context for place in contexts[len(contexts) - capacity // 2 // 3 :] for context in (place[-1:], place)
+        }:
+            assert tokens_after(table, context) == tokens_after(apart[0], context)
 
 
 def test_limits_and_chains() -> None:

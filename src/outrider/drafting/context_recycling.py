@@ -16,19 +16,18 @@ text apart, so in copied and repeated text its tree falls behind prompt lookup. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
+from operator import itemgetter
 
 from outrider.config import RecyclingConfig
+from outrider.drafting.context_table import Candidates, Context, ContextTable, learn_chosen
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.sources.guess_tree import GuessTree, grow
-from outrider.sampling.noise import Purpose, gumbel_noise
+from outrider.drafting.top_tokens import top_tokens
+from outrider.sampling.noise import GumbelRow, Purpose
 from outrider.token_tree import TokenTree
 
-LENGTHS = (1, 2, 3, 4, 8, 16, 32, 64)  # of contexts, as far as they are allowed
 MIN_PATH_PROB = 0.01  # less likely nodes are not worth looking for
 NUM_BELIEVED = 20  # observations that a first rate counts for
 MAX_OBSERVED = 400  # of a rate; then all of its observations count half
@@ -43,113 +42,7 @@ SAMPLED_CHOSEN = {1: 0.15, 2: 0.21, 3: 0.32, 4: 0.45, 8: 0.7, 16: 0.7}
 SAMPLED_SEEN = {1: 0.1, 2: 0.2, 3: 0.28, 4: 0.5, 8: 0.6, 16: 0.6}
 FURTHER_RANKS = (0.2, 0.08, 0.06, 0.04, 0.03, 0.03, 0.02)
 
-Context = tuple[int, ...]
-Row = NDArray[np.float32]
-
-
-class Candidates:
-    """What may follow a context, the likeliest or latest first.
-
-    Attributes:
-        token_row, logits: ``[len(tokens)]`` the tokens again, and the target's logits; None if the tokens were only
-            seen to follow.
-    """
-
-    __slots__ = ("logits", "token_row", "tokens")
-
-    def __init__(
-        self, tokens: Sequence[int], token_row: NDArray[np.int64] | None = None, logits: Row | None = None
-    ) -> None:
-        self.tokens = tokens
-        self.token_row = token_row
-        self.logits = logits
-
-    def with_noise(self, noise: Row, temperature: float, count: int) -> list[int]:
-        """The first `count` tokens as the target would rank them with this noise, ``[vocab]``."""
-        assert self.token_row is not None, "what was only seen has no logits"
-        assert self.logits is not None, "what was only seen has no logits"
-        keys = noise[self.token_row]
-        keys *= -temperature
-        keys -= self.logits
-        return self.token_row[keys.argsort(kind="stable")[:count]].tolist()
-
-
-class ContextTable:
-    """The latest candidates after each context.
-
-    Those of single tokens are kept for good. Longer contexts are kept in two halves: when the newer is full, the
-    older is forgotten and takes its place.
-
-    Args:
-        max_context: the longest context, in tokens.
-        num_candidates: the most tokens kept of those that were only seen to follow a context.
-        capacity: the most contexts of more than one token.
-
-    Attributes:
-        lengths: of contexts, from 1 on.
-    """
-
-    def __init__(self, max_context: int, num_candidates: int, capacity: int) -> None:
-        self.lengths = tuple(length for length in LENGTHS if length <= max_context)
-        self._num_candidates = num_candidates
-        self._half = capacity // 2
-        self._single: dict[Context, Candidates] = {}
-        self._newer: dict[Context, Candidates] = {}
-        self._older: dict[Context, Candidates] = {}
-
-    def __len__(self) -> int:
-        """Contexts of more than one token; one that stands in both halves counts twice."""
-        return len(self._newer) + len(self._older)
-
-    def contexts_at(self, place: Context) -> list[Context]:
-        """What ends at a place, from one token on."""
-        size = len(place)
-        return [place[size - length :] for length in self.lengths if length <= size]
-
-    def known(self, contexts: Sequence[Context]) -> list[Candidates]:
-        """The candidates after contexts that end at one place, up to the longest that is known.
-
-        Whoever learns a context learns all that it ends with, so behind the first unknown one there is nothing.
-        """
-        found: list[Candidates] = []
-        newer, older = self._newer, self._older
-        for context in contexts:
-            candidates = newer.get(context) or older.get(context) or self._single.get(context)
-            if candidates is None:
-                break
-            found.append(candidates)
-        return found
-
-    def learn_chosen(self, contexts: Sequence[Context], candidates: Candidates) -> None:
-        """The target's candidates after the contexts that end at one place, from one token on."""
-        self._make_room(len(contexts))
-        self._single[contexts[0]] = candidates
-        newer = self._newer
-        for context in contexts[1:]:
-            newer[context] = candidates
-
-    def learn_seen(self, tokens: Sequence[int], start: int) -> None:
-        """A text's tokens from `start` on, each as what follows the contexts before it."""
-        longest = self.lengths[-1]
-        for position in range(max(start, 1), len(tokens)):
-            self._make_room(len(self.lengths))
-            token = tokens[position]
-            alone = Candidates((token,))
-            contexts = self.contexts_at(tuple(tokens[max(0, position - longest) : position]))
-            known = self.known(contexts)
-            for index, context in enumerate(contexts):
-                made = alone
-                if index < len(known):
-                    before = known[index].tokens
-                    if before[0] == token:
-                        continue
-                    others = [other for other in before if other != token]
-                    made = Candidates([token, *others][: self._num_candidates])
-                (self._newer if index else self._single)[context] = made
-
-    def _make_room(self, num_contexts: int) -> None:
-        if len(self._newer) + num_contexts > self._half:
-            self._older, self._newer = self._newer, {}
+NOT_THERE = -2  # a node of no tree; -1 is the root
 
 
 class Rates:
@@ -166,30 +59,33 @@ class Rates:
         self._right = [rate * NUM_BELIEVED for rate in prior]
         self._seen = [float(NUM_BELIEVED)] * len(prior)
 
-    def count(self, rank: int, *, right: bool) -> None:
-        self._right[rank] += right
-        self._seen[rank] += 1.0
-        if self._seen[rank] > MAX_OBSERVED:
-            self._right[rank] /= 2
-            self._seen[rank] /= 2
-        self.by_rank[rank] = self._right[rank] / self._seen[rank]
+    def count(self, proposed: Sequence[int], chosen: int) -> None:
+        """Candidates were proposed, by rank; one of them or another one was chosen."""
+        by_rank, right, seen = self.by_rank, self._right, self._seen
+        for rank, token in enumerate(proposed):
+            if token == chosen:
+                right[rank] += 1.0
+            num_seen = seen[rank] + 1.0
+            if num_seen > MAX_OBSERVED:
+                right[rank] /= 2
+                num_seen /= 2
+            seen[rank] = num_seen
+            by_rank[rank] = right[rank] / num_seen
 
 
 class RateTable:
-    """Rates by where candidates are from and by the length of the context, for greedy or for sampled requests."""
+    """Rates by where candidates are from and by the length of the context, for greedy or for sampled requests.
+
+    Attributes:
+        own_chosen, own_seen, shared: by the index of the context's length.
+    """
 
     def __init__(
         self, chosen: Mapping[int, float], seen: Mapping[int, float], lengths: Sequence[int], num_ranks: int
     ) -> None:
-        self._own_chosen, self._own_seen, self._shared = (
-            {length: Rates(_prior(first, length)[:num_ranks]) for length in lengths}
-            for first in (chosen, seen, chosen)
+        self.own_chosen, self.own_seen, self.shared = (
+            [Rates(_prior(first, length)[:num_ranks]) for length in lengths] for first in (chosen, seen, chosen)
         )
-
-    def of(self, candidates: Candidates, length: int, *, shared: bool) -> Rates:
-        if shared:
-            return self._shared[length]
-        return (self._own_seen if candidates.logits is None else self._own_chosen)[length]
 
 
 def _prior(first: Mapping[int, float], length: int) -> list[float]:
@@ -208,14 +104,36 @@ class _Request:
     num_kept: candidates kept of what the target says.
     num_known: tokens of the text that have been learnt.
     tail: the last of them, up to the root.
-    predictions: those made for the last tree, by their depth and place.
+    noises: by position, what the target will choose with.
+    made: the last tree, and what was predicted below its nodes; -1 is the root.
     """
 
     table: ContextTable
     num_kept: int
     num_known: int = 0
     tail: Context = ()
-    predictions: dict[tuple[int, Context], Prediction] = field(default_factory=dict)
+    noises: dict[int, GumbelRow] = field(default_factory=dict)
+    made: GuessTree = field(default_factory=GuessTree)
+    predictions: dict[int, Prediction] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What predictions of one step depend on.
+
+    Attributes:
+        noisy: whether candidates are ranked with the noise that the target will choose with, or by logits alone.
+    """
+
+    context: DraftContext
+    request: _Request
+    rates: RateTable
+    noisy: bool
+
+
+# A place before the last token, the token, the product of probabilities up to it, and how many lengths of context
+# may be known there.
+_State = tuple[Context, int, float, int]
 
 
 class ContextRecyclingDrafter:
@@ -243,80 +161,100 @@ class ContextRecyclingDrafter:
         return [self._propose(context) for context in contexts]
 
     def _propose(self, context: DraftContext) -> TokenTree:
-        tokens = context.token_ids
+        tokens, longest = context.token_ids, self._longest
+        noisy = self._shares_noise and not context.params.greedy
         request = self._requests.get(context.request_id)
         if request is None:
-            noisy = self._shares_noise and not context.params.greedy
             num_kept = min(self._num_candidates * (SAMPLED_FACTOR if noisy else 1), self._vocab_size)
             request = self._requests[context.request_id] = _Request(self._new_table(), num_kept)
         request.table.learn_seen(tokens, request.num_known)
         request.num_known = len(tokens)
-        request.tail = tuple(tokens[-self._longest :])
-        request.predictions = {}
-        longest = self._longest
+        request.tail = tuple(tokens[-longest:])
+        request.noises = {at: noise for at, noise in request.noises.items() if at >= len(tokens)}
+        rates = self._greedy if context.params.greedy else self._sampled
+        step = _Step(context, request, rates, noisy)
+        predictions: dict[int, Prediction] = {}
+        least = max(MIN_PATH_PROB, context.min_path_prob)
 
-        def successors(
-            _: GuessTree, __: int, depth: int, state: tuple[Context, int]
-        ) -> Iterable[tuple[int, float, tuple[Context, int]]]:
-            above, token = state
+        def successors(_: GuessTree, node: int, depth: int, state: _State) -> list[tuple[int, float, _State]]:
+            above, token, product, num_lengths = state
             place = (*above, token)[-longest:] if depth else above
-            prediction = request.predictions[depth, place] = self._predict(context, request, place, depth)
-            likeliest = _by_probability(prediction)[: self._num_candidates]
-            return [(token, prob, (place, token)) for prob, token in likeliest]
+            predictions[node], num_lengths = self._predict(step, place, depth, num_lengths)
+            return [
+                (token, prob, (place, token, product * prob, num_lengths))
+                for prob, token in _likeliest(predictions[node], least / product)[: self._num_candidates]
+            ]
 
         made = grow(
-            (request.tail, tokens[-1]),
+            (request.tail, tokens[-1], 1.0, len(self.table.lengths)),
             successors,
             max_nodes=min(self.max_nodes, context.max_nodes),
             max_depth=min(self._config.depth, context.max_depth),
-            min_path_prob=max(MIN_PATH_PROB, context.min_path_prob),
+            min_path_prob=least,
         )
+        request.made, request.predictions = made, predictions
         return TokenTree(
             (tokens[-1], *made.tokens),
             (-1, *[parent + 1 for parent in made.parents]),
             confidences=(1.0, *made.probs),
         )
 
-    def _predict(self, context: DraftContext, request: _Request, place: Context, depth: int) -> Prediction:
-        """What may follow a place `depth` tokens behind the root."""
-        count = self._num_candidates
-        rate_table, noise = self._greedy, None
-        if not context.params.greedy:
-            rate_table = self._sampled
-            if self._shares_noise:
-                position = len(context.token_ids) + depth
-                noise = gumbel_noise(context.seed, position, Purpose.TARGET, self._vocab_size)
-        contexts = self.table.contexts_at(place)
-        known = request.table.known(contexts)
-        num_own = len(known)
-        if num_own < len(contexts):
-            known += self.table.known(contexts)[num_own:]
+    def _predict(self, step: _Step, place: Context, depth: int, num_lengths: int) -> tuple[Prediction, int]:
+        """What may follow a place `depth` tokens behind the root.
+
+        Args:
+            num_lengths: how many lengths of context may be known there.
+
+        Returns:
+            The prediction, and how many lengths may be known one token later: what a context there begins with was
+            learnt one token before it was.
+        """
+        count, own, shared, rates = self._num_candidates, step.request.table, self.table, step.rates
         found: Prediction = []
         proposed: set[int] = set()
         last: Candidates | None = None
-        for index in range(len(known) - 1, -1, -1):
-            candidates = known[index]
+        num_known = 0
+        contexts = own.contexts_at(place)
+        for index in range(min(num_lengths, len(contexts)) - 1, -1, -1):
+            of_length = rates.own_chosen
+            candidates = own.get(contexts[index])
+            if candidates is None:
+                of_length = rates.shared
+                candidates = shared.get(contexts[index])
+                if candidates is None:
+                    continue
+            elif candidates.logits is None:
+                of_length = rates.own_seen
+            num_known = num_known or index + 1
             if candidates is last:
                 continue
             last = candidates
-            if noise is None or candidates.logits is None:
+            if candidates.logits is None or not step.noisy:
                 tokens = candidates.tokens
             else:
-                tokens = candidates.with_noise(noise, context.params.temperature, count)
-            new = [token for token in tokens if token not in proposed][:count]
+                tokens = candidates.with_noise(self._noise(step, depth), step.context.params.temperature, count)
+            new = [token for token in tokens if token not in proposed][:count] if proposed else tokens[:count]
             if new:
-                found.append((rate_table.of(candidates, len(contexts[index]), shared=index >= num_own), new))
+                found.append((of_length[index], new))
                 proposed.update(new)
                 if len(proposed) >= count:
                     break
-        return found
+        return found, num_known + 1
+
+    def _noise(self, step: _Step, depth: int) -> GumbelRow:
+        """What the target chooses with after a place `depth` tokens behind the root."""
+        noises, position = step.request.noises, len(step.context.token_ids) + depth
+        noise = noises.get(position)
+        if noise is None:
+            noise = noises[position] = GumbelRow(step.context.seed, position, Purpose.TARGET, self._vocab_size)
+        return noise
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:
             assert outcome.target_logits is not None, "a drafter that reads logits got none"
             request, tree = self._requests.get(outcome.request_id), outcome.tree
-            top = outcome.target_logits.topk(request.num_kept if request else self._num_candidates, dim=-1)
-            token_rows, logits = top.indices.cpu().numpy(), top.values.float().cpu().numpy()
+            num_kept = request.num_kept if request else self._num_candidates
+            token_rows, logits = top_tokens(outcome.target_logits, num_kept)
             candidates = list(map(Candidates, token_rows.tolist(), token_rows, logits))
             # Of a request whose last steps were not shown here the root is all that is known.
             in_step = request is not None and request.tail[-1:] == tree.tokens[:1]
@@ -324,22 +262,21 @@ class ContextRecyclingDrafter:
             for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
                 places.append((*places[parent], token)[-self._longest :])
             tables = (self.table,) if request is None else (self.table, request.table)
-            for place, of_place in zip(places, candidates, strict=True):
-                contexts = self.table.contexts_at(place)
-                for table in tables:
-                    table.learn_chosen(contexts, of_place)
+            learn_chosen(tables, places, candidates)
             if request is not None and in_step:
                 self._take_in(request, outcome.new_tokens)
 
     def _take_in(self, request: _Request, new_tokens: Sequence[int]) -> None:
         """Judge the predictions along the tokens that came, which need not be learnt again."""
-        for depth, token in enumerate(new_tokens):
-            for rates, proposed in request.predictions.get((depth, request.tail), ()):
-                for rank, candidate in enumerate(proposed):
-                    rates.count(rank, right=candidate == token)
+        made, node = request.made, -1
+        for token in new_tokens:
+            for rates, proposed in request.predictions.get(node, ()):
+                rates.count(proposed, token)
                 if token in proposed:
                     break
-            request.tail = (*request.tail, token)[-self._longest :]
+            below = zip(made.parents, made.tokens, strict=True)
+            node = next((n for n, child in enumerate(below) if child == (node, token)), NOT_THERE)
+        request.tail = (*request.tail, *new_tokens)[-self._longest :]
         request.predictions = {}
         request.num_known += len(new_tokens)
 
@@ -347,19 +284,22 @@ class ContextRecyclingDrafter:
         self._requests.pop(request_id, None)  # the shared table outlives requests: that is the point
 
 
-def _by_probability(prediction: Prediction) -> list[tuple[float, int]]:
-    """Probabilities and tokens, the most likely first: what a context's rates leave is for the shorter ones."""
+def _likeliest(prediction: Prediction, least: float) -> list[tuple[float, int]]:
+    """Probabilities and tokens, the most likely first: what a context's rates leave is for the shorter ones.
+
+    Args:
+        least: less likely tokens are left out.
+    """
     found: list[tuple[float, int]] = []
     left = 1.0
     for rates, tokens in prediction:
-        of_rank = rates.by_rank[: len(tokens)]
-        found += [(left * rate, token) for rate, token in zip(of_rank, tokens, strict=True)]
-        left *= max(0.0, 1.0 - sum(of_rank))
-        if left < MIN_PATH_PROB:
+        taken = 0.0
+        for rate, token in zip(rates.by_rank, tokens, strict=False):  # there may be fewer tokens than ranks
+            taken += rate
+            if left * rate >= least:
+                found.append((left * rate, token))
+        left *= 1.0 - taken
+        if left < least:
             break
-    found.sort(key=_negative_probability)
+    found.sort(key=itemgetter(0), reverse=True)
     return found
-
-
-def _negative_probability(of: tuple[float, int]) -> float:
-    return -of[0]

@@ -14,6 +14,7 @@ import numpy as np
 from outrider.config import RecyclingConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.sequoia import sequoia_shape
+from outrider.drafting.top_tokens import top_tokens
 from outrider.drafting.tree_shape import best_first_shape, node_confidences
 from outrider.token_tree import TokenTree
 
@@ -72,9 +73,9 @@ class RecyclingDrafter:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:
             assert outcome.target_logits is not None, "a drafter that reads logits got none"
-            top = outcome.target_logits.topk(self._num_candidates, dim=-1).indices.cpu().numpy()
             # In node order: of a token that stands at several nodes the deepest wins.
-            self._candidates[np.asarray(outcome.tree.tokens)] = top
+            tokens, _ = top_tokens(outcome.target_logits, self._num_candidates)
+            self._candidates[np.asarray(outcome.tree.tokens)] = tokens
 
     def release(self, request_id: str) -> None:
         pass  # the matrix outlives requests: that is the point

@@ -17,11 +17,14 @@ import secrets
 from collections import OrderedDict
 from enum import IntEnum
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 MEMO_BYTES = 32 * 2**20
+WORDS_BYTES = 8 * 2**20
+SPARSE_VOCAB = 1024  # of smaller vocabularies a whole row costs little more than its words
 
 
 class Purpose(IntEnum):
@@ -47,17 +50,17 @@ class _RowMemo:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._rows: OrderedDict[tuple[int, ...], NDArray[np.float32]] = OrderedDict()
+        self._rows: OrderedDict[tuple[int, ...], NDArray[Any]] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, key: tuple[int, ...]) -> NDArray[np.float32] | None:
+    def get(self, key: tuple[int, ...]) -> NDArray[Any] | None:
         with self._lock:
             row = self._rows.get(key)
             if row is not None:
                 self._rows.move_to_end(key)
             return row
 
-    def put(self, key: tuple[int, ...], row: NDArray[np.float32]) -> None:
+    def put(self, key: tuple[int, ...], row: NDArray[Any]) -> None:
         with self._lock:
             if key in self._rows or row.nbytes > self._max_bytes:
                 return
@@ -68,6 +71,7 @@ class _RowMemo:
 
 
 _memo = _RowMemo(MEMO_BYTES)
+_words_memo = _RowMemo(WORDS_BYTES)
 
 
 def gumbel_noise(seed: int, position: int, purpose: Purpose, vocab_size: int, trial: int = 0) -> NDArray[np.float32]:
@@ -75,17 +79,60 @@ def gumbel_noise(seed: int, position: int, purpose: Purpose, vocab_size: int, tr
 
     ``argmax(log p + noise)`` is a sample of p (Gumbel-max). Uniforms of 32 bits bound it to (-3.2, 22.9).
     """
-    key = (seed, position, purpose, vocab_size, trial)
+    key = (seed, position, int(purpose), vocab_size, trial)
     row = _memo.get(key)
     if row is None:
-        words = _philox(seed, position, purpose, trial, num_words=(vocab_size + 1) // 2)
-        uniforms = (words.astype("<u8", copy=False).view("<u4")[:vocab_size] + 0.5) * 2.0**-32
-        np.negative(np.log(uniforms, out=uniforms), out=uniforms)
-        np.negative(np.log(uniforms, out=uniforms), out=uniforms)
-        row = uniforms.astype(np.float32)
+        row = _gumbel(_halves(key))
         row.setflags(write=False)
         _memo.put(key, row)
     return row
+
+
+class GumbelRow:
+    """The row that `gumbel_noise` gives, of which only a few tokens are wanted: bit for bit the same there.
+
+    Of a large vocabulary random words are drawn for all tokens, and logarithms, which take most of the time, only of
+    the wanted ones; words and rows that are at hand anyway are used.
+    """
+
+    __slots__ = ("_halves", "_row")
+
+    def __init__(self, seed: int, position: int, purpose: Purpose, vocab_size: int, trial: int = 0) -> None:
+        key = (seed, position, int(purpose), vocab_size, trial)
+        self._row: NDArray[np.float32] | None = _memo.get(key)
+        self._halves: NDArray[np.uint32] | None = None
+        if self._row is None:
+            if vocab_size < SPARSE_VOCAB:
+                self._row = gumbel_noise(seed, position, purpose, vocab_size, trial)
+            else:
+                self._halves = _halves(key)
+
+    def of(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The noise of some tokens, in a new array of their shape."""
+        if self._row is not None:
+            return self._row.take(tokens)
+        assert self._halves is not None, "neither a row nor its words"
+        return _gumbel(self._halves.take(tokens))
+
+
+def _halves(key: tuple[int, int, int, int, int]) -> NDArray[np.uint32]:
+    """``[vocab_size]`` random halves of words; read only, perhaps shared."""
+    halves = _words_memo.get(key)
+    if halves is None:
+        seed, position, purpose, vocab_size, trial = key
+        words = _philox(seed, position, purpose, trial, num_words=(vocab_size + 1) // 2)
+        halves = words.astype("<u8", copy=False).view("<u4")[:vocab_size]
+        halves.setflags(write=False)
+        if vocab_size >= SPARSE_VOCAB:
+            _words_memo.put(key, halves)
+    return halves
+
+
+def _gumbel(halves: NDArray[np.uint32]) -> NDArray[np.float32]:
+    uniforms = (halves + 0.5) * 2.0**-32
+    np.negative(np.log(uniforms, out=uniforms), out=uniforms)
+    np.negative(np.log(uniforms, out=uniforms), out=uniforms)
+    return uniforms.astype(np.float32)
 
 
 def uniform(seed: int, position: int, purpose: Purpose, trial: int) -> float:
@@ -104,7 +151,7 @@ def fresh_seed() -> int:
     return secrets.randbits(63)
 
 
-def _philox(seed: int, position: int, purpose: Purpose, trial: int, num_words: int) -> NDArray[np.uint64]:
+def _philox(seed: int, position: int, purpose: int, trial: int, num_words: int) -> NDArray[np.uint64]:
     generator = np.random.Philox(
         key=np.array([seed, purpose], dtype=np.uint64),
         # NumPy counts blocks in the low word, one up before each block; the high words tell streams apart.
