@@ -104,8 +104,8 @@ class DraftModelDrafter:
             )
         if num_rows >= num_positions:
             getLogger("outrider").warning(
-                "%s: got %d, of which the draft reads up to %d, expected fewer than its cache's %d positions; none "
-                "will be; raise cache.memory_gb, cache.num_blocks or scheduler.max_num_seqs",
+                "%s: got %d, of which the draft reads up to %d, expected fewer than its cache's %d positions; "
+                "nothing will be drafted; raise cache.memory_gb, cache.num_blocks or scheduler.max_num_seqs",
                 name,
                 wanted,
                 num_rows,
