@@ -27,10 +27,11 @@ from outrider.config import SchedulerConfig
 CASES = (
     ("random", 1.5, 1, 1, 15, 96),
     ("code", 2.0, 1, 1, 15, 96),
-    ("code", 1.0, 16, 16, 3, 48),
-    ("code", 1.0, 16, 48, 3, 48),
+    ("code", 1.0, 4, 12, 9, 48),
+    ("code", 1.0, 16, 16, 9, 48),
+    ("code", 1.0, 16, 48, 5, 48),
     ("random", 1.5, 16, 16, 9, 48),
-    ("random", 1.5, 48, 48, 2, 32),
+    ("random", 1.5, 48, 48, 5, 32),
 )
 MAX_PROMPTS = 48  # more runs take them again, with other seeds
 WARM_UP = "def main():\n"

@@ -48,7 +48,7 @@ struct Llama::Step {
     std::atomic<size_t> next_task;
     uint32_t* words = nullptr;  // [threads][num_words]
     int64_t num_words = 0;
-    Trial qkv_trial, output_trial, gate_trial, down_trial, lm_head_trial;  // thread 0 sets them, a layer ahead
+    Trial qkv_trial{}, output_trial{}, gate_trial{}, down_trial{}, lm_head_trial{};  // thread 0 sets them, a layer ahead
 
     void wait(int num_threads) { barrier.wait(num_threads); }
 };
