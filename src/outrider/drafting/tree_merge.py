@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import NamedTuple
 
 from outrider.token_tree import TokenTree
 
 
-@dataclass(frozen=True)
-class WeightedPath:
+class WeightedPath(NamedTuple):
     """One guess of what follows.
 
     Attributes:
@@ -22,10 +21,8 @@ class WeightedPath:
     confidences: Sequence[float]
 
 
-@dataclass(eq=False, slots=True)
-class _Node:
-    confidence: float
-    children: dict[int, _Node]
+# A token below a node: its greatest confidence, and the paths that lead there.
+_Child = tuple[float, list[WeightedPath]]
 
 
 def merge_paths(root: int, paths: Iterable[WeightedPath], max_nodes: int, *, min_path_prob: float = 0.0) -> TokenTree:
@@ -33,7 +30,8 @@ def merge_paths(root: int, paths: Iterable[WeightedPath], max_nodes: int, *, min
 
     Where sources agree on a node the most confident one counts. Products fall along a path, so taking the best node
     next gives the tree of `max_nodes` with the greatest expected accepted length that these confidences allow
-    (multi-candidate merging by expected acceptance; OPT-Tree, arXiv 2406.17276, theorem 3.1).
+    (multi-candidate merging by expected acceptance; OPT-Tree, arXiv 2406.17276, theorem 3.1). Paths are read only
+    below the nodes that are taken.
 
     Args:
         max_nodes: the most draft tokens, root not counted.
@@ -42,32 +40,37 @@ def merge_paths(root: int, paths: Iterable[WeightedPath], max_nodes: int, *, min
     Returns:
         A tree with confidences, in the order in which nodes were taken.
     """
-    top = _Node(1.0, {})
-    for path in paths:
-        node = top
-        for token, confidence in zip(path.tokens, path.confidences, strict=True):
-            child = node.children.get(token)
-            if child is None:
-                child = node.children[token] = _Node(confidence, {})
-            elif confidence > child.confidence:
-                child.confidence = confidence
-            node = child
     tokens, parents, confidences = [root], [-1], [1.0]
-    heap: list[tuple[float, int, int, int, _Node]] = []  # (-product, order of discovery, parent, token, node)
-    discovered = 0
-
-    def discover(node: _Node, index: int, product: float) -> None:
-        nonlocal discovered
-        for token, child in node.children.items():
-            if product * child.confidence >= min_path_prob:
-                heapq.heappush(heap, (-product * child.confidence, discovered, index, token, child))
+    # (-product, order of discovery, parent, depth, token, confidence, the paths that lead there)
+    heap: list[tuple[float, int, int, int, int, float, list[WeightedPath]]] = []
+    product, node, depth, discovered, group = 1.0, 0, 0, 0, list(paths)
+    while len(tokens) <= max_nodes:
+        for token, (confidence, below) in _children(group, depth).items():
+            if product * confidence >= min_path_prob:
+                heappush(heap, (-product * confidence, discovered, node, depth + 1, token, confidence, below))
                 discovered += 1
-
-    discover(top, 0, 1.0)
-    while heap and len(tokens) <= max_nodes:
-        negative, _, parent, token, node = heapq.heappop(heap)
+        if not heap:
+            break
+        negative, _, parent, depth, token, confidence, group = heappop(heap)
+        product, node = -negative, len(tokens)
         tokens.append(token)
         parents.append(parent)
-        confidences.append(node.confidence)
-        discover(node, len(tokens) - 1, -negative)
+        confidences.append(confidence)
     return TokenTree(tuple(tokens), tuple(parents), confidences=tuple(confidences))
+
+
+def _children(paths: list[WeightedPath], depth: int) -> dict[int, _Child]:
+    """What follows the first `depth` tokens that all of the paths have in common, in the order of the paths."""
+    children: dict[int, _Child] = {}
+    for path in paths:
+        tokens, confidences = path
+        if len(tokens) > depth:
+            token, confidence = tokens[depth], confidences[depth]
+            child = children.get(token)
+            if child is None:
+                children[token] = (confidence, [path])
+            else:
+                child[1].append(path)
+                if confidence > child[0]:
+                    children[token] = (confidence, child[1])
+    return children

@@ -48,26 +48,33 @@ class Calibration:
         """Count the guesses whose path was right so far, verified or not: what came is known."""
         paths = self._proposed.pop(request_id, ())
         for depth, token in enumerate(new_tokens):
-            paths = [path for path in paths if len(path.tokens) > depth]
-            guesses: dict[int, float] = {}
+            guesses: dict[int, float] = {}  # where several say the same, the most confident one counts
+            right: list[WeightedPath] = []
             for path in paths:
-                guesses[path.tokens[depth]] = max(guesses.get(path.tokens[depth], 0.0), path.confidences[depth])
+                tokens, confidences = path
+                if len(tokens) > depth:
+                    guess, confidence = tokens[depth], confidences[depth]
+                    if confidence > guesses.get(guess, -1.0):
+                        guesses[guess] = confidence
+                    if guess == token:
+                        right.append(path)
             for guess, confidence in guesses.items():
                 self._count(confidence, guess == token)
-            paths = [path for path in paths if path.tokens[depth] == token]
-            if not paths:
+            if not right:
                 return
+            paths = right
 
     def _count(self, confidence: float, right: bool) -> None:
         index = int(confidence * NUM_BINS)
-        self._promised[index] += confidence
-        self._right[index] += right
-        self._num_observed[index] += 1
-        if self._num_observed[index] > MAX_OBSERVED:
-            self._promised[index] /= 2
-            self._right[index] /= 2
-            self._num_observed[index] /= 2
-        self._factors[index] = self._right[index] / self._promised[index]
+        promised = self._promised[index] + confidence
+        num_right = self._right[index] + right
+        num_observed = self._num_observed[index] + 1
+        if num_observed > MAX_OBSERVED:
+            promised /= 2
+            num_right /= 2
+            num_observed /= 2
+        self._promised[index], self._right[index], self._num_observed[index] = promised, num_right, num_observed
+        self._factors[index] = num_right / promised
 
     def release(self, request_id: str) -> None:
         self._proposed.pop(request_id, None)

@@ -1,13 +1,13 @@
 """Hierarchy drafting (Cho et al., arXiv 2502.05609): databases asked in the order of their locality.
 
 What is near in time is asked first: the request's own context, then what the model generated before, then statistics
-of a corpus. A level is asked only while the levels before it have not filled the tree.
+of a corpus. A level is asked only while the levels before it have not filled the tree; it learns in every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.source import Source, best_chain
@@ -37,34 +37,40 @@ class LevelStatistics:
 
 
 class _Proposal:
-    """Which level was the first to propose each path of one request's tree."""
+    """One request's paths, and which level was the first to propose each node of its tree."""
 
     def __init__(self) -> None:
-        self._children: dict[tuple[int, int], int] = {}  # (node, token) -> node; the root is 0
-        self._levels = [0]  # [node]; the root's means nothing
+        self.paths: list[WeightedPath] = []
+        self._levels: list[int] = []  # of each path, ascending
+        self._likely: dict[tuple[int, int], int] = {}  # (node, token) -> node; the root is 0
+        self.num_likely = 0  # nodes that a path finds at least as likely as its threshold
 
-    def add(self, path: WeightedPath, level: int, threshold: float) -> int:
-        """Take in a level's path; returns how many of its nodes are new, and at least as likely as the threshold."""
-        node, product, num_likely = 0, 1.0, 0
+    def add(self, path: WeightedPath, level: int, threshold: float) -> None:
+        """Take in a path of a level that is not nearer than those before."""
+        self.paths.append(path)
+        self._levels.append(level)
+        likely, node, product = self._likely, 0, 1.0
         for token, confidence in zip(path.tokens, path.confidences, strict=True):
             product *= confidence
-            child = self._children.get((node, token))
+            if product < threshold:
+                break
+            child = likely.get((node, token))
             if child is None:
-                child = self._children[node, token] = len(self._levels)
-                self._levels.append(level)
-                num_likely += product >= threshold
+                self.num_likely += 1
+                child = likely[node, token] = self.num_likely
             node = child
-        return num_likely
 
     def levels_of(self, tree: TokenTree) -> Iterator[tuple[int, int]]:
         """The tree's nodes that were proposed here, with their levels; the others are another drafter's."""
-        found: list[int | None] = [0]
-        for node in range(1, tree.num_nodes):
-            above = found[tree.parents[node]]
-            here = None if above is None else self._children.get((above, tree.tokens[node]))
-            found.append(here)
-            if here is not None:
-                yield node, self._levels[here]
+        leading = [list(zip(self._levels, self.paths, strict=True))]  # by node: the paths that lead there
+        depths = [0]
+        for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
+            depth = depths[parent]
+            here = [of for of in leading[parent] if len(of[1].tokens) > depth and of[1].tokens[depth] == token]
+            if here:
+                yield len(leading), here[0][0]
+            leading.append(here)
+            depths.append(depth + 1)
 
 
 class HierarchyDrafter:
@@ -97,21 +103,18 @@ class HierarchyDrafter:
         max_nodes = min(self.max_nodes, context.max_nodes)
         threshold = max(MIN_PATH_PROB, context.min_path_prob)
         proposal = _Proposal()
-        paths: list[WeightedPath] = []
-        num_likely = 0
+        unasked = replace(context, max_nodes=0)
         for number, (level, statistics) in enumerate(zip(self._levels, self.statistics, strict=True)):
-            if num_likely >= max_nodes or depth <= 0:
-                break
+            if proposal.num_likely >= max_nodes or depth <= 0:
+                level.continuations(unasked)  # so that there is no backlog to read when it is asked
+                continue
             statistics.num_asked += 1
-            found = [
-                WeightedPath(path.tokens[:depth], path.confidences[:depth]) for path in level.continuations(context)
-            ]
+            found = level.continuations(context)
             statistics.num_answered += bool(found)
-            paths += found
-            num_likely += sum(proposal.add(path, number, threshold) for path in found)
+            for path in found:
+                proposal.add(WeightedPath(path.tokens[:depth], path.confidences[:depth]), number, threshold)
         self._proposals[context.request_id] = proposal
-        if self._chains_only:
-            paths = best_chain(paths)
+        paths = best_chain(proposal.paths) if self._chains_only else proposal.paths
         return merge_paths(context.token_ids[-1], paths, max_nodes, min_path_prob=context.min_path_prob)
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
