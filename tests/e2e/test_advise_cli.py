@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from typer.models import OptionInfo
 from typer.testing import CliRunner, Result
 from typer.utils import get_params_from_function
@@ -25,6 +26,7 @@ from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine import calibration
 from outrider.engine.build import _drafters_for_any_text
 from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
+from outrider.kernels import native
 
 TINY = ("--seconds", "0.1", "--prompts", "2", "--max-tokens", "8")
 
@@ -139,7 +141,7 @@ def test_predicted_from_the_configuration_alone(tmp_path: Path) -> None:
         assert of["tokens_per_s"] == pytest.approx(of["batches"][0]["speedup"] * record["plain_tokens_per_s"])
     drafter_config(record["drafter"])
     text = run(*options).stdout
-    assert "PREDICTION, nothing was measured" in text
+    assert "PREDICTION, no decoding was measured" in text
     assert "NVIDIA A100" in text
 
 
@@ -192,7 +194,7 @@ def test_a_prediction_takes_every_other_option() -> None:
         result = run("--hardware", "h100", *words(option, value))
         refused = option == "--revision"  # used, but the bundled model is a folder and has none
         assert result.exit_code == (2 if refused else 0), (option, result.output)
-        assert "nothing is measured" not in result.stderr
+        assert "no decoding is measured" not in result.stderr
 
 
 def test_costs_are_measured_once_and_again_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +220,24 @@ def test_costs_are_measured_once_and_again_when_asked(tmp_path: Path, monkeypatc
     again = seconds_of_a_row("--recalibrate")
     assert (len(made), again > first) == (2, True)
     assert (seconds_of_a_row(), len(made)) == (again, 2)
+
+
+def test_predicted_for_this_machine_as_a_probe_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("--hardware", "probe", "--acceptance", "0.8", "--threads", str(torch.get_num_threads()), "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    machine = record["hardware"]
+    assert record["advice"] == "prediction"
+    assert machine["name"] == "this machine"
+    assert 1e8 < machine["bandwidth"] < 1e13
+    assert all(1e8 < flops < 1e15 for flops in machine["flops"].values())
+    bytes_read = record["model"]["num_shared"] * record["model"]["weight_bytes"]
+    assert record["plain_tokens_per_s"] < machine["bandwidth"] / bytes_read
+    assert "measured just now" in record["assumptions"][0]
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    refused = run("--hardware", "probe")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "compiled kernels" in refused.stderr
 
 
 def test_where_nothing_pays_plain_decoding_is_the_advice() -> None:

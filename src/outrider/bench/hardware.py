@@ -1,16 +1,20 @@
-"""Machines by their published figures: what a roofline needs to know of one that is not at hand."""
+"""Machines by their published figures, or by what a probe of this one says: what a roofline needs to know."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from outrider.config import Weights, from_mapping
 from outrider.errors import ConfigError
 
-THIS = "this"
+THIS, PROBED = "this", "probe"
+PROBE_ROWS, PROBE_WIDTH, PROBE_REPEATS = 64, 2048, 15
+LEAST_PROBE_BYTES, PROBE_CACHES = 1 << 28, 8  # a probe of memory reads so much, or so many times the last-level cache
 GRAPH_LAUNCH_S = 0.3e-3  # our assumption for GPUs: a forward replayed as one graph
 GPU_STEP_S = 0.5e-3  # likewise: scheduling, sampling and verification of a step
 BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY = 0.8, 0.6  # our assumption of what good kernels reach
@@ -100,14 +104,16 @@ KNOWN: dict[str, Hardware] = {
 
 
 def hardware_of(spec: str) -> Hardware:
-    """A machine of the table, or of a JSON file with the fields of `Hardware`.
+    """A machine of the table, this one as a probe finds it, or one of a JSON file with the fields of `Hardware`.
 
     Raises:
-        ConfigError: neither, or a file that is none.
+        ConfigError: none of these, a file that is none, or a probe without compiled kernels.
     """
     known = KNOWN.get(spec.lower())
     if known is not None:
         return known
+    if spec.lower() == PROBED:
+        return probed_hardware()
     path = Path(spec).expanduser()
     if path.is_file():
         try:
@@ -117,10 +123,63 @@ def hardware_of(spec: str) -> Hardware:
         if isinstance(values, dict):
             values = {"name": path.stem, **values}
         return from_mapping(Hardware, values, "hardware")
-    near = difflib.get_close_matches(spec.lower(), (THIS, *KNOWN), n=1)
+    near = difflib.get_close_matches(spec.lower(), (THIS, PROBED, *KNOWN), n=1)
     raise ConfigError(
         "--hardware",
         got=repr(spec),
-        expected=f"{THIS}, {', '.join(KNOWN)}, or a JSON file",
+        expected=f"{THIS}, {PROBED}, {', '.join(KNOWN)}, or a JSON file",
         remedy=f"did you mean {near[0]!r}?" if near else None,
+    )
+
+
+def probed_hardware() -> Hardware:
+    """This machine, by what the kernels reach here and now: reads of memory, and products of PROBE_ROWS rows.
+
+    Of the reads the median counts, because neighbours share the memory; of the products the fastest, because others
+    that run on the same cores only disturb. What a forward and a step take beside the models is not measured: it is
+    taken from `KNOWN["epyc-2c"]`.
+
+    Raises:
+        ConfigError: there are no compiled kernels to measure with.
+    """
+    import torch
+
+    from outrider.bench.forward import BandwidthProbe, last_level_cache_bytes
+    from outrider.kernels import native
+    from outrider.kernels.packed import pack_bf16, pack_fp32, pack_int8
+
+    if not native.is_available():
+        raise ConfigError(
+            f"--hardware {PROBED}",
+            got="reference code",
+            expected="compiled kernels",
+            remedy="name a machine, or a file",
+        )
+    weight, x = torch.randn(PROBE_WIDTH, PROBE_WIDTH), torch.randn(PROBE_ROWS, PROBE_WIDTH)
+    integers = torch.randint(-127, 128, weight.shape, dtype=torch.int8)
+    linears = {
+        "fp32": native.Linear(pack_fp32(weight)),
+        "bf16": native.Linear(pack_bf16(weight)),
+        "int8": native.Linear(pack_int8(integers, torch.ones(PROBE_WIDTH))),
+    }
+    read = BandwidthProbe(max(LEAST_PROBE_BYTES, PROBE_CACHES * (last_level_cache_bytes() or 0)))
+    bandwidths: list[float] = []
+    seconds: dict[str, list[float]] = {kind: [] for kind in linears}
+    with native.cores_for_kernels():
+        for _ in range(PROBE_REPEATS):  # in turns: the machine's speed changes
+            bandwidths.append(read())
+            for kind, linear in linears.items():
+                linear(x)  # what reading has displaced comes back into the caches
+                start = time.perf_counter()
+                linear(x)
+                seconds[kind].append(time.perf_counter() - start)
+    operations = 2.0 * PROBE_ROWS * PROBE_WIDTH**2
+    return replace(
+        KNOWN["epyc-2c"],
+        name="this machine",
+        bandwidth=median(bandwidths),
+        flops={kind: operations / min(of) for kind, of in seconds.items()},
+        bandwidth_efficiency=1.0,
+        compute_efficiency=1.0,
+        source=f"measured just now, {PROBE_ROWS} rows at once",
     )

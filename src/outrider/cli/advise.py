@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from outrider.bench.hardware import KNOWN, THIS, hardware_of
+from outrider.bench.hardware import KNOWN, LEAST_PROBE_BYTES, PROBE_CACHES, PROBED, THIS, Hardware, hardware_of
 from outrider.cli import options as opt
 from outrider.cli.bench_acceptance import encode_for
 from outrider.cli.console import note, progress_bar, stdout_console
@@ -33,7 +33,6 @@ DEFAULT_NUM_PROMPTS = 8
 DEFAULT_CONTEXT = 512
 LARGEST_RUN = 8  # sequences at once
 MAX_CONTEXT, MAX_SECONDS = 1 << 24, 24 * 3600.0
-PROBE_BYTES, PROBE_CACHES = 1 << 28, 8
 PREDICTION = "Prediction"
 # What a prediction has no use for: nothing is loaded, run or sampled.
 MEASURED_ONLY = (
@@ -58,7 +57,12 @@ def advise(
     ] = None,
     hardware: Annotated[
         str,
-        option("--hardware", help=f"{THIS}: measure; {', '.join(KNOWN)}, or a JSON file: predict.", panel=MEASURING),
+        option(
+            "--hardware",
+            help=f"{THIS}: measure; {', '.join(KNOWN)}, a JSON file, or this machine as a {PROBED} of a second finds "
+            "it: predict.",
+            panel=MEASURING,
+        ),
     ] = THIS,
     source: WorkloadOptions,
     seconds: Annotated[
@@ -95,8 +99,8 @@ def advise(
 ) -> None:
     """Say which drafter, tree and length to use, what it brings, and from which batch on plain decoding is as good.
 
-    On this machine by measuring (an interruption advises on what there is); for another one from its published
-    figures and the model's config.json alone.
+    On this machine by measuring (an interruption advises on what there is); for another one, or for a model that is
+    not at hand, from the machine's figures and the model's config.json alone.
     """
     if context is not None:
         require_in_range("--context", context, 0, MAX_CONTEXT)
@@ -110,11 +114,12 @@ def advise(
         prefix_caching=False,
     )
     if hardware.lower() != THIS:
-        hardware_of(hardware)
         _check_used_by_prediction(ctx, hardware)
         report.check()
+        engine.set_threads()
+        machine = hardware_of(hardware)
         record = _prediction(
-            hardware, engine, draft or [], acceptance, context=DEFAULT_CONTEXT if context is None else context
+            machine, engine, draft or [], acceptance, context=DEFAULT_CONTEXT if context is None else context
         )
     else:
         if acceptance is not None:
@@ -146,12 +151,14 @@ def _check_used_by_prediction(ctx: typer.Context, hardware: str) -> None:
     unused = [
         max(parameter.opts, key=len)
         for parameter in ctx.command.params
-        if parameter.name in MEASURED_ONLY and _is_given(ctx, parameter.name)
+        if parameter.name in MEASURED_ONLY
+        and _is_given(ctx, parameter.name)
+        and not (parameter.name == "threads" and hardware.lower() == PROBED)  # those that the probe has
     ]
     if unused:
         raise ConfigError(
             ", ".join(unused),
-            got=f"hardware {hardware!r}, of which nothing is measured",
+            got=f"hardware {hardware!r}, on which no decoding is measured",
             expected=f"hardware {THIS!r}",
             remedy="leave it out for a prediction",
         )
@@ -238,17 +245,15 @@ def _roofline(llm: LLM, options: EngineOptions) -> dict[str, Any] | None:
     stored = "fp32" if str(llm.model.dtype) == "torch.float32" else "auto"
     weights = stored if options.weights == "auto" else options.weights
     model = _figures(options.model or str(BUNDLED_TARGET), options.revision, weights, options.group_size)
-    probe = BandwidthProbe(max(PROBE_BYTES, PROBE_CACHES * (last_level_cache_bytes() or 0)))
+    probe = BandwidthProbe(max(LEAST_PROBE_BYTES, PROBE_CACHES * (last_level_cache_bytes() or 0)))
     forward = one_row_timer(llm.model, row_invariant=llm.config.exactness == "bitwise")
     with native.cores_for_kernels():
         return roofline_check(model.bytes_read(1), forward, probe)
 
 
 def _prediction(
-    hardware: str, options: EngineOptions, drafts: list[str], acceptance: str | None, *, context: int
+    machine: Hardware, options: EngineOptions, drafts: list[str], acceptance: str | None, *, context: int
 ) -> dict[str, Any]:
-    machine = hardware_of(hardware)
-
     from outrider.bench import predict as p
     from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
 

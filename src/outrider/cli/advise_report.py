@@ -21,7 +21,7 @@ TRUSTED = 1.25  # how many times off the expectation of a batch may be before th
 def print_prediction(console: Console, record: Mapping[str, Any]) -> None:
     machine, found = record["hardware"], record["predictions"]
     title = (
-        f"PREDICTION, nothing was measured: {record['model']['name']}, {record['model']['weights']}, on "
+        f"PREDICTION, no decoding was measured: {record['model']['name']}, {record['model']['weights']}, on "
         f"{machine['name']}, context {record['context']}; plain decoding {record['plain_tokens_per_s']:.1f} tokens/s"
     )
     table = _table(title, ("draft tokens", "depth", "width", "tokens a step", "tokens/s", "speedup"))
