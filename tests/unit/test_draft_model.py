@@ -20,7 +20,7 @@ from outrider.drafting.growth.levels import CAPE_CANDIDATES
 from outrider.drafting.growth.stochastic_beam import truncated
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.drafting.sequoia import sequoia_shape
-from outrider.drafting.tree_shape import TreeShape
+from outrider.drafting.tree_shape import TreeShape, best_first_shape
 from outrider.engine.engine import Engine
 from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
@@ -274,11 +274,11 @@ def test_ppd_widens_a_chain_with_one_guess_for_each_depth(params: SamplingParams
         state = len(path)
         states.add(state)
         assert all(tree.scores[node] >= math.log(0.4) for node in path[:-1])
-        assert state == max(sequoia_shape(14, 4, ranks).depths) or tree.scores[path[-1]] < math.log(0.4)
+        assert state == max(best_first_shape(14, 4, ranks).depths) or tree.scores[path[-1]] < math.log(0.4)
         places = [
             tuple(siblings_before(made, above) for above in made.path(node)) for node in range(1, made.num_nodes)
         ]
-        assert set(places) == set(sequoia_shape(14, state, ranks).paths)
+        assert set(places) == set(best_first_shape(14, state, ranks).paths)
         if style is SHARED:  # what stands at a rank is the same below every candidate of a depth
             at = {(made.depths[node], place[-1], made.tokens[node]) for node, place in enumerate(places, 1)}
             assert len(at) == len({(depth, rank) for depth, rank, _ in at})

@@ -10,7 +10,7 @@ import pytest
 from outrider.config import DraftModelConfig, drafter_config
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftOutcome
-from outrider.drafting.dynamic_tree import candidate_trees
+from outrider.drafting.dynamic_tree import candidate_tree
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.growth.shape_planner import PRIOR, ShapePlanner
 from outrider.drafting.growth.tree import GrowthLimits
@@ -132,7 +132,7 @@ def test_machines_and_batches_get_shapes_of_their_own() -> None:
 def test_each_state_has_the_best_tree_of_its_depth() -> None:
     acceptance = [[0.6, 0.2], [0.5, 0.2], [0.4, 0.1]]
     for table in (None, LatencyTable((1, 4, 5, 9), (1.0, 1.0, 3.0, 3.5))):
-        trees = candidate_trees(acceptance, table, max_nodes=8)
+        trees = [candidate_tree(state, acceptance, table, max_nodes=8) for state in range(4)]
         assert [max(tree.shape.depths, default=0) for tree in trees] == (
             [0, 1, 2, 3] if table is None else [0, 1, 2, 2]
         )
@@ -145,12 +145,11 @@ def test_each_state_has_the_best_tree_of_its_depth() -> None:
                 expected_length(sequoia_shape(tree.num_rows - 1, state or 1, acceptance), acceptance)
             )
     planner = ShapePlanner(LIMITS, acceptance, 0.0)
-    assert [shape.paths for shape in planner.shapes_by_depth(1)] == [
-        tree.shape.paths for tree in candidate_trees(acceptance, None, max_nodes=8)
-    ]
-    planner.cost = STEEP
-    planner.end_step()
-    assert planner.shapes_by_depth(64)[1:] == (TreeShape.from_paths([(0,)]),) * 3
+    for depth in range(1, 4):
+        assert planner.shape_of_depth(depth, 1) == candidate_tree(depth, acceptance, None, max_nodes=8).shape
+    crowded = ShapePlanner(LIMITS, acceptance, 0.0)
+    crowded.cost = STEEP
+    assert [crowded.shape_of_depth(depth, 64).paths for depth in range(1, 4)] == [[(0,)]] * 3, "never none"
 
 
 # In the engine
@@ -204,7 +203,7 @@ def test_the_targets_cost_reaches_the_planner(config: DraftModelConfig, monkeypa
             {"growth": "static", "rank_probs": "measured", "max_nodes": 129},
             "max_nodes: got 129, expected at most 128",
         ),
-        ({"growth": "ppd", "depth": 33}, "depth: got 33, expected at most 32"),
+        ({"growth": "static", "rank_probs": "measured", "depth": 33}, "depth: got 33, expected at most 32"),
         ({"draft_cost": -1}, "draft_cost"),
         ({"draft_cost": "0.1"}, "draft_cost"),
         ({"growth": "static", "rank_probs": "measured", "rank_paths": [[0]]}, "leave one of them out"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from outrider.drafting.drafter import DraftOutcome
 from outrider.drafting.dynamic_tree import DynamicTreePlanner, PromptedTree, mean_tokens
 from outrider.drafting.positional_acceptance import AcceptanceCounter
-from outrider.drafting.sequoia import LatencyTable, OptimalTrees, hardware_aware_shape, sequoia_shape
+from outrider.drafting.sequoia import LatencyTable, OptimalTrees, best_lengths, hardware_aware_shape, sequoia_shape
 from outrider.drafting.tree_shape import TreeShape, best_first_shape, expected_length, node_confidences, node_probs
 from outrider.errors import ConfigError
 from outrider.token_tree import TokenTree, VerifiedPath
@@ -66,12 +66,18 @@ def test_the_dynamic_programme_finds_the_best_of_all_trees(
 
 
 @settings(deadline=None)
-@given(matrix(1, 4), st.integers(1, 6), st.integers(1, 30))
-def test_best_first_and_the_dynamic_programme_agree(rows: list[list[float]], max_depth: int, max_nodes: int) -> None:
-    """With acceptance by rank alone both are optimal; they may differ only between equals."""
-    greedy = best_first_shape(max_nodes, max_depth, rows[0])
-    optimal = sequoia_shape(max_nodes, max_depth, rows[0])
-    assert expected_length(optimal, rows[0]) == pytest.approx(expected_length(greedy, rows[0]))
+@given(matrix(3, 4), st.booleans(), st.integers(1, 6), st.integers(1, 30))
+def test_best_first_and_the_dynamic_programme_agree(
+    rows: list[list[float]], by_depth: bool, max_depth: int, max_nodes: int
+) -> None:
+    """Both are optimal; they may differ only between equals."""
+    acceptance = rows if by_depth else rows[0]
+    greedy = best_first_shape(max_nodes, max_depth, acceptance)
+    optimal = sequoia_shape(max_nodes, max_depth, acceptance)
+    length = expected_length(optimal, acceptance)
+    assert length == pytest.approx(expected_length(greedy, acceptance))
+    depth = min(max_depth, 3) if by_depth else max_depth
+    assert best_lengths(max_nodes, max_depth, acceptance)[depth, max_nodes] == pytest.approx(length)
 
 
 def test_acceptance_by_depth_moves_the_tree() -> None:

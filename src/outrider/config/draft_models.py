@@ -112,9 +112,9 @@ class DraftModelConfig:
 
     def _check_rank_probs(self) -> None:
         name, rank_probs = "draft_model.rank_probs", self.rank_probs
-        if self.plans_shapes:
+        if self.growth == "static" and rank_probs == "measured":
             for setting, value, most in (("max_nodes", self.max_nodes, 128), ("depth", self.depth, 32)):
-                expected = f"at most {most} where shapes are planned while decoding"
+                expected = f"at most {most} with rank_probs 'measured'"
                 require(value <= most, f"draft_model.{setting}", value, expected)
         if rank_probs == "measured":
             return

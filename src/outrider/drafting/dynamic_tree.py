@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.drafting.sequoia import LatencyTable, OptimalTrees
-from outrider.drafting.tree_shape import TreeShape, acceptance_rows, node_probs
+from outrider.drafting.sequoia import LatencyTable, OptimalTrees, best_lengths
+from outrider.drafting.tree_shape import TreeShape, acceptance_rows, best_first_shape, node_probs
 
 Floats = NDArray[np.float64]
 MAX_ITERATIONS = 200
@@ -123,32 +123,28 @@ class DynamicTreePlanner:
         return best_worth, PromptedTree(self._shapes[state][best_size], tuple(best_counts.tolist()))
 
 
-def candidate_trees(
-    acceptance: Sequence[Sequence[float]], target: LatencyTable | None, *, max_nodes: int
-) -> tuple[PromptedTree, ...]:
-    """``[1 + max_depth]`` the tree for each state of a drafter that makes its guesses itself, without prompt tokens.
+def candidate_tree(
+    state: int, acceptance: Sequence[Sequence[float]], target: LatencyTable | None, *, max_nodes: int
+) -> PromptedTree:
+    """The tree for a state of a drafter that makes its guesses itself, without prompt tokens.
 
     The next state is no matter of this step's rows then, so that a state's tree is the one with the most tokens per
     time by itself.
 
     Args:
-        target: None takes trees of `max_nodes`.
+        state: how many depths there are guesses for.
+        target: None takes a tree of `max_nodes`.
 
     Raises:
         ConfigError: see `acceptance_rows`.
     """
-    rows = acceptance_rows(acceptance, len(acceptance))
-    trees = [PromptedTree(TreeShape((), (), ()), (0,))]
-    for state in range(1, 1 + len(rows)):
-        optimal = OptimalTrees(max_nodes, state, rows)
-        size = max_nodes
-        if target is not None:
-            largest = min(max_nodes, target.max_rows - 1)
-            rates = [(1.0 + optimal.expected_length(n)) / target.ms_of(1 + n) for n in range(largest + 1)]
-            size = int(np.argmax(rates))
-        shape = optimal.shape(size)
-        trees.append(PromptedTree(shape, (0,) * (1 + len(shape.parents))))
-    return tuple(trees)
+    size = max_nodes
+    if target is not None:
+        largest = min(max_nodes, target.max_rows - 1)
+        step_ms = np.array([target.ms_of(1 + size) for size in range(1 + largest)])
+        size = int(np.argmax((1.0 + best_lengths(largest, state, acceptance)[-1]) / step_ms))
+    shape = best_first_shape(size, state, acceptance)
+    return PromptedTree(shape, (0,) * (1 + len(shape.parents)))
 
 
 def mean_tokens(trees: Sequence[PromptedTree], acceptance: Sequence[Sequence[float]]) -> float:

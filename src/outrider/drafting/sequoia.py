@@ -135,6 +135,26 @@ def sequoia_shape(max_nodes: int, max_depth: int, acceptance: Acceptance) -> Tre
     return OptimalTrees(max_nodes, max_depth, acceptance).shape(max_nodes)
 
 
+def best_lengths(max_nodes: int, max_depth: int, acceptance: Acceptance) -> Values:
+    """``[1 + max_depth, 1 + max_nodes]`` expected accepted length of the best tree of each depth and size.
+
+    The most probable nodes make the best tree, so that no tree has to be made to know what it is worth.
+
+    Raises:
+        ConfigError: see `acceptance_rows`.
+    """
+    level, best, lengths = np.ones(1), np.zeros(0), [np.zeros(1 + max_nodes)]
+    for row in acceptance_rows(acceptance, max_depth):
+        level = _largest(np.outer(level, row).ravel(), max_nodes)
+        best = _largest(np.concatenate([best, level]), max_nodes)
+        lengths.append(np.concatenate([[0.0], best, np.zeros(max_nodes - len(best))]).cumsum())
+    return np.stack(lengths)
+
+
+def _largest(values: Values, count: int) -> Values:
+    return np.sort(values)[::-1][:count]
+
+
 def hardware_aware_shape(
     acceptance: Acceptance, target: LatencyTable, draft_ms: float, *, max_nodes: int, max_depth: int
 ) -> ShapeChoice:
@@ -151,13 +171,11 @@ def hardware_aware_shape(
         ConfigError: see `acceptance_rows`.
     """
     largest = min(max_nodes, target.max_rows - 1)
-    best = ShapeChoice(TreeShape((), (), ()), 1.0, target.ms_of(1))
-    step_ms = np.array([target.ms_of(1 + size) for size in range(1, largest + 1)])
-    for depth in range(1, max_depth + 1 if largest else 1):
-        trees = OptimalTrees(largest, depth, acceptance)
-        rates = (1.0 + trees.values[1:]) / (step_ms + depth * draft_ms)
-        size = 1 + int(np.argmax(rates))
-        if rates[size - 1] > best.tokens_per_ms:
-            spent = float(step_ms[size - 1]) + depth * draft_ms
-            best = ShapeChoice(trees.shape(size), 1.0 + trees.expected_length(size), spent)
-    return best
+    lengths = best_lengths(largest, max_depth, acceptance)
+    target_ms = np.array([target.ms_of(1 + size) for size in range(1 + largest)])
+    step_ms = target_ms + draft_ms * np.arange(len(lengths))[:, None]
+    depth, size = np.unravel_index(np.argmax((1.0 + lengths) / step_ms), lengths.shape)
+    length, ms = float(lengths[depth, size]), float(step_ms[depth, size])
+    if not size:
+        return ShapeChoice(TreeShape((), (), ()), 1.0, float(target_ms[0]))
+    return ShapeChoice(sequoia_shape(int(size), int(depth), acceptance), 1.0 + length, ms)

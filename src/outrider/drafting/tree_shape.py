@@ -103,21 +103,25 @@ class TreeShape:
         return TokenTree(tuple(tokens), tuple(parents), confidences=tuple(kept) if confidences else None)
 
 
-def best_first_shape(max_nodes: int, max_depth: int, rank_probs: Sequence[float]) -> TreeShape:
+def best_first_shape(max_nodes: int, max_depth: int, acceptance: Acceptance) -> TreeShape:
     """The tree of `max_nodes` nodes with the greatest expected accepted length.
 
-    A node is accepted with the product of `rank_probs` on its path (acceptance by rank, independent of depth, as
-    in Sequoia, arXiv 2402.12374, section 3.1), so taking the most probable node next is optimal.
+    A node is accepted with the product of the acceptance on its path (positional acceptance, Sequoia, arXiv
+    2402.12374, section 3.1), so taking the most probable node next is optimal.
+
+    Raises:
+        ConfigError: see `acceptance_rows`.
     """
+    rows = acceptance_rows(acceptance, max_depth)
     # (-probability, depth, path of ranks): ties are resolved towards shallow nodes and low ranks.
-    heap: list[tuple[float, int, tuple[int, ...]]] = [(-p, 1, (r,)) for r, p in enumerate(rank_probs)]
+    heap: list[tuple[float, int, tuple[int, ...]]] = [(-p, 1, (r,)) for r, p in enumerate(rows[0] if rows else ())]
     heapq.heapify(heap)
     chosen: list[tuple[int, ...]] = []
     while heap and len(chosen) < max_nodes:
         probability, depth, path = heapq.heappop(heap)
         chosen.append(path)
-        if depth < max_depth:
-            for rank, p in enumerate(rank_probs):
+        if depth < len(rows):
+            for rank, p in enumerate(rows[depth]):
                 heapq.heappush(heap, (probability * p, depth + 1, (*path, rank)))
     return _from_closed(chosen)
 

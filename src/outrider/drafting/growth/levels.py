@@ -175,14 +175,15 @@ class SparseByState:
         return min(self.limits.num_nodes, self.limits.depth)
 
     def grow(self, tree: GrowingTree) -> Iterator[Sequence[int]]:
-        shapes = self.planner.shapes_by_depth(tree.context.num_step_rows)
-        longest, chain = max(shapes[-1].depths), [0]
+        planner, num_step_rows = self.planner, tree.context.num_step_rows
+        longest, chain = max(planner.shape_of_depth(planner.max_depth, num_step_rows).depths), [0]
         while drawn := tree.draw(chain[-1], 1):
             chain += drawn
             if len(chain) > longest or not tree.may_extend(chain[-1]):
                 break
             yield drawn
-        self._widen(tree, chain, shapes[len(chain) - 1])
+        if len(chain) > 1:
+            self._widen(tree, chain, planner.shape_of_depth(len(chain) - 1, num_step_rows))
 
     def _widen(self, tree: GrowingTree, chain: Sequence[int], shape: TreeShape) -> None:
         """Draw the nodes of a shape that are not on the chain, which is the first child of each of its nodes."""

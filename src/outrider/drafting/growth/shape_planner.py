@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from outrider.drafting.drafter import DraftOutcome
-from outrider.drafting.dynamic_tree import candidate_trees
+from outrider.drafting.dynamic_tree import candidate_tree
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.growth.tree import GrowthLimits
 from outrider.drafting.positional_acceptance import AcceptanceCounter
@@ -16,6 +16,7 @@ PRIOR = (0.6, 0.12, 0.05, 0.03, 0.02, 0.015, 0.01, 0.008)
 PRIOR_TRIALS = 16
 FIRST_REBUILD, MAX_REBUILD = 16, 512  # steps between two plans: twice as many each time, up to the second
 
+MAX_SIZE_CLASS = 64
 ONE_NODE = TreeShape.from_paths([(0,)])
 
 
@@ -33,6 +34,7 @@ class ShapePlanner:
 
     Attributes:
         cost: of the target's forwards; None plans the largest trees.
+        max_depth: of its shapes.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class ShapePlanner:
         self._counter = AcceptanceCounter(limits.depth, len(PRIOR)) if acceptance is None else None
         self._rows = acceptance_rows(PRIOR if acceptance is None else acceptance, limits.depth)
         self._draft_cost = draft_cost
+        self.max_depth = len(self._rows)
         self._interval = self._num_steps_left = first_rebuild
         self.cost: ForwardCost | None = None
         self._shapes: dict[int, TreeShape] = {}  # by the class of rows in the step
-        self._by_depth: dict[int, tuple[TreeShape, ...]] = {}
+        self._by_depth: dict[tuple[int, int], TreeShape] = {}
 
     def shape(self, num_step_rows: int) -> TreeShape:
         """The tree of the most tokens per time, each level of which costs a forward of the draft.
@@ -75,14 +78,13 @@ class ShapePlanner:
             found = self._shapes[size] = found if found.parents else ONE_NODE
         return found
 
-    def shapes_by_depth(self, num_step_rows: int) -> tuple[TreeShape, ...]:
-        """``[1 + depth]`` the tree for each number of levels that there are guesses for; from 1 on none is empty."""
-        size = _size_class(num_step_rows)
-        found = self._by_depth.get(size)
+    def shape_of_depth(self, depth: int, num_step_rows: int) -> TreeShape:
+        """The tree of the most tokens per time where guesses for `depth` levels are there already; not empty."""
+        key = depth, _size_class(num_step_rows)
+        found = self._by_depth.get(key)
         if found is None:
-            trees = candidate_trees(self._rows, self._table(size), max_nodes=self._limits.num_nodes)
-            shapes = [tree.shape if tree.shape.parents else ONE_NODE for tree in trees[1:]]
-            found = self._by_depth[size] = (trees[0].shape, *shapes)
+            tree = candidate_tree(depth, self._rows, self._table(key[1]), max_nodes=self._limits.num_nodes)
+            found = self._by_depth[key] = tree.shape if tree.shape.parents else ONE_NODE
         return found
 
     def count(self, tree: TokenTree, outcome: DraftOutcome) -> None:
@@ -114,5 +116,5 @@ class ShapePlanner:
 
 
 def _size_class(num_rows: int) -> int:
-    """Steps of about as many rows share their shapes: the next power of two."""
-    return 1 << max(0, num_rows - 1).bit_length()
+    """Steps of about as many rows share their shapes: the next power of two; beyond the last, rows cost the same."""
+    return min(MAX_SIZE_CLASS, 1 << max(0, num_rows - 1).bit_length())
