@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MEMO_BYTES = 32 * 2**20
-WORDS_BYTES = 8 * 2**20
+WORDS_BYTES = 32 * 2**20
 SPARSE_VOCAB = 1024  # of smaller vocabularies a whole row costs little more than its words
 
 
