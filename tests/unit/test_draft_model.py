@@ -304,7 +304,7 @@ def test_ppd_reads_once_a_level(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.num_rows == [len(PROMPT), *[1] * (max(tree.depths) - 1)]
 
 
-# The first nodes of the table that EAGLE publishes for 7B models.
+# In the form in which Medusa and EAGLE publish theirs.
 TABLE = [[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0, 0]]
 
 
