@@ -16,7 +16,7 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict
 from enum import IntEnum
-from threading import Lock
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,7 @@ class _RowMemo:
 
 _memo = _RowMemo(MEMO_BYTES)
 _words_memo = _RowMemo(WORDS_BYTES)
+_of_thread = local()
 
 
 def gumbel_noise(seed: int, position: int, purpose: Purpose, vocab_size: int, trial: int = 0) -> NDArray[np.float32]:
@@ -129,7 +130,8 @@ def _halves(key: tuple[int, int, int, int, int]) -> NDArray[np.uint32]:
 
 
 def _gumbel(halves: NDArray[np.uint32]) -> NDArray[np.float32]:
-    uniforms = (halves + 0.5) * 2.0**-32
+    uniforms = halves + 0.5
+    uniforms *= 2.0**-32
     np.negative(np.log(uniforms, out=uniforms), out=uniforms)
     np.negative(np.log(uniforms, out=uniforms), out=uniforms)
     return uniforms.astype(np.float32)
@@ -152,9 +154,17 @@ def fresh_seed() -> int:
 
 
 def _philox(seed: int, position: int, purpose: int, trial: int, num_words: int) -> NDArray[np.uint64]:
-    generator = np.random.Philox(
-        key=np.array([seed, purpose], dtype=np.uint64),
-        # NumPy counts blocks in the low word, one up before each block; the high words tell streams apart.
-        counter=np.array([0, 0, position, trial], dtype=np.uint64),
-    )
+    generator = getattr(_of_thread, "generator", None)
+    if generator is None:  # a new one asks the operating system for a seed: eight microseconds
+        generator = _of_thread.generator = np.random.Philox()
+    # NumPy counts blocks in the low word, one up before each block; the high words tell streams apart.
+    state: Any = {
+        "bit_generator": "Philox",
+        "state": {"counter": (0, 0, position, trial), "key": (seed, purpose)},
+        "buffer": (0, 0, 0, 0),
+        "buffer_pos": 4,  # all of it is used
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    generator.state = state
     return generator.random_raw(num_words)
