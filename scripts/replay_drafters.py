@@ -77,6 +77,10 @@ def specification(drafter: str, max_nodes: int) -> dict[str, Any]:
     return {**spec, "max_nodes": max_nodes} if sized else spec
 
 
+def label(spec: Mapping[str, Any]) -> str:
+    return spec["method"] + (f" {'+'.join(map(str, spec['sources']))}" if "sources" in spec else "")
+
+
 def acceptance(llm: LLM, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measure and print tokens a step; a row for each drafter and number of nodes."""
     workloads = recordings(llm, arguments.num_prompts, arguments.max_tokens, arguments.questions)
@@ -92,7 +96,7 @@ def acceptance(llm: LLM, arguments: argparse.Namespace) -> Iterator[dict[str, An
             }
             long_ms = replay(build(llm, spec), [long_context], max_nodes=max_nodes).median_draft_ms
             lengths = "".join(f"{result.acceptance_length:11.3f}" for result in results.values())
-            print(f"{max_nodes:5} {drafter[:40]:40}{lengths} {long_ms:12.3f}", flush=True)
+            print(f"{max_nodes:5} {label(spec)[:40]:40}{lengths} {long_ms:12.3f}", flush=True)
             yield {"drafter": spec, "ms_at_4096": long_ms, **as_json(results)}
 
 
@@ -122,7 +126,8 @@ def times(llm: LLM, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         result = replay(made, recorded, max_nodes=limit, target=target, temperature=temperature)
                         row = time_row(result)
                         print(
-                            f"{limit or made.max_nodes:5} {vocab_size:6} {temperature:4} {text:5}{drafter[:40]:40}"
+                            f"{limit or made.max_nodes:5} {vocab_size:6} {temperature:4} {text:5}"
+                            f"{label(spec)[:40]:40}"
                             f"{row['median_ms']:9.3f}{row['p90_ms']:9.3f}{row['propose_ms']:9.3f}"
                             f"{row['observe_ms']:9.3f}{row['drafted_per_step']:9.1f}",
                             flush=True,
@@ -136,6 +141,7 @@ def time_row(result: ReplayResult) -> dict[str, Any]:
     return {
         "num_steps": len(result.step_ms),
         "median_ms": round(result.median_draft_ms, 4),
+        "p10_ms": round(result.draft_ms(10), 4),
         "p90_ms": round(result.draft_ms(90), 4),
         "mean_ms": round(float(result.step_ms.mean()), 4),
         "propose_ms": round(float(np.median(result.propose_s)) * 1000, 4),

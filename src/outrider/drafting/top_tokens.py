@@ -29,8 +29,8 @@ def top_tokens(logits: Tensor, count: int) -> tuple[Tokens, Values]:
     Returns:
         ``[R, count]`` tokens and their logits.
     """
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        found = _top(np.ascontiguousarray(logits.numpy()), count)
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = _top(np.ascontiguousarray(logits.float().numpy()), count)
         if found is not None:
             return found
     top = logits.topk(count, dim=-1)
