@@ -91,8 +91,8 @@ def test_shorter_vocabulary_sees_the_same_noise(vocab_size: int) -> None:
 
 @given(
     seed=st.integers(0, MASK),
-    vocab_size=st.sampled_from([5, 1023, 1024, 4097, 32000]),
-    tokens=st.lists(st.integers(0, 31999), min_size=1, max_size=40),
+    vocab_size=st.sampled_from([5, 1023, 1024, 4097, 32000, 65537, 131072]),
+    tokens=st.lists(st.integers(0, 131071), min_size=1, max_size=40),
     first=st.sampled_from(["row", "tokens"]),
 )
 def test_noise_of_some_tokens_is_the_rows_bit_for_bit(

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 MEMO_BYTES = 32 * 2**20
 WORDS_BYTES = 32 * 2**20
 SPARSE_VOCAB = 1024  # of smaller vocabularies a whole row costs little more than its words
+WIDE_VOCAB = 1 << 16  # of larger ones a row's words cost more than some dozens of tokens drawn one by one
 
 
 class Purpose(IntEnum):
@@ -93,27 +94,40 @@ class GumbelRow:
     """The row that `gumbel_noise` gives, of which only a few tokens are wanted: bit for bit the same there.
 
     Of a large vocabulary random words are drawn for all tokens, and logarithms, which take most of the time, only of
-    the wanted ones; words and rows that are at hand anyway are used.
+    the wanted ones; of a very large one the words too are drawn for these alone. What is at hand anyway is used.
     """
 
-    __slots__ = ("_halves", "_row")
+    __slots__ = ("_drawn", "_halves", "_key", "_row")
 
     def __init__(self, seed: int, position: int, purpose: Purpose, vocab_size: int, trial: int = 0) -> None:
-        key = (seed, position, int(purpose), vocab_size, trial)
-        self._row: NDArray[np.float32] | None = _memo.get(key)
+        self._key = seed, position, int(purpose), vocab_size, trial
+        self._row: NDArray[np.float32] | None = _memo.get(self._key)
         self._halves: NDArray[np.uint32] | None = None
+        self._drawn: dict[int, int] = {}  # by token, of a very large vocabulary
         if self._row is None:
             if vocab_size < SPARSE_VOCAB:
                 self._row = gumbel_noise(seed, position, purpose, vocab_size, trial)
-            else:
-                self._halves = _halves(key)
+            elif vocab_size < WIDE_VOCAB:
+                self._halves = _halves(self._key)
 
     def of(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The noise of some tokens, in a new array of their shape."""
+        """The noise of ``[num_tokens]`` tokens, in a new array."""
         if self._row is not None:
             return self._row.take(tokens)
-        assert self._halves is not None, "neither a row nor its words"
-        return _gumbel(self._halves.take(tokens))
+        if self._halves is not None:
+            return _gumbel(self._halves.take(tokens))
+        drawn = self._drawn
+        wanted = tokens.tolist()
+        for token in wanted:
+            if token not in drawn:
+                drawn[token] = self._draw(token)
+        return _gumbel(np.array([drawn[token] for token in wanted], dtype=np.uint32))
+
+    def _draw(self, token: int) -> int:
+        """A token's half of a word, of the block that holds it: eight tokens have one."""
+        seed, position, purpose, _, trial = self._key
+        word = int(_philox(seed, position, purpose, trial, num_words=4, num_skipped=token // 8)[token % 8 // 2])
+        return word >> 32 if token % 2 else word & 0xFFFFFFFF
 
 
 def _halves(key: tuple[int, int, int, int, int]) -> NDArray[np.uint32]:
@@ -124,7 +138,7 @@ def _halves(key: tuple[int, int, int, int, int]) -> NDArray[np.uint32]:
         words = _philox(seed, position, purpose, trial, num_words=(vocab_size + 1) // 2)
         halves = words.astype("<u8", copy=False).view("<u4")[:vocab_size]
         halves.setflags(write=False)
-        if vocab_size >= SPARSE_VOCAB:
+        if SPARSE_VOCAB <= vocab_size < WIDE_VOCAB:
             _words_memo.put(key, halves)
     return halves
 
@@ -153,14 +167,17 @@ def fresh_seed() -> int:
     return secrets.randbits(63)
 
 
-def _philox(seed: int, position: int, purpose: int, trial: int, num_words: int) -> NDArray[np.uint64]:
+def _philox(
+    seed: int, position: int, purpose: int, trial: int, *, num_words: int, num_skipped: int = 0
+) -> NDArray[np.uint64]:
+    """Words from the first block on, or from that behind `num_skipped` blocks."""
     generator = getattr(_of_thread, "generator", None)
     if generator is None:  # a new one asks the operating system for a seed: eight microseconds
         generator = _of_thread.generator = np.random.Philox()
     # NumPy counts blocks in the low word, one up before each block; the high words tell streams apart.
     state: Any = {
         "bit_generator": "Philox",
-        "state": {"counter": (0, 0, position, trial), "key": (seed, purpose)},
+        "state": {"counter": (num_skipped, 0, position, trial), "key": (seed, purpose)},
         "buffer": (0, 0, 0, 0),
         "buffer_pos": 4,  # all of it is used
         "has_uint32": 0,
