@@ -62,11 +62,12 @@ class _Proposal:
 
     def levels_of(self, tree: TokenTree) -> Iterator[tuple[int, int]]:
         """The tree's nodes that were proposed here, with their levels; the others are another drafter's."""
-        leading = [list(zip(self._levels, self.paths, strict=True))]  # by node: the paths that lead there
+        # By node: the levels and the tokens of the paths that lead there.
+        leading = [[(level, path.tokens) for level, path in zip(self._levels, self.paths, strict=True)]]
         depths = [0]
         for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
             depth = depths[parent]
-            here = [of for of in leading[parent] if len(of[1].tokens) > depth and of[1].tokens[depth] == token]
+            here = [of for of in leading[parent] if len(of[1]) > depth and of[1][depth] == token]
             if here:
                 yield len(leading), here[0][0]
             leading.append(here)
@@ -103,9 +104,10 @@ class HierarchyDrafter:
         max_nodes = min(self.max_nodes, context.max_nodes)
         threshold = max(MIN_PATH_PROB, context.min_path_prob)
         proposal = _Proposal()
-        unasked = replace(context, max_nodes=0)
+        unasked: DraftContext | None = None
         for number, (level, statistics) in enumerate(zip(self._levels, self.statistics, strict=True)):
             if proposal.num_likely >= max_nodes or depth <= 0:
+                unasked = unasked or replace(context, max_nodes=0)
                 level.continuations(unasked)  # so that there is no backlog to read when it is asked
                 continue
             statistics.num_asked += 1
