@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def main() -> None:
 
     llm = LLM(decoding="ngram")
     rows: list[dict[str, Any]] = []
-    record = {"environment": environment(), "command": sys.argv, "rows": rows}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"date": date, **environment(), "command": sys.argv, "rows": rows}
     for row in times(llm, arguments) if arguments.time else acceptance(llm, arguments):
         rows.append(row)
         if arguments.output:
