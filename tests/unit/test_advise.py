@@ -300,6 +300,23 @@ def test_what_plain_steps_take_beside_the_forward_comes_from_a_batch_that_ran() 
     assert Conditions.of(one, Results(), COST, 0.0).rest_each == 0.0
 
 
+def test_a_batch_is_expected_to_be_as_full_as_it_was() -> None:
+    """Eight without drafts, but only four with them: sequences ended at different times."""
+    one = {"none": stats_of(10, [], 0, 0.0, 12.0), "ngram": stats_of(10, [8, 4], 2, 1.0, 16.0)}
+    many = {"none": stats_of(10, [], 0, 0.0, 26.0), "ngram": stats_of(10, [32, 16], 2, 4.0, 40.0)}
+    many["none"].num_verifications, many["ngram"].num_verifications = 80, 40
+    results, batched = (
+        Results({name: [Sample(of.step_s, [[1]] * 8, of)] for name, of in stats.items()}) for stats in (one, many)
+    )
+    specs = {name: {"method": name} for name in one}
+    check = advice(results, batched, specs, COST, context=0, exact=True)["batch_check"]
+    assert check["mean_sequences"] == {"plain": 8, "drafting": 4}
+    # Beside the forward a plain step takes 0.2 s, and 0.1 s for each further sequence; one with drafts 0.3 s, and
+    # 0.1 s of drafting. A forward of M rows takes 1 + 0.1 (M - 1) s.
+    step_s = (1 + 0.1 * 11) + 4 * 0.1 + (0.2 + 3 * 0.1) + 4 * 0.1
+    assert check["expected_speedup"] == pytest.approx((4 * 2.2 / step_s) * (2.6 / 8))
+
+
 def advice_of(speeds: dict[str, list[float]], *, wrong: str | None = None, exact: bool = True) -> dict[str, object]:
     results = Results(
         {

@@ -193,21 +193,25 @@ class Profile:
         Cutting is taken to remove as many nodes at every depth. Sequences are taken to share a model's draft forwards
         as they share the target's; lookups, and what else a step with drafts takes longer, to add up.
         """
-        plain_s = here.forward_s(batch_size, batch_size) + here.rest_s(batch_size)
+        return max(
+            (self.cut_to(depth, batch_size, here) for depth in range(1, self.depth + 1)),
+            key=lambda plan: plan.speedup,
+        )
+
+    @property
+    def depth(self) -> int:
+        return max(1, len(self.accepted))
+
+    def cut_to(self, depth: int, batch_size: int, here: Conditions) -> Plan:
+        """Likewise with drafts of one depth, of which `self.depth` is as it ran."""
+        plain_s = here.plain_s(batch_size)
         one, all_ = here.forward_s(1, 1), here.forward_s(batch_size, batch_size)
         rest_s = here.rest_s(batch_size) + batch_size * max(0.0, self.rest_s - here.rest_s(1))
-        depth = max(1, len(self.accepted))
-        best: Plan | None = None
-        for cut in range(1, depth + 1):
-            nodes = self.drafted * min(self.nodes, cut * max(1.0, self.nodes / depth))
-            drafting = self.draft_s * (all_ / one * cut / depth if self.runs_model else batch_size)
-            step_s = here.forward_s(batch_size * (1 + nodes), batch_size) + drafting + rest_s
-            tokens = 1.0 + sum(self.accepted[:cut])
-            plan = Plan(batch_size, nodes, cut, tokens, step_s, tokens * plain_s / step_s)
-            if best is None or plan.speedup > best.speedup:
-                best = plan
-        assert best is not None, "at least one depth"
-        return best
+        nodes = self.drafted * min(self.nodes, depth * max(1.0, self.nodes / self.depth))
+        drafting = self.draft_s * (all_ / one * depth / self.depth if self.runs_model else batch_size)
+        step_s = here.forward_s(batch_size * (1 + nodes), batch_size) + drafting + rest_s
+        tokens = 1.0 + sum(self.accepted[:depth])
+        return Plan(batch_size, nodes, depth, tokens, step_s, tokens * plain_s / step_s)
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,10 @@ class Conditions:
 
     def forward_s(self, num_rows: float, batch_size: int) -> float:
         return self.cost.seconds(num_rows, self.context, batch_size)
+
+    def plain_s(self, batch_size: int) -> float:
+        """Of a step without drafts."""
+        return self.forward_s(batch_size, batch_size) + self.rest_s(batch_size)
 
     def rest_s(self, batch_size: int) -> float:
         return self.rest + (batch_size - 1) * self.rest_each
@@ -323,19 +331,33 @@ def _found(name: str, specs: Mapping[str, dict[str, Any]], results: Results, her
 def _batch_check(
     batched: Results, results: Results, specs: Mapping[str, dict[str, Any]], here: Conditions
 ) -> dict[str, Any] | None:
-    """What was expected of a batch of BATCH, beside what it did."""
+    """What was expected of a batch of BATCH, beside what it did.
+
+    Sequences with drafts end at different times, so towards the end of so short a run fewer are left than without:
+    expected is what as many as ran in the mean come to, with drafts that are not cut.
+    """
     name = fastest(batched)
     if name is None:
         return None
-    ratios = _ratios(batched.samples[name], batched.samples[PLAIN])
+    samples, plain = batched.samples[name], batched.samples[PLAIN]
+    profile = _profile(name, specs, results.samples[name], here)
+    num_drafting, num_plain = _num_sequences(samples), _num_sequences(plain)
+    expected = profile.cut_to(profile.depth, num_drafting, here).tokens_per_s * here.plain_s(num_plain) / num_plain
     return {
         "name": name,
         "batch_size": BATCH,
-        "expected_speedup": _profile(name, specs, results.samples[name], here).plan(BATCH, here).speedup,
-        "speedup": asdict(median_interval(ratios)),
+        "mean_sequences": {"plain": num_plain, "drafting": num_drafting},
+        "expected_speedup": expected,
+        "speedup": asdict(median_interval(_ratios(samples, plain))),
         "num_equal": batched.num_equal(name),
-        "num_outputs": len(batched.samples[name][0].token_ids),
+        "num_outputs": len(samples[0].token_ids),
     }
+
+
+def _num_sequences(samples: Sequence[Sample]) -> int:
+    """That a step verified, in the mean over the steps."""
+    found = [sample.stats.num_verifications / max(1, sample.stats.num_steps) for sample in samples if sample.stats]
+    return max(1, round(median(found)))
 
 
 def _profile(

@@ -102,7 +102,8 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
     if check is not None:
         said.append(
             f"Checked in batches of {check['batch_size']}, {check['name']}: {_spread(check['speedup'], '.2f', 'x')}, "
-            f"expected {check['expected_speedup']:.2f}x; "
+            f"expected {check['expected_speedup']:.2f}x with the {check['mean_sequences']['drafting']} sequences that ran "
+            f"in the mean ({check['mean_sequences']['plain']} without drafts); "
             f"{check['num_equal']}/{check['num_outputs']} outputs identical."
         )
         off = check["expected_speedup"] / check["speedup"]["median"]
