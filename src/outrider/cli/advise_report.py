@@ -100,11 +100,11 @@ def _sentences(record: Mapping[str, Any]) -> list[str]:
         said.append("Some outputs differ from plain decoding's; `outrider verify` tells ties from bugs.")
     check = record["batch_check"]
     if check is not None:
+        running = check["mean_sequences"]
         said.append(
             f"Checked in batches of {check['batch_size']}, {check['name']}: {_spread(check['speedup'], '.2f', 'x')}, "
-            f"expected {check['expected_speedup']:.2f}x with the {check['mean_sequences']['drafting']} sequences that ran "
-            f"in the mean ({check['mean_sequences']['plain']} without drafts); "
-            f"{check['num_equal']}/{check['num_outputs']} outputs identical."
+            f"expected {check['expected_speedup']:.2f}x for the {running['drafting']} sequences that ran in the mean "
+            f"({running['plain']} without drafts); {check['num_equal']}/{check['num_outputs']} outputs identical."
         )
         off = check["expected_speedup"] / check["speedup"]["median"]
         if not 1 / TRUSTED <= off <= TRUSTED:
