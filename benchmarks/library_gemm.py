@@ -46,7 +46,9 @@ def measure(num_outputs: int, num_inputs: int, num_rows: int) -> dict[str, objec
             contenders[name]()
             if repeat >= 2:
                 seconds[name].append(time.perf_counter() - start)
-    times = {name: {"ms": 1e3 * median(s), "ms_min": 1e3 * min(s), "ms_max": 1e3 * max(s)} for name, s in seconds.items()}
+    times = {
+        name: {"ms": 1e3 * median(s), "ms_min": 1e3 * min(s), "ms_max": 1e3 * max(s)} for name, s in seconds.items()
+    }
     return {"num_outputs": num_outputs, "num_inputs": num_inputs, "num_rows": num_rows, "times": times}
 
 
@@ -60,7 +62,9 @@ def main() -> None:
         for num_rows in ROWS:
             record = measure(num_outputs, num_inputs, num_rows)
             records.append(record)
-            cells = (f"{name} {t['ms']:.2f} ({t['ms_min']:.2f}-{t['ms_max']:.2f})" for name, t in record["times"].items())
+            cells = (
+                f"{name} {t['ms']:.2f} ({t['ms_min']:.2f}-{t['ms_max']:.2f})" for name, t in record["times"].items()
+            )
             print(f"{num_inputs} -> {num_outputs}, {num_rows} rows: " + ", ".join(cells), flush=True)
     if args.output:
         record = {"command": "python benchmarks/library_gemm.py", **environment(), "results": records}

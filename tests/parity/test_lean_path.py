@@ -231,10 +231,10 @@ def test_bits_do_not_depend_on_how_weights_are_read(format: WeightFormat, tmp_pa
     make(tmp_path, model_type="llama")
     model = load(tmp_path, format)
     found = []
-    for fetch, lone in native.WAYS:
+    for fetch in native.FETCHES:
         for num_rows in (7, 14, 17, 37):  # one and several blocks
             run = CachedRun(model, block_size=4, num_positions=64, num_sequences=1, row_invariant=True)
-            with native.forced_way(fetch, lone):
+            with native.forced_fetch(fetch):
                 rows = [run.feed("a", list(range(3 + i, 3 + min(i + num_rows, 37)))) for i in range(0, 37, num_rows)]
             found.append([torch.cat(rows), *run.committed("a")])
     for others in found[1:]:

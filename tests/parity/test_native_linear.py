@@ -96,9 +96,9 @@ def test_ways_of_reading_weights_give_the_same_bits(level: str, kind: str) -> No
         layer = layer_of(KINDS[kind], num_outputs, num_inputs)
         x = rows_of(40, num_inputs)
         alone = torch.cat([layer.apply(row[None]) for row in x])
-        for fetch, lone in native.WAYS:
+        for fetch in native.FETCHES:
             for num_threads in (1, 3):
-                with use_threads(num_threads), native.forced_way(fetch, lone):
+                with use_threads(num_threads), native.forced_fetch(fetch):
                     for num_rows in range(1, 41):
                         assert_same_bits(layer.apply(x[:num_rows]), alone[:num_rows])
 

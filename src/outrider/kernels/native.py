@@ -124,21 +124,21 @@ def set_num_threads(number: int | None) -> None:
     _threads_wanted = number
 
 
-WAYS = [(fetch, lone) for fetch in ("processor", "far", "near") for lone in (False, True)]
-"""How a layer's weights can be read: who prefetches them, and whether more rows than a block's may be one block."""
+FETCHES = ("processor", "far", "near")
+"""Who brings weights into the caches before they are needed."""
 
 
 @contextmanager
-def forced_way(fetch: str, lone: bool) -> Iterator[None]:
-    """Read all weights in one of `WAYS`, instead of in whichever was measured to be the fastest; for tests.
+def forced_fetch(fetch: str) -> Iterator[None]:
+    """Have one of `FETCHES` for all layers, instead of whichever was measured to be the fastest; for tests.
 
-    No way changes a bit of any result.
+    None changes a bit of any result.
     """
-    _module().force_way(["processor", "far", "near"].index(fetch), lone)
+    _module().force_fetch(FETCHES.index(fetch))
     try:
         yield
     finally:
-        _module().force_way(-1, False)
+        _module().force_fetch(-1)
 
 
 def _module() -> Any:

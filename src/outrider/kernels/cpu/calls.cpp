@@ -26,7 +26,7 @@ void run_linear(const PackedLinear& weight, const float* x, int num_rows, float*
     static Buffer<uint32_t>& words_buffer = *new Buffer<uint32_t>();
     static Tuners& tuners = *new Tuners();
     Trial trial(tuners.find(kernels, weight, num_rows, turn.num_threads()));
-    const PackedRows rows = buffer.rows_for(kernels, weight, num_rows, turn.num_threads(), trial.way());
+    const PackedRows rows = buffer.rows_for(kernels, weight, num_rows, turn.num_threads(), trial.fetch());
     uint32_t* const words = words_buffer.at_least(num_words(rows) * turn.num_threads());
     auto job = [&](int thread, int num_threads) {
         pack_share(

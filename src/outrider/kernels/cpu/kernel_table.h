@@ -48,19 +48,10 @@ enum class Fetch : int {
     kNear,       // and we, into the first cache
 };
 
-// How a layer's weights are read; all ways give the same bits.
-struct Way {
-    Fetch fetch;
-    bool lone;  // more rows than a block's are one block, as far as there are tiles for so many
-};
-
-constexpr Way kUsualWay = {Fetch::kNear, true};
-
-// The M rows of a GEMM's input in the form that its inner loop reads: one block if they are at most `lone_rows`,
-// else blocks of at most `block_rows`; each block [unit][row of the block], a unit being 32 bits of consecutive inputs of
-// one row.
+// The M rows of a GEMM's input in the form that its inner loop reads: blocks of at most `block_rows` rows, each
+// block [unit][row of the block], a unit being 32 bits of consecutive inputs of one row.
 struct PackedRows {
-    int num_rows, block_rows, lone_rows;
+    int num_rows, block_rows;
     int num_parts;       // of a row, each packed by another thread
     Fetch fetch;
     int64_t num_units;   // per row
@@ -69,9 +60,7 @@ struct PackedRows {
     int32_t* sums;       // int8, int4: what each integer sum starts from, per block [group][row]; int8: the sum of all
     float* scales;       // int8, int4: [num_rows]
 
-    OUTRIDER_INLINE int num_blocks() const {
-        return num_rows <= lone_rows ? 1 : (num_rows + block_rows - 1) / block_rows;
-    }
+    OUTRIDER_INLINE int num_blocks() const { return (num_rows + block_rows - 1) / block_rows; }
     // First unit of a part; all but the last end with whole cache lines of a row.
     OUTRIDER_INLINE int64_t part_begin(int part) const {
         const int64_t begin = (num_units + kPartUnits - 1) / kPartUnits * part / num_parts * kPartUnits;
@@ -162,7 +151,7 @@ OUTRIDER_INLINE void read_first_split(const AttentionArgs& args, const SequenceV
 
 struct KernelTable {
     const char* name;
-    int block_rows[kNumFormats], lone_rows[kNumFormats];  // most rows of a tile, and of one that is alone
+    int block_rows[kNumFormats];  // most rows of a tile
     int unit_inputs[kNumFormats];
 
     // The largest magnitude of x; NaN if there is one.
@@ -176,9 +165,9 @@ struct KernelTable {
     // Panels [begin, end) of the layer for all rows; `out` is the first row's first output of panel `begin`.
     void (*linear)(const PackedLinear& weight, const PackedRows& rows, float* out, int64_t out_stride,
                    Epilogue epilogue, int64_t begin, int64_t end);
-    // Likewise silu(gate) * up of two layers of one format; `largest` [M] becomes the largest magnitude of each row's.
+    // Likewise silu(gate) * up of two layers of one format.
     void (*gated_silu)(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows,
-                       const PackedRows& up_rows, float* out, int64_t out_stride, float* largest, int64_t begin, int64_t end);
+                       const PackedRows& up_rows, float* out, int64_t out_stride, int64_t begin, int64_t end);
     void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t width);
     // Rotates each of `num_heads` heads of `width` in place; cos and sin [width / 2].
     void (*rotate)(float* heads, int num_heads, int width, const float* cos, const float* sin);

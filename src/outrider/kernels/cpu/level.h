@@ -11,7 +11,6 @@ namespace OUTRIDER_LEVEL {
 constexpr outrider::KernelTable table(const char* name) {
     return {name,
             {kBlockRows[0], kBlockRows[1], kBlockRows[2], kBlockRows[3]},
-            {kLoneRows[0], kLoneRows[1], kLoneRows[2], kLoneRows[3]},
             {kUnitInputs[0], kUnitInputs[1], kUnitInputs[2], kUnitInputs[3]},
             largest_magnitude,
             pack_row,

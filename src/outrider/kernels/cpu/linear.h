@@ -8,7 +8,7 @@ namespace OUTRIDER_LEVEL {
 
 using outrider::Epilogue;
 
-constexpr int kMostRows = 18;
+constexpr int kMostRows = 12;
 constexpr int64_t kAheadBytes = 8192;
 
 template <int R>
@@ -17,16 +17,16 @@ inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int 
     const int32_t* sums = rows.sums + start * rows.num_groups;
     switch (weight.format) {  // tiles of more rows than a format's blocks have are not even compiled
         case outrider::kFp32:
-            if constexpr (R <= kLoneRows[0]) tile_fp32<R>(units, panel, rows.num_units, tile, ahead);
+            if constexpr (R <= kBlockRows[0]) tile_fp32<R>(units, panel, rows.num_units, tile, ahead);
             return;
         case outrider::kBf16:
-            if constexpr (R <= kLoneRows[1]) tile_bf16<R>(units, panel, rows.num_units, tile, ahead);
+            if constexpr (R <= kBlockRows[1]) tile_bf16<R>(units, panel, rows.num_units, tile, ahead);
             return;
         case outrider::kInt8:
-            if constexpr (R <= kLoneRows[2]) tile_int8<R>(units, sums, rows.num_parts, panel, rows.num_units, tile, ahead);
+            if constexpr (R <= kBlockRows[2]) tile_int8<R>(units, sums, rows.num_parts, panel, rows.num_units, tile, ahead);
             return;
         default:
-            if constexpr (R <= kLoneRows[3]) {
+            if constexpr (R <= kBlockRows[3]) {
                 const int64_t groups = rows.num_groups;
                 if (weight.has_zeros) return tile_int4<R, true>(units, sums, panel, groups, weight.group_size, tile, ahead);
                 return tile_int4<R, false>(units, sums, panel, groups, weight.group_size, tile, ahead);
@@ -37,7 +37,7 @@ inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int 
 template <int R = kMostRows>
 inline void run_tile_for(int num_rows, const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
     if constexpr (R > 0) {
-        if constexpr (R <= kLoneRows[0] || R <= kLoneRows[1] || R <= kLoneRows[2] || R <= kLoneRows[3])
+        if constexpr (R <= kBlockRows[0] || R <= kBlockRows[1] || R <= kBlockRows[2] || R <= kBlockRows[3])
             if (num_rows == R) return run_tile_of<R>(weight, rows, start, panel, tile, ahead);
         run_tile_for<R - 1>(num_rows, weight, rows, start, panel, tile, ahead);
     }
@@ -47,15 +47,10 @@ inline void run_tile_for(int num_rows, const PackedLinear& weight, const PackedR
 inline void run_tile(const PackedLinear& weight, const PackedRows& rows, int block, const uint8_t* panel, float* tile) {
     const int start = rows.block_start(block), blocks = rows.num_blocks();
     const int64_t bytes = weight.panel_bytes();
-    const int num_rows = rows.block_start(block + 1) - start;
-    // Read once: fetch a little ahead in the same stream. More often: each time fetch a share of the next panel.
-    const int passes = blocks * (num_rows > kBlockRows[weight.format] ? 2 : 1);
-    Ahead ahead = {reinterpret_cast<const char*>(panel) + kAheadBytes, 128, rows.fetch};
-    if (passes > 1) {
-        ahead.at = reinterpret_cast<const char*>(panel) + bytes + bytes * block / blocks;
-        ahead.step = 128 / passes;
-    }
-    run_tile_for(num_rows, weight, rows, start, panel, tile, ahead);
+    // One block: fetch a little ahead in the same stream. More: each fetches its share of the next panel.
+    const int64_t bytes_ahead = blocks > 1 ? bytes + bytes * block / blocks : kAheadBytes;
+    const Ahead ahead(rows.fetch, panel, bytes_ahead, 128 / blocks);
+    run_tile_for(rows.block_start(block + 1) - start, weight, rows, start, panel, tile, ahead);
 }
 
 inline vf finish(const PackedLinear& weight, const PackedRows& rows, int row, const float* tile, int64_t output, int c) {
@@ -87,8 +82,7 @@ inline void linear(const PackedLinear& weight, const PackedRows& rows, float* ou
     }
 }
 
-inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows, const PackedRows& up_rows, float* out, int64_t out_stride, float* largest, int64_t begin, int64_t end) {
-    for (int row = 0; row < gate_rows.num_rows; ++row) largest[row] = 0.0f;
+inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows, const PackedRows& up_rows, float* out, int64_t out_stride, int64_t begin, int64_t end) {
     const int64_t gate_bytes = gate.panel_bytes(), up_bytes = up.panel_bytes();
     alignas(64) float gates[kMostRows * outrider::kPanel], ups[kMostRows * outrider::kPanel];
     for (int64_t p = begin; p < end; ++p) {
@@ -99,17 +93,12 @@ inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const P
             const int start = gate_rows.block_start(block), stop = gate_rows.block_start(block + 1);
             for (int row = start; row < stop; ++row) {
                 const int at = (row - start) * outrider::kPanel;
-                vf most = splat(largest[row]);
                 for (int c = 0; c < outrider::kPanel && output + c < gate.num_outputs; c += W) {
                     const vf g = finish(gate, gate_rows, row, gates + at, output, c);
                     const vf u = finish(up, up_rows, row, ups + at, output, c);
                     float* to = out + row * out_stride + (p - begin) * outrider::kPanel + c;
-                    const vf y = mul(silu(g), u);
-                    const int64_t count = gate.num_outputs - output - c;
-                    store_part(to, y, count);
-                    most = max_magnitude(most, count >= W ? y : keep_lanes(y, 0, static_cast<int>(count), splat(0.0f)));
+                    store_part(to, mul(silu(g), u), gate.num_outputs - output - c);
                 }
-                largest[row] = largest_magnitude_of(most);
             }
         }
     }

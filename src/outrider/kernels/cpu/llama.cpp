@@ -89,23 +89,22 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
               {}};
     const auto make_room = [&](const PackedLinear& weight, int num_rows) {
         for (RowsBuffer& buffer : packed_)
-            for (const bool lone : {false, true})
-                step.num_words = std::max(step.num_words, num_words(buffer.rows_for(kernels, weight, num_rows, turn.num_threads(),
-                                                                                    {kUsualWay.fetch, lone})));
+            step.num_words = std::max(
+                step.num_words, num_words(buffer.rows_for(kernels, weight, num_rows, turn.num_threads(), Fetch::kNear)));
     };
     for (const LlamaLayer& layer : spec_.layers)  // for every layer before the threads start
         for (const PackedLinear* weight : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down})
             make_room(*weight, batch.num_rows);
     make_room(spec_.lm_head, std::max(1, batch.num_logits));
     step.words = words_.at_least(step.num_words * threads);
-    choose_ways(step, 0, turn.num_threads());
+    choose_fetches(step, 0, turn.num_threads());
     step.lm_head_trial = Trial(tuners_.find(kernels, spec_.lm_head, std::max(1, batch.num_logits), turn.num_threads()));
     auto job = [&](int thread, int num_threads) { run_layers(step, thread, num_threads); };
     turn.run(job);
     last_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-void Llama::choose_ways(Step& step, size_t index, int num_threads) {
+void Llama::choose_fetches(Step& step, size_t index, int num_threads) {
     const LlamaLayer& layer = spec_.layers[index];
     const auto trial_of = [&](const PackedLinear& weight) {
         return Trial(tuners_.find(step.kernels, weight, step.batch.num_rows, num_threads));
@@ -147,7 +146,7 @@ namespace {
 template <class RowOf, class LargestOf>
 void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (&packed)[3],
               std::initializer_list<const PackedLinear*> weights, int num_rows, int thread, int num_threads,
-              uint32_t* words, Way way, RowOf row_of, LargestOf largest_of) {
+              uint32_t* words, Fetch fetch, RowOf row_of, LargestOf largest_of) {
     const PackedLinear* const* weight = weights.begin();
     int own[3];
     PackedRows rows[3];
@@ -155,7 +154,7 @@ void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (
         own[i] = i;
         for (int j = 0; j < i && own[i] == i; ++j)
             if (same_inputs(*weight[j], *weight[i])) own[i] = j;
-        rows[i] = buffers[own[i]].rows_for(kernels, *weight[i], num_rows, num_threads, way);
+        rows[i] = buffers[own[i]].rows_for(kernels, *weight[i], num_rows, num_threads, fetch);
     }
     for (int i = 0; i < static_cast<int>(weights.size()); ++i)
         if (own[i] == i) pack_share(kernels, *weight[i], rows[i], thread, num_threads, words, row_of, largest_of);
@@ -184,7 +183,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
     pack_for(kernels, packed_, step.packed, {&layer.query, &layer.key, &layer.value}, batch.num_rows, thread, num_threads, words,
-             step.qkv_trial.way(),
+             step.qkv_trial.fetch(),
              [&](int64_t row) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.input_norm, spec_.norm_eps, normed, spec_.hidden);
                  return normed;
@@ -241,7 +240,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
               step.scratch + thread * step.plan.scratch_size);
     step.wait(num_threads);
 
-    pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads, words, step.output_trial.way(),
+    pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads, words, step.output_trial.fetch(),
              [&](int64_t row) { return step.attended + row * query_width; },
              [&](int, const float* x) { return kernels.largest_magnitude(x, query_width); });
     step.wait(num_threads);
@@ -258,7 +257,7 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
     pack_for(kernels, packed_, step.packed, {&layer.gate, &layer.up}, step.batch.num_rows, thread, num_threads, words,
-             step.gate_trial.way(),
+             step.gate_trial.fetch(),
              [&](int64_t row) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.post_norm, spec_.norm_eps, normed, spec_.hidden);
                  return normed;
@@ -270,10 +269,16 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
     step.wait(num_threads);
     if (thread == 0) step.gate_trial.start();
     kernels.gated_silu(layer.gate, layer.up, step.packed[0], step.packed[1], step.inner + inner.begin * kPanel,
-                       spec_.intermediate, step.largest + thread * step.batch.num_rows, inner.begin, inner.end);
+                       spec_.intermediate, inner.begin, inner.end);
     if (thread == 0) step.gate_trial.stop();
+    // What rounding needs of a row: each thread looks at the columns that it has just made.
+    const int64_t first = std::min(inner.begin * kPanel, spec_.intermediate);
+    const int64_t width = std::min(inner.end * kPanel, spec_.intermediate) - first;
+    float* largest = step.largest + thread * step.batch.num_rows;
+    for (int row = 0; row < step.batch.num_rows; ++row)
+        largest[row] = kernels.largest_magnitude(step.inner + row * spec_.intermediate + first, width);
     step.wait(num_threads);
-    pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads, words, step.down_trial.way(),
+    pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads, words, step.down_trial.fetch(),
              [&](int64_t row) { return step.inner + row * spec_.intermediate; },
              [&](int row, const float*) { return largest_of_threads(step.largest + row, step.batch.num_rows, num_threads); });
     const Share outputs = share_of(layer.down.num_panels(), thread, num_threads);
@@ -284,7 +289,7 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
                    outputs.begin, outputs.end);
     if (thread == 0) {
         step.down_trial.stop();
-        if (index + 1 < spec_.layers.size()) choose_ways(step, index + 1, num_threads);
+        if (index + 1 < spec_.layers.size()) choose_fetches(step, index + 1, num_threads);
     }
     step.wait(num_threads);
 }
@@ -296,7 +301,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     const int64_t num_logits = batch.num_logits, vocab = spec_.vocab;
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
-    pack_for(kernels, packed_, step.packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, words, step.lm_head_trial.way(),
+    pack_for(kernels, packed_, step.packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, words, step.lm_head_trial.fetch(),
              [&](int64_t i) {
                  kernels.rms_norm(step.hidden + batch.logits_rows[i] * spec_.hidden, spec_.final_norm, spec_.norm_eps, normed,
                                   spec_.hidden);

@@ -62,7 +62,7 @@ private:
     struct Step;
 
     void run_layers(Step& step, int thread, int num_threads);
-    void choose_ways(Step& step, size_t layer, int num_threads);
+    void choose_fetches(Step& step, size_t layer, int num_threads);
     void embed(Step& step, int thread, int num_threads);
     void attend(Step& step, size_t layer, int thread, int num_threads);
     void feed_forward(Step& step, size_t layer, int thread, int num_threads);

@@ -52,9 +52,9 @@ NB_MODULE(_native, m) {
     m.def("num_threads", [] { return ThreadPool::instance().num_threads(); });
     m.def("set_num_threads", [](int n) { ThreadPool::instance().set_num_threads(n); },
           nb::call_guard<nb::gil_scoped_release>());
-    m.def("force_way", [](int fetch, bool lone) {  // negative: measured again
+    m.def("force_fetch", [](int fetch) {  // negative: measured again
         ThreadPool::Turn turn;
-        Trial::forced() = fetch < 0 ? std::optional<Way>() : Way{static_cast<Fetch>(fetch), lone};
+        Trial::forced() = fetch < 0 ? std::optional<Fetch>() : static_cast<Fetch>(fetch);
     }, nb::call_guard<nb::gil_scoped_release>());
     m.def("time_reading", [](Address data, int64_t num_bytes) { return time_reading(at<void>(data), num_bytes); },
           nb::call_guard<nb::gil_scoped_release>());

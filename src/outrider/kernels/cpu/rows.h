@@ -67,22 +67,10 @@ inline void rms_norm(const float* x, const float* weight, float eps, float* out,
     }
 }
 
-// Of non-negative lanes; NaN if any is.
-inline float largest_magnitude_of(vf largest) {
-    float lane[W];
-    store(lane, largest);
-    float out = lane[0];
-    for (int i = 1; i < W; ++i) {
-        if (lane[i] != lane[i]) return lane[i];
-        out = out > lane[i] || out != out ? out : lane[i];
-    }
-    return out;
-}
-
 inline float largest_magnitude(const float* x, int64_t width) {
     vf largest = splat(0.0f);
     for (int64_t i = 0; i < width; i += W) largest = max_magnitude(largest, load_part(x + i, width - i));
-    return largest_magnitude_of(largest);
+    return fold(largest, max_magnitude);
 }
 
 // 127 / largest, or 0 where that is not finite: rows of zeros, of almost zeros, or with NaN.
@@ -309,7 +297,7 @@ inline uint64_t read_memory(const void* data, size_t num_bytes) {
         c = max_magnitude(c, load(reinterpret_cast<const float*>(p + i + 8 * W)));
         d = max_magnitude(d, load(reinterpret_cast<const float*>(p + i + 12 * W)));
     }
-    const float largest = largest_magnitude_of(max_magnitude(max_magnitude(a, b), max_magnitude(c, d)));
+    const float largest = fold(max_magnitude(max_magnitude(a, b), max_magnitude(c, d)), max_magnitude);
     uint32_t bits;
     std::memcpy(&bits, &largest, sizeof bits);
     return bits;

@@ -12,7 +12,6 @@ using outrider::kPanel;
 
 constexpr int kBlockRows[] = {3, 3, 2, 2};
 constexpr int kUnitInputs[] = {1, 1, 4, 4};  // bf16 rows are kept as float32 that bf16 can hold
-constexpr const int (&kLoneRows)[4] = kBlockRows;
 
 template <int R>
 inline void store_tile(const vf (&sum)[R][4], float* tile) {

@@ -13,7 +13,6 @@ using outrider::start_of_sum;
 
 constexpr int kBlockRows[] = {4, 4, 4, 4};
 constexpr int kUnitInputs[] = {1, 1, 4, 4};  // bf16 rows are kept as float32 that bf16 can hold
-constexpr const int (&kLoneRows)[4] = kBlockRows;
 
 template <int R>
 void tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead) {

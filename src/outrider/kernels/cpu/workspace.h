@@ -43,14 +43,12 @@ private:
 // Packed inputs of one or more layers that read rows in the same form.
 class RowsBuffer {
 public:
-    PackedRows rows_for(const KernelTable& kernels, const PackedLinear& weight, int num_rows, int num_threads, Way way) {
+    PackedRows rows_for(const KernelTable& kernels, const PackedLinear& weight, int num_rows, int num_threads, Fetch fetch) {
         const int per_unit = kernels.unit_inputs[weight.format];
         int64_t num_units = (weight.num_inputs + per_unit - 1) / per_unit;
         if (weight.format == kInt4) num_units = weight.num_groups() * (weight.group_size / 4);
         if (weight.format == kBf16) num_units = (weight.num_inputs + 1) / 2 * 2 / per_unit;
-        const int block_rows = kernels.block_rows[weight.format];
-        const int lone_rows = way.lone ? kernels.lone_rows[weight.format] : block_rows;
-        PackedRows rows{num_rows, block_rows, lone_rows, 1, way.fetch, num_units, 0, nullptr, nullptr, nullptr};
+        PackedRows rows{num_rows, kernels.block_rows[weight.format], 1, fetch, num_units, 0, nullptr, nullptr, nullptr};
         if (rows.num_blocks() < num_threads) rows.num_parts = num_threads;
         rows.num_groups = weight.format == kInt4 ? weight.num_groups() : weight.format == kInt8 ? rows.num_parts : 0;
         rows.units = units_.at_least(num_rows * num_units);
@@ -76,7 +74,7 @@ inline Share share_of(int64_t count, int thread, int num_threads) {
 
 // Words that a thread needs to pack a block.
 inline int64_t num_words(const PackedRows& rows) {
-    return rows.num_units * (rows.num_rows < rows.lone_rows ? rows.num_rows : rows.lone_rows);
+    return rows.num_units * (rows.num_rows < rows.block_rows ? rows.num_rows : rows.block_rows);
 }
 
 // Packs a thread's share of rows: whole blocks where there are enough, else a stretch of every row. Threads that packed a
