@@ -1,6 +1,6 @@
 """Our linear layers beside torch's (oneDNN) on the layers of a 0.5B Llama, taking turns in one process.
 
-For prompts a library's GEMM could be the faster one. It is not row-invariant, so only the numerical mode could use it.
+For prompts a library's GEMM could be the faster one. It is not row-invariant: only the numerical mode could use it.
 
     OMP_NUM_THREADS=2 python benchmarks/library_gemm.py --output benchmarks/results/NAME.json
 """

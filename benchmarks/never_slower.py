@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,16 @@ def main() -> None:
     }
     if args.draft_model is None and args.model is not None:
         del contenders["with a draft model"]
-    rows = [row for name, spec in contenders.items() for row in measure(plain, name, spec)]
-    record = {"environment": environment(), "rows": rows}
-    if args.output:
-        Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
+    record: dict[str, Any] = {"environment": environment(), "rows": []}
+    for name, spec in contenders.items():
+        for row in measure(plain, name, spec):
+            record["rows"].append(row)
+            if args.output:  # an interruption leaves what there is
+                Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def measure(plain: LLM, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
+def measure(plain: LLM, name: str, spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One row a case, printed as it is done."""
-    rows = []
     for workload, temperature, batch_size, num_prompts, pairs, max_tokens in CASES:
         plain.config = replace(plain.config, scheduler=SchedulerConfig(max_num_seqs=batch_size))
         auto = plain.with_decoding(spec)
@@ -108,7 +110,6 @@ def measure(plain: LLM, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]
             "outputs_equal": equal,
             "num_tokens": tokens,
         }
-        rows.append(row)
         print(
             f"{name}, {workload}, temperature {temperature}, batch {batch_size} of {num_prompts}: "
             f"{row['speedup_median']:.3f}x ({min(ratios):.3f} to {max(ratios):.3f}), "
@@ -116,7 +117,7 @@ def measure(plain: LLM, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]
             f"{'equal' if equal else 'DIFFERENT'}",
             flush=True,
         )
-    return rows
+        yield row
 
 
 if __name__ == "__main__":

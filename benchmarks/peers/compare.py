@@ -5,9 +5,10 @@ Runs in outrider's environment and starts each peer (`measure_peers.py --serve`)
     python benchmarks/peers/compare.py --model MODEL --models PEERS --peers-python ~/peers-venv/bin/python
 
 A sample counts only if the read bandwidth before and after it agree within 15% (`outrider.bench.forward.measure`),
-and if it is within 15% of the run's median: a machine that flips between two bandwidths would else compare one engine
-in one of them with another in the other.
+and if it is within 15% of the bandwidth that most samples had: a machine that flips between two would else compare
+one engine in one of them with another in the other. The JSON has the others too (`samples`).
 outrider's times include its Python; a peer's are those that it measures itself, without putting its context back.
+Both run once before they are timed.
 Threads: OMP_NUM_THREADS for outrider, the same number for the peers.
 """
 
@@ -109,15 +110,24 @@ def peer_workloads(peer: Peer, format: Any, rows: list[int]) -> list[Workload]:
     return [*workloads, Workload("prefill", format, PREFILL, 0, 0, lambda: peer.run({"prefill": PREFILL}))]
 
 
-def summary(name: str, workloads: list[Workload], measurement: Measurement) -> dict[str, Any]:
+def usual_bandwidth(measurement: Measurement) -> float:
+    """The bandwidth that most samples agree with."""
+    bandwidths = [sample.bandwidth for samples in measurement.samples.values() for sample in samples]
+    return max(bandwidths, key=lambda center: sum(probes_agree(center, other) for other in bandwidths))
+
+
+def summary(name: str, workloads: list[Workload], measurement: Measurement, usual: float) -> dict[str, Any]:
     """Median and range in milliseconds by number of rows; of outrider also the share of the bandwidth."""
     ours = name.startswith("outrider")
-    usual = median(measurement.probes)
     records = []
     for workload in workloads:
         samples = [s for s in measurement.samples[workload] if probes_agree(s.bandwidth, usual)]
         times = [1e3 * (sample.seconds if ours else sample.kernel_seconds or 0.0) for sample in samples]
         record: dict[str, Any] = {"kind": workload.kind, "m": workload.num_rows, "num_samples": len(times)}
+        record["samples"] = [
+            {"gbps": s.bandwidth / 1e9, "ms": 1e3 * (s.seconds if ours else s.kernel_seconds or 0.0)}
+            for s in measurement.samples[workload]
+        ]
         if times:
             record |= {"ms": median(times), "ms_min": min(times), "ms_max": max(times)}
         if times and ours:
@@ -157,17 +167,25 @@ def main() -> None:
     formats = [format for format in args.weights.split(",") for _ in PEERS[format]]
     for peer, format in zip(peers, formats, strict=True):
         named[f"{peer.name} {peer.weights}"] = peer_workloads(peer, format, rows)
+    own = {workload for name, workloads in named.items() if name.startswith("outrider") for workload in workloads}
+
+    def warm_up(workload: Workload) -> None:
+        time.sleep(SETTLE_S)
+        if workload in own:  # a peer does so by itself
+            workload.run()
+
     measurement = Measurement()
     everything = [workload for workloads in named.values() for workload in workloads]
     try:
         probe = BandwidthProbe(probe_bytes())
-        measure(everything, args.repeats, measurement, probe=probe, on_start=lambda _: time.sleep(SETTLE_S))
+        measure(everything, args.repeats, measurement, probe=probe, on_start=warm_up)
     except KeyboardInterrupt:
         print("interrupted: what there is", file=sys.stderr)
     finally:
         for peer in peers:
             peer.close()
-    summaries = [summary(name, workloads, measurement) for name, workloads in named.items()]
+    usual = usual_bandwidth(measurement)
+    summaries = [summary(name, workloads, measurement, usual) for name, workloads in named.items()]
     print_table(summaries, rows)
     if args.output:
         probes = [bandwidth / 1e9 for bandwidth in measurement.probes]
@@ -175,6 +193,7 @@ def main() -> None:
             "command": "python benchmarks/peers/compare.py " + " ".join(sys.argv[1:]),
             **environment(),
             "versions": {f"{peer.name} {peer.weights}": peer.version for peer in peers},
+            "usual_gbps": usual / 1e9,
             "probe_gbps": {"median": median(probes), "min": min(probes), "max": max(probes), "num": len(probes)},
             "results": summaries,
         }
