@@ -5,6 +5,10 @@ namespace OUTRIDER_LEVEL {
 
 using outrider::Fetch;
 
+// Processors drop some of the prefetches that memory has to answer, so every line is asked for once more, so many bytes
+// before it is needed.
+constexpr int64_t kAgainBytes = 2048;
+
 // While a tile is computed, lines of later weights are fetched: `step` bytes for each 128 bytes of this panel. The
 // portable level leaves that to the processor.
 struct Ahead {
@@ -18,15 +22,22 @@ struct Ahead {
           step(fetch == Fetch::kProcessor ? 0 : step_bytes),
           is_far(fetch == Fetch::kFar) {}
 
-    inline void fetch() {
+    OUTRIDER_INLINE void fetch() {
         if (is_far) {
-            prefetch_far(at);
-            if (step > 64) prefetch_far(at + 64);  // lines asked for twice are asked for in vain there
+            far_lines(at);
+            far_lines(at - kAgainBytes);
         } else {
             prefetch(at);
             prefetch(at + 64);
         }
         at += step;
+    }
+
+private:
+    // Lines that are asked for twice at once are asked for in vain.
+    OUTRIDER_INLINE void far_lines(const char* p) const {
+        prefetch_far(p);
+        if (step > 64) prefetch_far(p + 64);
     }
 };
 

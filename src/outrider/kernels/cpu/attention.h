@@ -88,18 +88,18 @@ public:
         per_call_ = (allowed_ + num_calls - 1) / num_calls;
     }
 
-    inline void fetch() {
+    OUTRIDER_INLINE void fetch() {  // a call between sums would spill them
         int64_t some = per_call_ < allowed_ ? per_call_ : allowed_;
         allowed_ -= some;
         for (; some > 0; --some, at_ += 64) {
             if (at_ >= bytes_) begin_position();
-            __builtin_prefetch(key_ + at_, 0, 2);
-            __builtin_prefetch(value_ + at_, 0, 2);
+            prefetch_far(key_ + at_);
+            prefetch_far(value_ + at_);
         }
     }
 
 private:
-    inline void begin_position() {
+    OUTRIDER_INLINE void begin_position() {
         key_ = key_data_ + *slots_ * key_stride_;
         value_ = value_data_ + *slots_ * value_stride_;
         ++slots_;

@@ -13,6 +13,24 @@
 
 namespace outrider {
 
+// A line into the first cache, or into the outer ones only. Assembly, because GCC takes functions that only prefetch for
+// functions without effect, and removes their calls.
+OUTRIDER_INLINE void prefetch(const void* p) {
+#if defined(OUTRIDER_X86)
+    asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
+#elif defined(__GNUC__)
+    __builtin_prefetch(p);
+#endif
+}
+
+OUTRIDER_INLINE void prefetch_far(const void* p) {
+#if defined(OUTRIDER_X86)
+    asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+#elif defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#endif
+}
+
 constexpr int kPanel = 32;
 constexpr int kKeySplit = 64;  // keys of one split of a row's own key sequence
 constexpr int kPartUnits = 32;  // parts of a packed row begin at its multiples: with whole groups of int4 and whole lines

@@ -29,7 +29,7 @@ void fetch_ahead(const PackedLinear& weight, const Share& panels) {
     if (panels.begin >= panels.end) return;
     const int64_t bytes = std::min(kFetchedAhead, (panels.end - panels.begin) * weight.panel_bytes());
     const uint8_t* data = weight.data + panels.begin * weight.panel_bytes();
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+    for (int64_t i = 0; i < bytes; i += 64) prefetch_far(data + i);
 }
 
 }  // namespace

@@ -82,8 +82,8 @@ inline void store_s8(int8_t* p, vf x) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T2); }
+using outrider::prefetch;
+using outrider::prefetch_far;
 
 // The first `count` lanes.
 inline void store_lanes(float* p, vf x, int count) {

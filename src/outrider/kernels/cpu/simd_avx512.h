@@ -71,8 +71,8 @@ inline void store_s8(int8_t* p, vf x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T2); }
+using outrider::prefetch;
+using outrider::prefetch_far;
 
 // The first `count` lanes.
 inline void store_lanes(float* p, vf x, int count) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), x); }

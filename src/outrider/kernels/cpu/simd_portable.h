@@ -98,17 +98,8 @@ inline void store_s8(int8_t* p, vf v) {
     }
 }
 
-inline void prefetch(const void* p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p);
-#endif
-}
-
-inline void prefetch_far(const void* p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 1);
-#endif
-}
+using outrider::prefetch;
+using outrider::prefetch_far;
 
 // The first `count` lanes.
 inline void store_lanes(float* p, vf v, int count) { std::memcpy(p, v.x, sizeof(float) * count); }
