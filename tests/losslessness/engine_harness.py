@@ -76,7 +76,9 @@ def toy_datastore(vocab_size: int) -> DatastoreConfig:
 DRAFTERS: dict[str, DrafterConfig] = {
     "none": NoDrafterConfig(),
     "auto": AutoConfig(drafters=["ngram", "recycling", "draft_model"], exploration=1.0),
-    "auto-sparing": AutoConfig(drafters=["draft_model", "merge"]),
+    "auto-sparing": AutoConfig(
+        drafters=[{"method": "draft_model", "depth": 3, "width": 2, "max_expanded": 2, "min_path_prob": 0.0}, "merge"]
+    ),
     "ngram": NgramConfig(),
     "anpd": AnpdConfig(),
     "aded": AdedConfig(exploration=0.5, capacity=40),

@@ -166,11 +166,16 @@ def test_special_tokens_that_both_have_are_kept() -> None:
 
 
 class Oracle:
-    """A draft model that knows the text, in its own tokens; records what it was told."""
+    """A draft model that knows the text, in its own tokens; records what it was told.
 
-    def __init__(self, ids: Sequence[int], depth: int) -> None:
-        self.ids, self.depth = list(ids), depth
+    Args:
+        err_every: of so many tokens of the text it says one wrongly: the one before again.
+    """
+
+    def __init__(self, ids: Sequence[int], depth: int, err_every: int = 0) -> None:
+        self.ids, self.depth, self.err_every = list(ids), depth, err_every
         self.known: dict[str, list[int]] = {}
+        self.kept: list[int] = []
         self.num_restarts = self.num_committed = 0
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
@@ -179,42 +184,73 @@ class Oracle:
         self.known[context.request_id] = tokens
         at = len(tokens)
         chain = self.ids[at : at + self.depth] if self.ids[:at] == tokens else []
+        if self.err_every:
+            chain = [self.ids[at + i - ((at + i) % self.err_every == 0)] for i in range(len(chain))]
         return [TokenTree.chain(tokens[-1], chain)]
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
-        self.num_committed += sum(len(outcome.path.accepted_nodes) for outcome in outcomes)
+        for outcome in outcomes:
+            self.kept = [*self.known[outcome.request_id], *outcome.new_tokens[:-1]]
+            self.num_committed += len(outcome.path.accepted_nodes)
 
     def release(self, request_id: str) -> None:
         self.num_restarts += 1
 
 
-@pytest.mark.parametrize(("target", "draft"), PAIRS)
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_a_draft_that_knows_the_text_is_accepted(text: str, target: str, draft: str) -> None:
-    """Across conventions, within characters, wherever the target's tokens end."""
-    of_pair, ours = pair(target, draft), tokenizer(target)
-    ids = [*ours.encode(text), ours.eos_id]
-    oracle: Any = Oracle([*tokenizer(draft).encode(text), tokenizer(draft).eos_id], depth=12)
+def follow(oracle: Any, of_pair: TokenizerPair, ids: Sequence[int], eos_id: int, text: str) -> tuple[int, int]:
+    """Generate a known text, drafted for by an oracle; numbers of steps and of accepted tokens.
+
+    Args:
+        ids: the target's tokens, with the end of the text.
+    """
     drafter = TextDrafter(oracle, of_pair.target_side, of_pair.draft_side, depth=12, max_nodes=16)
     codec, end, num_steps, num_accepted = of_pair.target_side.codec, 3, 0, 0
     while end < len(ids):
         context = DraftContext("r", ids[:end], 3, 16, len(ids) - end, SamplingParams(), 0, frozenset())
         (tree,) = drafter.propose([context])
         assert tree.tokens[0] == ids[end - 1]
-        drafted = codec.decode([*ids[:end], *(token for token in tree.tokens[1:] if token != ours.eos_id)])
-        assert text.startswith(drafted.rstrip("\ufffd"))
-        choices = ids[end : end + tree.num_nodes]
+        drafted = codec.decode([*ids[:end], *(token for token in tree.tokens[1:] if token != eos_id)])
+        if not oracle.err_every:
+            assert text.startswith(drafted.rstrip("\ufffd"))
+            if end == len(ids) - 1:
+                assert tree.tokens[1:] == (eos_id,), "the text ends here, and the draft knows it"
+        kept = of_pair.draft_side.codec.decode(oracle.kept)
+        assert of_pair.draft_side.codec.decode(oracle.ids).startswith(kept.rstrip("\ufffd"))
+        choices = [*ids[end : end + tree.num_nodes]]
         choices += [0] * (tree.num_nodes - len(choices))
         path = follow_choices(tree, choices)
         drafter.observe([DraftOutcome("r", tree, path, None, choices)])
         num_accepted += len(path.accepted_nodes)
         end += len(path.accepted_nodes) + 1
         num_steps += 1
+    return num_steps, num_accepted
+
+
+@pytest.mark.parametrize(("target", "draft"), PAIRS)
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_a_draft_that_knows_the_text_is_accepted(text: str, target: str, draft: str) -> None:
+    """Across conventions, within characters, wherever the target's tokens end."""
+    ours, theirs = tokenizer(target), tokenizer(draft)
+    assert ours.eos_id is not None
+    assert theirs.eos_id is not None
+    ids = [*ours.encode(text), ours.eos_id]
+    oracle = Oracle([*theirs.encode(text), theirs.eos_id], depth=12)
+    num_steps, num_accepted = follow(oracle, pair(target, draft), ids, ours.eos_id, text)
     # The last word of a draft may be cut short, and then has other tokens: all else is right.
     assert num_steps < 0.5 * len(ids)
     assert num_accepted > num_steps
     assert oracle.num_committed > 0 or num_steps == 1, "the draft keeps what it has read"
     assert oracle.num_restarts < num_steps
+
+
+@pytest.mark.parametrize(("target", "draft"), PAIRS)
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_a_draft_that_errs_keeps_what_is_right(text: str, target: str, draft: str) -> None:
+    ours, theirs = tokenizer(target), tokenizer(draft)
+    assert ours.eos_id is not None
+    oracle = Oracle(theirs.encode(text), depth=12, err_every=5)
+    num_steps, _ = follow(oracle, pair(target, draft), [*ours.encode(text), ours.eos_id], ours.eos_id, text)
+    assert oracle.num_committed > 0 or num_steps < 3
 
 
 def test_a_text_draft_of_nothing_proposes_nothing() -> None:
