@@ -7,20 +7,23 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from outrider import LLM
 from outrider.config import DrafterConfig, SelfDraftConfig, drafter_config
+from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.sources.datastore_build import DatastoreWriter
+from outrider.engine import build
 from outrider.inputs.tokenizer import Tokenizer
 from outrider.kernels import native
 from outrider.losslessness.compatibility import PathRuns, parameter_settings, run_matrix
 from outrider.losslessness.matrix import Matrix
 from outrider.models.loader import load_tokenizer
 from outrider.verification.build import RULE_NAMES
-from tests.losslessness.engine_harness import DRAFTERS
+from tests.losslessness.engine_harness import CATALOGUE
 from tests.tiny_models import make_tiny
 
 FAMILIES = {"lean": "llama", "universal": "gpt2"}
@@ -62,7 +65,16 @@ def make_datastore(folder: Path) -> None:
             writer.end_document()
 
 
+class FixedCostRuns(PathRuns):
+    """Runs whose planned trees do not depend on how fast the machine is."""
+
+    def _build(self, config: DrafterConfig, rule: str, *, prefix_caching: bool) -> LLM:
+        with patch.object(build, "cost_of_target", lambda *_, **__: ForwardCost.unknown()):
+            return super()._build(config, rule, prefix_caching=prefix_caching)
+
+
 def path_runs(folder: Path, path: str) -> PathRuns:
+    """Runs over one path's target, one of those that `make_models` wrote."""
     kind, mode = path.split()
     llm = LLM(
         folder / kind,
@@ -71,11 +83,11 @@ def path_runs(folder: Path, path: str) -> PathRuns:
         cache={"block_size": 4},
         scheduler={"max_num_seqs": 64, "max_batch_tokens": 1024},
     )
-    return PathRuns(path, llm, PROMPTS, SETTINGS)
+    return FixedCostRuns(path, llm, PROMPTS, SETTINGS)
 
 
 def on_path(config: DrafterConfig, folder: Path, path: str) -> DrafterConfig:
-    """A drafter as a path runs it, with the files that it needs and nothing measured beforehand."""
+    """A drafter as a path runs it, with the files that it needs."""
     draft = str(folder / f"{path.split(maxsplit=1)[0]}-draft")
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
@@ -84,8 +96,6 @@ def on_path(config: DrafterConfig, folder: Path, path: str) -> DrafterConfig:
             changes["model"] = draft
         elif field.name == "path":
             changes["path"] = str(folder / "datastore")
-        elif field.name == "calibrate":
-            changes["calibrate"] = False
         elif field.name == "drafter":
             changes["drafter"] = on_path(drafter_config(value), folder, path)
         elif field.name == "drafters" and value is not None:
@@ -95,18 +105,21 @@ def on_path(config: DrafterConfig, folder: Path, path: str) -> DrafterConfig:
 
 def measure(
     folder: Path,
+    runs: Sequence[PathRuns],
     *,
-    paths: Sequence[str] = PATHS,
-    drafters: Sequence[str] = tuple(DRAFTERS),
+    drafters: Sequence[str] = tuple(CATALOGUE),
     rules: Sequence[str] = RULE_NAMES,
     advance: Callable[[str], None] = lambda name: None,
 ) -> Matrix:
-    """Run the matrix, or a part of it, on models written to `folder`."""
-    if not (folder / "lean").exists():
-        make_models(folder)
+    """Run the matrix, or a part of it.
+
+    Args:
+        folder: of the models.
+        runs: over the paths that are wanted.
+    """
     return run_matrix(
-        [path_runs(folder, path) for path in paths],
-        {name: DRAFTERS[name] for name in drafters},
+        runs,
+        {name: CATALOGUE[name] for name in drafters},
         lambda config, path: on_path(config, folder, path),
         rules=rules,
         parameters=list(SETTINGS),

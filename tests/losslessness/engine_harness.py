@@ -114,16 +114,23 @@ DRAFTERS: dict[str, DrafterConfig] = {
 
 # Of draft models, beside those above: `test_engine_growths.py`.
 GROWTHS: dict[str, DraftModelConfig] = {
-    "mcsd": DraftModelConfig(growth="mcsd", branching=(3, 2, 1), min_path_prob=0.0),
-    "mcsd_improved": DraftModelConfig(growth="mcsd_improved", width=3, depth=4, min_path_prob=0.05),
-    "rsd_c": DraftModelConfig(growth="rsd_c", branching=(2, 2, 1), min_path_prob=0.0),
-    "dyspec_threshold": DraftModelConfig(growth="dyspec_threshold", min_path_prob=0.05),
-    "opt_tree": DraftModelConfig(growth="opt_tree", depth=4, min_path_prob=0.0),
-    "static": DraftModelConfig(growth="static", depth=4, min_path_prob=0.0),
-    "static-table": DraftModelConfig(growth="static", rank_paths=([0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0])),
-    "static-measured": DraftModelConfig(growth="static", rank_probs="measured", depth=4, min_path_prob=0.0),
-    "ppd": DraftModelConfig(growth="ppd", rank_probs="measured", depth=4, min_path_prob=0.05),
+    "draft_model-mcsd": DraftModelConfig(growth="mcsd", branching=(3, 2, 1), min_path_prob=0.0),
+    "draft_model-mcsd_improved": DraftModelConfig(growth="mcsd_improved", width=3, depth=4, min_path_prob=0.05),
+    "draft_model-rsd_c": DraftModelConfig(growth="rsd_c", branching=(2, 2, 1), min_path_prob=0.0),
+    "draft_model-dyspec_threshold": DraftModelConfig(growth="dyspec_threshold", min_path_prob=0.05),
+    "draft_model-opt_tree": DraftModelConfig(growth="opt_tree", depth=4, min_path_prob=0.0),
+    "draft_model-static": DraftModelConfig(growth="static", depth=4, min_path_prob=0.0),
+    "draft_model-static-table": DraftModelConfig(
+        growth="static", rank_paths=([0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0])
+    ),
+    "draft_model-static-measured": DraftModelConfig(
+        growth="static", rank_probs="measured", depth=4, min_path_prob=0.0
+    ),
+    "draft_model-ppd": DraftModelConfig(growth="ppd", rank_probs="measured", depth=4, min_path_prob=0.05),
 }
+
+
+CATALOGUE: dict[str, DrafterConfig] = DRAFTERS | GROWTHS
 
 
 class CheapRows(ForwardCost):
@@ -192,7 +199,7 @@ def make_engine(
                 return plain_draft(config, style, toy(0.3))
 
     target = TargetParts(model.vocab_size, lambda: VOCAB_FINGERPRINT, build_draft_model, CheapRows)
-    config = DRAFTERS[drafter] if drafter in DRAFTERS else GROWTHS[drafter]
+    config = CATALOGUE[drafter]
     built = build_drafter(
         toy_datastore(model.vocab_size) if isinstance(config, DatastoreConfig) else config,
         DraftStyle(verification.draft_noise, verification.sibling_draws, verification.chains_only),

@@ -17,15 +17,13 @@ from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree
 from outrider.verification.coupled import follow_choices
-from tests.losslessness.engine_harness import DRAFTERS, GROWTHS, make_engine, make_request, run
+from tests.losslessness.engine_harness import CATALOGUE, make_engine, make_request, run
 from tests.toy_model import ToyModel
 from tests.toy_vocabulary import num_shared
 
 # Shapes that are planned by the outcomes of all requests depend on them.
 DRAFT_MODELS = [
-    name
-    for name, config in (DRAFTERS | GROWTHS).items()
-    if isinstance(config, DraftModelConfig) and not config.plans_shapes
+    name for name, config in CATALOGUE.items() if isinstance(config, DraftModelConfig) and not config.plans_shapes
 ]
 RULES = ["coupled", "rejection", "tree_rejection", "multi_candidate"]
 PARAMS = [

@@ -35,7 +35,9 @@ def test_rejection_rules(rule: str, growth: str) -> None:
     test_engine.test_sampling_under_rejection_rules_is_repeatable(rule, growth)
 
 
-@pytest.mark.parametrize(("rule", "growth"), [("tree_rejection", "static-measured"), ("multi_candidate", "ppd")])
+@pytest.mark.parametrize(
+    ("rule", "growth"), [("tree_rejection", "draft_model-static-measured"), ("multi_candidate", "draft_model-ppd")]
+)
 def test_shapes_by_outcomes_leave_the_distribution_alone(rule: str, growth: str) -> None:
     """A step's trees depend on what became of earlier ones, of this request and of others."""
     assert test_engine_distribution.chi_square(growth, rule) < 4.5

@@ -7,7 +7,7 @@ The file ``methods.json`` is made by running every combination (`outrider.lossle
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,17 @@ class Matrix:
             outcomes = found.setdefault((cell.drafter, cell.rule, cell.parameter), {})
             outcomes.setdefault(cell.outcome, []).append(cell.place)
         return found
+
+
+def merge_matrices(parts: Sequence[Matrix]) -> Matrix:
+    """One matrix from those of some drafters each, run over the same places and parameters."""
+    return Matrix(
+        {name: of for part in parts for name, of in part.drafters.items()},
+        parts[0].places,
+        parts[0].parameters,
+        tuple(cell for part in parts for cell in part.cells),
+        {method: outcome for part in parts for method, outcome in part.by_name.items()},
+    )
 
 
 def write_matrix(matrix: Matrix, path: Path = SHIPPED) -> None:
