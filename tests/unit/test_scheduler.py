@@ -100,3 +100,29 @@ def test_an_aborted_request_leaves_waiting_or_running() -> None:
         assert request.finish_reason == "abort"
     assert not engine.has_unfinished
     assert engine.cache.pool.num_used == 0
+
+
+@pytest.mark.parametrize("num_blocks", [14, 200])
+def test_rows_that_a_full_cache_takes_from_drafts_are_counted_and_said_once(
+    num_blocks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two of 9 blocks each, where there are 14 or enough: what was offered and what was cut is what was wanted."""
+    engine = make_engine("ngram", num_blocks=num_blocks, prefix_caching=False)
+    wanted = engine.drafter.max_nodes
+    requests = [make_request(f"r{i}", [1 + i, 2, 1 + i, 2], PARAMS) for i in range(2)]
+    for request in requests:
+        engine.add(request)
+    offered, right = [], engine.drafter.propose
+
+    def propose(contexts):
+        offered.extend(context.max_nodes for context in contexts if context.max_depth > 0)
+        return right(contexts)
+
+    engine.drafter.propose = propose  # type: ignore[method-assign]
+    while engine.has_unfinished:
+        engine.step()
+    assert engine.stats.num_cut_rows == sum(wanted - nodes for nodes in offered)
+    assert (engine.stats.num_cut_rows > 0) == (num_blocks == 14)
+    said = [record for record in caplog.records if "draft tokens" in record.message]
+    assert len(said) == (num_blocks == 14)
+    assert all(len(request.output_token_ids) == 20 for request in requests)

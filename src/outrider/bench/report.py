@@ -57,6 +57,7 @@ def _steps(samples: Sequence[Sample]) -> dict[str, Any]:
     if not stats:
         return {
             "acceptance_length": None,
+            "num_cut_rows": None,
             "own_ms_per_step": None,
             "outside_kernels_ms_per_step": None,
             "phases": None,
@@ -64,6 +65,7 @@ def _steps(samples: Sequence[Sample]) -> dict[str, Any]:
     outside = [of.outside_kernels_ms_per_step for of in stats]
     return {
         "acceptance_length": median(of.acceptance_length for of in stats),  # the planner's differs by run
+        "num_cut_rows": median(of.num_cut_rows for of in stats),
         "own_ms_per_step": _spread([of.own_ms_per_step for of in stats]),
         "outside_kernels_ms_per_step": None if None in outside else _spread([ms for ms in outside if ms is not None]),
         "phases": {phase: _phase(phase, stats) for phase in (*PHASES, "kernel")},

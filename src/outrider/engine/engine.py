@@ -68,6 +68,7 @@ class Engine:
         stats.num_steps += 1
         with native.cores_for_kernels(self.model.runs_on_kernels), stats.timed("step"):
             plan = self.scheduler.schedule()
+            stats.num_cut_rows += self.scheduler.num_cut_rows
             if not plan:
                 return []
             drafting = [scheduled for scheduled in plan if scheduled.yields_token]

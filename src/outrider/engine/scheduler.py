@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from logging import getLogger
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import SchedulerConfig
@@ -37,13 +38,20 @@ class ScheduledSequence:
 
 
 class Scheduler:
+    """Attributes:
+    preempted: ids that lost their place in the last call of `schedule`.
+    num_cut_rows: rows that its requests could have had for draft tokens, had the cache had blocks for them.
+    """
+
     def __init__(self, config: SchedulerConfig, cache: KVCache, max_draft_nodes: int) -> None:
         self._config = config
         self._cache = cache
         self._max_draft_nodes = max_draft_nodes
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission: the last one is preempted first
-        self.preempted: list[str] = []  # ids that lost their place since the last call of `schedule`
+        self.preempted: list[str] = []
+        self.num_cut_rows = 0
+        self._warned = False
 
     @property
     def has_unfinished(self) -> bool:
@@ -83,7 +91,7 @@ class Scheduler:
 
     def schedule(self) -> list[ScheduledSequence]:
         """The sequences of the next step; their rows are reserved in the cache."""
-        self.preempted = []
+        self.preempted, self.num_cut_rows = [], 0
         budget = self._config.max_batch_tokens
         plan: list[ScheduledSequence] = []
         queue = deque(self.running)
@@ -179,11 +187,20 @@ class Scheduler:
             request_id, chunk_size = scheduled.request.request_id, scheduled.chunk_size
             while max_nodes > 0 and not self._cache.can_reserve(request_id, chunk_size + max_nodes):
                 max_nodes -= 1  # the rest of its last block is left in any case
+                self.num_cut_rows += 1
             if max_nodes < 1:
                 continue
             self._cache.reserve(request_id, chunk_size + max_nodes)
             plan[index] = replace(scheduled, max_draft_nodes=max_nodes)
             budget -= max_nodes
+        if self.num_cut_rows and not self._warned:
+            self._warned = True
+            getLogger("outrider").warning(
+                "KV cache: got no block for %d of a step's draft tokens, expected one for each; drafts are cut while "
+                "it is full, and requests are slower, not different; raise cache.memory_gb or cache.num_blocks, or "
+                "lower scheduler.max_num_seqs",
+                self.num_cut_rows,
+            )
 
     def _preempt(self, request: Request) -> None:
         """Take a request's blocks; it starts again from its known tokens, so its output does not change."""
