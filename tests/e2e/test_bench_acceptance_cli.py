@@ -167,6 +167,17 @@ def test_bench_decode_records_its_workload(workload: str) -> None:
     assert all(summary["num_equal"] == 2 for summary in record["results"])
 
 
+def test_bench_decode_measures_growths() -> None:
+    options = ("--decoding", "ngram", "--growth", "dyspec,static", *SMALL, "--repeats", "1", "--no-transformers")
+    result = run("decode", *options, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    names = ["none", "ngram", "draft_model dyspec", "draft_model static"]
+    assert [summary["name"] for summary in record["results"]] == names
+    assert all(summary["num_equal"] == 2 for summary in record["results"])
+    assert record["drafters"]["draft_model dyspec"]["growth"] == "dyspec"
+
+
 def test_bench_decode_on_a_data_set(tmp_path: Path) -> None:
     path = tmp_path / "question.jsonl"
     path.write_text(json.dumps({"category": "qa", "turns": ["def f("]}) + "\n")
@@ -183,6 +194,7 @@ def test_bench_decode_on_a_data_set(tmp_path: Path) -> None:
         ("decode --workload spec_bench", ("spec_bench", "--data")),
         ("decode --workload humaneval --data /no/such/file", ("/no/such/file",)),
         ("decode --data x", ("--data",)),
+        ("decode --growth ivy", ("--growth", "ivy", "opt_tree")),
         ("acceptance --workload poetry", ("--workload", "poetry")),
         ("acceptance --data x", ("--data", "humaneval")),
         ("acceptance --budget 0", ("--budget",)),

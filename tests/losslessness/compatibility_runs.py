@@ -16,7 +16,7 @@ from outrider import LLM
 from outrider.config import DrafterConfig, SelfDraftConfig, drafter_config
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.sources.datastore_build import DatastoreWriter
-from outrider.engine import build
+from outrider.engine import build, draft_models
 from outrider.inputs.tokenizer import Tokenizer
 from outrider.kernels import native
 from outrider.losslessness.compatibility import PathRuns, parameter_settings, run_matrix
@@ -69,7 +69,10 @@ class FixedCostRuns(PathRuns):
     """Runs whose planned trees do not depend on how fast the machine is."""
 
     def _build(self, config: DrafterConfig, rule: str, *, prefix_caching: bool) -> LLM:
-        with patch.object(build, "cost_of_target", lambda *_, **__: ForwardCost.unknown()):
+        with (
+            patch.object(build, "forward_cost_of", lambda *_, **__: ForwardCost.unknown()),
+            patch.object(draft_models, "forward_cost_of", lambda *_, **__: ForwardCost.unknown()),
+        ):
             return super()._build(config, rule, prefix_caching=prefix_caching)
 
 

@@ -134,10 +134,14 @@ CATALOGUE: dict[str, DrafterConfig] = DRAFTERS | GROWTHS
 
 
 class CheapRows(ForwardCost):
-    """Rows that cost next to nothing."""
+    """Rows that cost next to nothing.
 
-    def __init__(self) -> None:
-        super().__init__((1, 64), (0,), [(1.0, 1.1)])
+    Args:
+        one_s: seconds of a forward of one row.
+    """
+
+    def __init__(self, one_s: float = 1.0) -> None:
+        super().__init__((1, 64), (0,), [(one_s, 1.1 * one_s)])
 
     def observe(self, num_rows: int, context: float, num_sequences: int, seconds: float) -> None:
         pass
@@ -172,7 +176,8 @@ def make_engine(
         )
 
     def parts(draft: ToyModel) -> DraftParts:
-        return DraftParts(draft, cache(draft_blocks), model.vocab_size, scheduler.max_batch_tokens)
+        tokens = scheduler.max_batch_tokens
+        return DraftParts(draft, cache(draft_blocks), model.vocab_size, tokens, lambda: CheapRows(0.1))
 
     def toy(memory: float) -> DraftParts:
         return parts(ToyModel(model.vocab_size, model.context_length, memory=memory))

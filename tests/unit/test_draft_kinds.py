@@ -32,7 +32,7 @@ TEXT = [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]
 
 def parts(model: ToyModel, vocab_size: int = 24, num_blocks: int = 400) -> DraftParts:
     cache = KVCache(model.layer_shapes, num_blocks=num_blocks, block_size=4, dtype=model.cache_dtype)
-    return DraftParts(model, cache, vocab_size, 64)
+    return DraftParts(model, cache, vocab_size, 64, ForwardCost.unknown)
 
 
 def context(

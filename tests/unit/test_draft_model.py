@@ -26,7 +26,7 @@ from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree, VerifiedPath, ancestor_mask
-from tests.losslessness.engine_harness import DRAFTERS, make_engine, make_request, run
+from tests.losslessness.engine_harness import CATALOGUE, make_engine, make_request, run
 from tests.toy_model import ToyModel
 
 SHARED = DraftStyle()
@@ -394,7 +394,7 @@ def test_draws_are_fresh_in_every_step_node_and_trial(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", GROWTHS)
 def test_growths_do_not_change_what_is_generated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DRAFTERS, name, GROWTHS[name])
+    monkeypatch.setitem(CATALOGUE, name, GROWTHS[name])
     settings = [GREEDY, SAMPLED, SamplingParams(temperature=0.8, seed=5, top_p=0.9, repetition_penalty=1.2)]
     for rule in ("coupled", "tree_rejection", "rejection"):
         engines = [make_engine(drafter, rule=rule) for drafter in (name, "none")]
@@ -409,7 +409,7 @@ def test_growths_do_not_change_what_is_generated(name: str, monkeypatch: pytest.
 
 
 def drafter_of(config: DraftModelConfig, monkeypatch: pytest.MonkeyPatch) -> DraftModelDrafter:
-    monkeypatch.setitem(DRAFTERS, "asked", config)
+    monkeypatch.setitem(CATALOGUE, "asked", config)
     drafter = make_engine("asked").drafter
     assert isinstance(drafter, DraftModelDrafter)
     return drafter
@@ -464,7 +464,7 @@ def test_the_tree_of_another_drafter_is_followed_as_far_as_it_is_known(monkeypat
 
 def spec_exec_engine(num_nodes: int, monkeypatch: pytest.MonkeyPatch, **changes: int) -> Engine:
     config = DraftModelConfig(growth="specexec", max_nodes=num_nodes, depth=12, max_expanded=64, min_path_prob=0.0)
-    monkeypatch.setitem(DRAFTERS, "asked", config)
+    monkeypatch.setitem(CATALOGUE, "asked", config)
     settings = {"num_blocks": 800, "draft_blocks": 1200, "max_batch_tokens": 1200, **changes}
     scheduler = SchedulerConfig(max_num_seqs=4, max_batch_tokens=settings.pop("max_batch_tokens"))
     return make_engine("asked", scheduler=scheduler, **settings)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from outrider.drafting.recycling import RecyclingDrafter
 from outrider.drafting.tree_shape import best_first_shape
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree, VerifiedPath
-from tests.losslessness.engine_harness import DRAFTERS, make_engine, make_request, run
+from tests.losslessness.engine_harness import CATALOGUE, make_engine, make_request, run
 from tests.toy_model import ToyModel
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -136,7 +136,7 @@ def test_a_greedy_tree_holds_the_most_probable_children() -> None:
     tokens = [3, 1, 4, 1, 5, 9, 2, 6]
     (tree,) = engine.drafter.propose([context(tokens)])
     model = ToyModel(memory=0.3)
-    config = DRAFTERS["draft_model-tree"]
+    config = CATALOGUE["draft_model-tree"]
     assert isinstance(config, DraftModelConfig)
     for node, children in enumerate(tree.children()):
         if children and len(children) == config.width:

@@ -43,7 +43,7 @@ def target(params: SamplingParams) -> Choose:
 
 def decode(config: JacobiConfig, params: SamplingParams, monkeypatch: pytest.MonkeyPatch):
     """Runs the engine; returns the request, its drafter and the guesses of every step."""
-    monkeypatch.setitem(engine_harness.DRAFTERS, "under test", config)
+    monkeypatch.setitem(engine_harness.CATALOGUE, "under test", config)
     engine = make_engine("under test", model=ToyModel(VOCAB, memory=0.0))
     assert isinstance(engine.drafter, JacobiDrafter)
     right, proposals = engine.drafter.propose, []

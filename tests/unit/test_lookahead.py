@@ -105,7 +105,7 @@ class NaiveLookahead:
 def test_every_step_verifies_what_the_paper_says(
     config: LookaheadConfig, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(engine_harness.DRAFTERS, "under test", config)
+    monkeypatch.setitem(engine_harness.CATALOGUE, "under test", config)
     engine = make_engine("under test", model=ToyModel(VOCAB, memory=0.0))
     right, trees = engine.drafter.propose, []
 

@@ -12,12 +12,12 @@ from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree
-from tests.losslessness.engine_harness import DRAFTERS, make_engine, make_request, run
+from tests.losslessness.engine_harness import CATALOGUE, make_engine, make_request, run
 from tests.toy_model import ToyModel
 
 # Those whose proposals follow from tokens alone, and cost no model.
 LOOKUP = [
-    name for name, config in DRAFTERS.items() if isinstance(config, (SourceConfig, MergeConfig, HierarchyConfig))
+    name for name, config in CATALOGUE.items() if isinstance(config, (SourceConfig, MergeConfig, HierarchyConfig))
 ]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from outrider import LLM
 from outrider.config import DraftModelConfig, drafter_config
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftOutcome
@@ -17,10 +19,12 @@ from outrider.drafting.growth.tree import GrowthLimits
 from outrider.drafting.positional_acceptance import AcceptanceCounter
 from outrider.drafting.sequoia import LatencyTable, sequoia_shape
 from outrider.drafting.tree_shape import TreeShape, expected_length
+from outrider.engine import build, draft_models
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree, VerifiedPath
-from tests.losslessness.engine_harness import DRAFTERS, make_engine, make_request, run
+from tests.losslessness.engine_harness import CATALOGUE, make_engine, make_request, run
+from tests.tiny_models import make_tiny
 from tests.toy_model import ToyModel
 
 LIMITS = GrowthLimits(num_nodes=8, depth=4, min_path_prob=0.0)
@@ -129,6 +133,19 @@ def test_machines_and_batches_get_shapes_of_their_own() -> None:
     assert size(FREE, 3) == size(FREE, 4), "rounded to powers of two"
 
 
+def test_a_level_costs_what_a_forward_of_the_draft_was_measured_to_take() -> None:
+    """Over a row of each request; the same as a number of the target's forwards that comes to it."""
+    for num_step_rows in (1, 8):
+        for one, eight in ((0.001, 0.001), (0.3, 0.3), (0.001, 0.6)):
+            measured, given = (
+                ShapePlanner(LIMITS, None, None),
+                ShapePlanner(LIMITS, None, {1: one, 8: eight}[num_step_rows]),
+            )
+            measured.cost = given.cost = FREE  # a second a forward
+            measured.own_cost = ForwardCost((1, 8), (0,), [(one, eight)])
+            assert measured.shape(num_step_rows) == given.shape(num_step_rows)
+
+
 def test_each_state_has_the_best_tree_of_its_depth() -> None:
     acceptance = [[0.6, 0.2], [0.5, 0.2], [0.4, 0.1]]
     for table in (None, LatencyTable((1, 4, 5, 9), (1.0, 1.0, 3.0, 3.5))):
@@ -162,7 +179,7 @@ def measured(**changes: object) -> DraftModelConfig:
 
 def steps_and_shapes(config: DraftModelConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[TreeShape]]:
     """Steps for some text by a draft that is often right, and the shapes on the way."""
-    monkeypatch.setitem(DRAFTERS, "asked", config)
+    monkeypatch.setitem(CATALOGUE, "asked", config)
     engine = make_engine("asked", model=ToyModel(memory=0.45))
     drafter = engine.drafter
     assert isinstance(drafter, DraftModelDrafter)
@@ -185,7 +202,7 @@ def test_a_measured_shape_beats_one_for_another_draft(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("config", [measured(), DraftModelConfig(growth="ppd")])
 def test_the_targets_cost_reaches_the_planner(config: DraftModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DRAFTERS, "asked", config)
+    monkeypatch.setitem(CATALOGUE, "asked", config)
     drafter = make_engine("asked").drafter
     assert isinstance(drafter, DraftModelDrafter)
     assert drafter._planner is not None
@@ -193,6 +210,32 @@ def test_the_targets_cost_reaches_the_planner(config: DraftModelConfig, monkeypa
     chain = make_engine("asked", rule="rejection").drafter
     assert isinstance(chain, DraftModelDrafter)
     assert chain._planner is None, "a rule for chains gets a chain"
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_measured"),
+    [({"draft_cost": "measured"}, 1), ({"draft_cost": 0.2}, 0), ({"growth": "ppd"}, 0), ({"growth": "beam"}, 0)],
+    ids=str,
+)
+def test_the_draft_is_timed_where_shapes_are_planned_by_it(
+    settings: dict[str, object], num_measured: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is told from the target, whose checkpoint it is in another format."""
+    target = LLM(make_tiny("llama", tmp_path / "target"), decoding="none")
+    identities: list[dict[str, object]] = []
+    monkeypatch.setattr(build, "forward_cost_of", lambda model, identity, **_: identities.append(identity) or FREE)
+    timed: list[dict[str, object]] = []
+    monkeypatch.setattr(draft_models, "forward_cost_of", lambda model, identity, **_: timed.append(identity) or FREE)
+    spec = {"method": "self_draft", "growth": "static", "rank_probs": "measured", "weights": "int8", **settings}
+    if spec["growth"] != "static":
+        del spec["rank_probs"]
+    drafter = target.with_decoding(spec).engine.drafter
+    assert isinstance(drafter, DraftModelDrafter)
+    assert len(timed) == num_measured
+    assert not any(identity in identities for identity in timed)
+    if num_measured:
+        assert drafter._planner is not None
+        assert drafter._planner.own_cost is FREE
 
 
 @pytest.mark.parametrize(
@@ -205,7 +248,7 @@ def test_the_targets_cost_reaches_the_planner(config: DraftModelConfig, monkeypa
         ),
         ({"growth": "static", "rank_probs": "measured", "depth": 33}, "depth: got 33, expected at most 32"),
         ({"draft_cost": -1}, "draft_cost"),
-        ({"draft_cost": "0.1"}, "draft_cost"),
+        ({"draft_cost": "0.1"}, "or 'measured'"),
         ({"growth": "static", "rank_probs": "measured", "rank_paths": [[0]]}, "leave one of them out"),
     ],
     ids=str,

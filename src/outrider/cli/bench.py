@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outrider.cli import options as opt
-from outrider.cli.bench_acceptance import acceptance, encode_for
+from outrider.cli.bench_acceptance import Growths, acceptance, chosen_specs, encode_for
 from outrider.cli.bench_kernels import forward, kernels
 from outrider.cli.console import note, progress_bar, stdout_console
 from outrider.cli.option_groups import (
@@ -61,6 +61,7 @@ def decode(
     target: ModelOptions,
     drafter: opt.Drafters = None,
     drafting: DraftOptions,
+    growths: Growths = None,
     verification: opt.Verification = EngineConfig.verification,
     source: WorkloadOptions,
     batch_size: opt.BatchSize = 1,
@@ -102,8 +103,7 @@ def decode(
         threads=threads,
         prefix_caching=False,
     )
-    names = [name for name in opt.drafter_names(drafter, engine) if name != "none"]
-    specs = opt.drafter_specs(names, engine)
+    specs = chosen_specs(drafter, growths, engine)
     report.check()
     llm = engine.load("none")
     prompt_ids = encode_for(llm, wanted, max_tokens)

@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 DEFAULT_NUM_PROMPTS = 8
 DEFAULT_WORKLOADS = "code,edit,random"
 GROWTHS = get_args(GrowthName)
+Growths = Annotated[
+    str | None,
+    option(
+        "--growth",
+        help=f"Also measure draft_model with trees that grow so: all, or some of {', '.join(GROWTHS)}.",
+        panel=opt.DRAFTING,
+        metavar="NAME,...",
+    ),
+]
 
 
 @with_groups
@@ -47,15 +56,7 @@ def acceptance(
     target: ModelOptions,
     drafter: opt.Drafters = None,
     drafting: DraftOptions,
-    growths: Annotated[
-        str | None,
-        option(
-            "--growth",
-            help=f"Also measure draft_model with trees that grow so: all, or some of {', '.join(GROWTHS)}.",
-            panel=opt.DRAFTING,
-            metavar="NAME,...",
-        ),
-    ] = None,
+    growths: Growths = None,
     rules: Annotated[
         str,
         option(
@@ -113,7 +114,9 @@ def acceptance(
         threads=threads,
         prefix_caching=False,
     )
-    specs = _specs(drafter, growths, engine)
+    specs = chosen_specs(drafter, growths, engine)
+    if not specs:
+        raise ConfigError("--decoding", got="none", expected="a drafter to measure")
     report.check()
     llm = engine.load("none")
 
@@ -140,12 +143,14 @@ def acceptance(
         _report(runs.rows, settings, report)
 
 
-def _specs(drafter: list[str] | None, growths: str | None, engine: EngineOptions) -> dict[str, dict[str, Any]]:
-    """Of the drafters named, and of draft_model with every growth named."""
+def chosen_specs(drafter: list[str] | None, growths: str | None, engine: EngineOptions) -> dict[str, dict[str, Any]]:
+    """Of the drafters named but "none", and of draft_model with every growth named.
+
+    Raises:
+        ConfigError: an unknown growth, or none can be had without a draft model.
+    """
     chosen = [name for name in opt.drafter_names(drafter, engine) if name != "none"]
     if growths is None:
-        if not chosen:
-            raise ConfigError("--decoding", got="none", expected="a drafter to measure")
         return opt.drafter_specs(chosen, engine)
     grown = _names(",".join(GROWTHS) if growths == "all" else growths, "--growth", GROWTHS)
     if engine.model is not None and engine.draft_model is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from outrider.config.checks import Weights, check_int, check_number, check_tree_limits, check_weights, require
+from outrider.config.checks import Weights, check_int, check_tree_limits, check_weights, require
 from outrider.errors import ConfigError
 
 GrowthName = Literal[
@@ -60,7 +60,8 @@ class DraftModelConfig:
         rank_probs: how likely the child of each rank is accepted once its parent is: ``[rank]``, or
             ``[depth][rank]``, which ends the tree at the last depth. "measured" counts it while decoding, plans anew
             every so often, and makes trees no larger nor deeper than pays on this machine.
-        draft_cost: time of a forward of the draft, in forwards of the target; for "static" with "measured".
+        draft_cost: time of a forward of the draft, in forwards of the target, for "static" with "measured"; it is
+            measured, once, unless it is given.
         rank_paths: the nodes of a published table, each by the ranks that lead to it: ``[[0], [1], [0, 0]]``. It must
             fit into `max_nodes` and `depth`.
         dtype: of the draft's activations and cache; "auto" is the checkpoint's.
@@ -79,7 +80,7 @@ class DraftModelConfig:
     branching: Sequence[int] = (3, 1, 1, 1)
     min_gain: float = 0.1
     rank_probs: Sequence[float] | Sequence[Sequence[float]] | Literal["measured"] = DEFAULT_RANK_PROBS
-    draft_cost: float = 0.1
+    draft_cost: float | Literal["measured"] = "measured"
     rank_paths: Sequence[Sequence[int]] | None = None
     dtype: str = "auto"
     weights: Weights = "auto"
@@ -100,7 +101,9 @@ class DraftModelConfig:
         valid = isinstance(self.min_gain, int | float) and 0 <= self.min_gain < 128
         require(valid, "draft_model.min_gain", self.min_gain, "a number in [0, 128)")
         self._check_rank_probs()
-        check_number("draft_model.draft_cost", self.draft_cost, 0, 100)
+        if self.draft_cost != "measured":
+            valid = isinstance(self.draft_cost, int | float) and 0 <= self.draft_cost <= 100
+            require(valid, "draft_model.draft_cost", self.draft_cost, "a number in [0, 100], or 'measured'")
         if self.rank_paths is not None:
             self._check_rank_paths(self.rank_paths)
         check_weights("draft_model.", self.weights, self.group_size)
@@ -109,6 +112,11 @@ class DraftModelConfig:
     def plans_shapes(self) -> bool:
         """Whether shapes are planned while decoding, for what the target's forwards cost."""
         return self.growth == "ppd" or (self.growth == "static" and self.rank_probs == "measured")
+
+    @property
+    def plans_by_draft_cost(self) -> bool:
+        """Whether that depends on what the draft's forwards cost, and they are to be timed."""
+        return self.growth == "static" and self.rank_probs == "measured" and self.draft_cost == "measured"
 
     def _check_rank_probs(self) -> None:
         name, rank_probs = "draft_model.rank_probs", self.rank_probs

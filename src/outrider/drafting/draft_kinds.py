@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +10,7 @@ from outrider.cache.kv_cache import KVCache
 from outrider.config import DraftModelConfig, SortedDraftConfig
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import Drafter, DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.guesser import Guesser
 from outrider.drafting.sorted_runner import SortedRunner, SubModelRunner
 from outrider.drafting.staged_runner import StagedRunner
@@ -28,12 +29,14 @@ class DraftParts:
         cache: of the model's own.
         vocab_size: of the target.
         max_batch_tokens: the most rows of one forward.
+        forward_cost: what the model's forwards cost; called only where something is planned by it.
     """
 
     model: Model
     cache: KVCache
     vocab_size: int
     max_batch_tokens: int
+    forward_cost: Callable[[], ForwardCost]
 
 
 def plain_draft(config: DraftModelConfig, style: DraftStyle, parts: DraftParts) -> DraftModelDrafter:

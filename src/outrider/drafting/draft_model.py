@@ -34,10 +34,12 @@ class DraftModelDrafter:
         cache: KVCache,
         vocab_size: int,
         max_batch_tokens: int,
+        forward_cost: Callable[[], ForwardCost],
         make_runner: Callable[..., TreeReader] = DraftRunner,
     ) -> None:
         self.name: str = config.method
         self._growth = build_growth(config, style)
+        self._forward_cost = forward_cost if config.plans_by_draft_cost else None
         self._planner = self._growth.planner if isinstance(self._growth, PlannedGrowth) else None
         self._runner = make_runner(model, cache, vocab_size=vocab_size, max_batch_tokens=max_batch_tokens)
         self.returns_probs = style.noise == "independent" and self._growth.draws.siblings is not None
@@ -46,9 +48,10 @@ class DraftModelDrafter:
         self._warn_of_limits(max_batch_tokens, cache.num_positions)
 
     def plan_for(self, cost: ForwardCost) -> None:
-        """Fit trees to what the target's forwards cost, where the growth plans them."""
+        """Fit trees to what the target's forwards cost, and the draft's own, where the growth plans them."""
         if self._planner is not None:
             self._planner.cost = cost
+            self._planner.own_cost = self._forward_cost() if self._forward_cost else None
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         active = [context for context in contexts if self._has_room(context)]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from logging import getLogger
-from pathlib import Path
 
 from outrider.cache.kv_cache import KVCache, LayerShape
 from outrider.config import (
@@ -24,7 +23,7 @@ from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine.bundled import BUNDLED_TARGET
-from outrider.engine.calibration import Progress, forward_cost_of
+from outrider.engine.calibration import Progress, forward_cost_of, identity_of
 from outrider.engine.draft_models import DraftModels
 from outrider.engine.engine import Engine
 from outrider.engine.references import with_token_references
@@ -139,16 +138,10 @@ def cost_of_target(
     """
     if isinstance(config.decoding, AutoConfig) and not config.decoding.calibrate:
         return ForwardCost.unknown()
-    path = Path(config.model or BUNDLED_TARGET)
-    identity = {
-        "model": str(path.resolve()) if path.is_dir() else config.model,
-        "changed": (path / "config.json").stat().st_mtime_ns if (path / "config.json").is_file() else None,
-        "revision": config.revision,
-        "weights": [config.weights, config.group_size, str(model.dtype), str(model.cache_dtype), config.device],
-    }
+    form = {name: getattr(config, name) for name in ("revision", "weights", "group_size", "device")}
     return forward_cost_of(
         model,
-        identity,
+        identity_of(str(config.model or BUNDLED_TARGET), form, model),
         row_invariant=config.exactness == "bitwise",
         recalibrate=recalibrate,
         on_progress=on_progress,

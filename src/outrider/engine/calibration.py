@@ -8,7 +8,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from logging import getLogger
 from pathlib import Path
@@ -35,6 +35,23 @@ SEQUENCE = "calibration"
 Progress = Callable[[int, int], None]  # (measurements made, measurements in all)
 
 
+def identity_of(path: str, form: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """What tells a model and its format from others, as JSON.
+
+    Args:
+        path: folder or hub id.
+        form: how it was loaded.
+    """
+    folder = Path(path)
+    is_folder, config = folder.is_dir(), folder / "config.json"
+    return {
+        "model": str(folder.resolve()) if is_folder else path,
+        "changed": config.stat().st_mtime_ns if config.is_file() else None,
+        "form": {**form, "dtype": str(model.dtype), "cache_dtype": str(model.cache_dtype)},
+        "num_layers": len(model.layer_shapes),
+    }
+
+
 def forward_cost_of(
     model: Model,
     identity: dict[str, Any],
@@ -46,7 +63,7 @@ def forward_cost_of(
     """The measured costs: from an earlier start if nothing that they depend on has changed, else measured now.
 
     Args:
-        identity: what tells the model and its format from others, as JSON.
+        identity: see `identity_of`.
         row_invariant: measure the bitwise mode's attention.
         recalibrate: measure now in any case; later starts take that.
         on_progress: called after every measurement.

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import (
+    AutoConfig,
     DraftModelConfig,
     EngineConfig,
     SelfDraftConfig,
@@ -23,6 +24,7 @@ from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.text_draft import TextDrafter
 from outrider.drafting.translated_runner import Translation
 from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
+from outrider.engine.calibration import forward_cost_of, identity_of
 from outrider.engine.tokenizer_pair import TokenizerPair
 from outrider.errors import ConfigError, VocabularyMismatchError
 from outrider.inputs.tokenizer import Tokenizer
@@ -62,32 +64,46 @@ class DraftModels:
         """
         match drafter:
             case SelfDraftConfig():
-                return plain_draft(drafter, style, self._parts(self._load_self(drafter)))
+                return plain_draft(drafter, style, self._parts(self._load_self(drafter), drafter))
             case StagedConfig():
                 inner_config = drafter_config(drafter.drafter)
-                parts = TargetParts(
+                parts = self._parts(self._load(drafter), drafter)
+                measured = not isinstance(inner_config, AutoConfig) or inner_config.calibrate
+                as_target = TargetParts(
                     vocab_size=self._target.vocab_size,
                     vocab_fingerprint=lambda: self._tokenizer.fingerprint,
                     build_draft_model=self.build,
-                    forward_cost=ForwardCost.unknown,
+                    forward_cost=parts.forward_cost if measured else ForwardCost.unknown,
                 )
-                inner = build_drafter(inner_config, style, parts)
-                return staged_draft(drafter, style, self._parts(self._load(drafter)), inner, inner_config)
+                inner = build_drafter(inner_config, style, as_target)
+                return staged_draft(drafter, style, parts, inner, inner_config)
             case SortedDraftConfig():
                 whole = self._load_shared(drafter)
                 num_layers = len(whole.layer_shapes)
                 depths = drafter.layers or sorted({max(1, num_layers // 2), num_layers})
-                levels = [self._parts(sub_model(whole, depth)) for depth in depths]
+                levels = [self._parts(sub_model(whole, depth), drafter) for depth in depths]
                 return sorted_draft(drafter, style, levels, whole)
             case UniversalDraftConfig():
                 return self._build_universal(drafter, style)
             case _:
-                return plain_draft(drafter, style, self._parts(self._load(drafter)))
+                return plain_draft(drafter, style, self._parts(self._load(drafter), drafter))
 
-    def _parts(self, model: Model) -> DraftParts:
+    def _parts(self, model: Model, drafter: DraftModelConfig) -> DraftParts:
         return DraftParts(
-            model, self._new_cache(model), self._target.vocab_size, self._config.scheduler.max_batch_tokens
+            model,
+            self._new_cache(model),
+            self._target.vocab_size,
+            self._config.scheduler.max_batch_tokens,
+            lambda: self._cost_of(model, drafter),
         )
+
+    def _cost_of(self, model: Model, drafter: DraftModelConfig) -> ForwardCost:
+        """What a draft's forwards cost: measured once, as those of targets are."""
+        is_target = isinstance(drafter, SelfDraftConfig)
+        path = (self._config.model or BUNDLED_TARGET) if is_target else self._path_of(drafter)
+        form = {name: getattr(drafter, name) for name in ("revision", "weights", "group_size")}
+        identity = identity_of(str(path), {**form, "device": self._config.device}, model)
+        return forward_cost_of(model, identity, row_invariant=False)
 
     def _build_universal(self, drafter: UniversalDraftConfig, style: DraftStyle) -> Drafter:
         path = self._path_of(drafter)
@@ -98,7 +114,7 @@ class DraftModels:
         if alignment == "auto":
             alignment = "vocabulary" if pair.overlap >= drafter.min_overlap else "text"
         if alignment == "text":
-            own = replace(self._parts(model), vocab_size=model.vocab_size)
+            own = replace(self._parts(model, drafter), vocab_size=model.vocab_size)
             draft = plain_draft(drafter, DraftStyle(chains_only=True), own)
             return TextDrafter(
                 draft, pair.target_side, pair.draft_side, depth=drafter.depth, max_nodes=drafter.max_nodes
@@ -111,7 +127,7 @@ class DraftModels:
                 remedy="set alignment to 'text'",
             )
         translation = Translation(pair.shared_ids, pair.encode_for_draft, pair.spell_for_draft)
-        return translated_draft(drafter, style, self._parts(model), translation)
+        return translated_draft(drafter, style, self._parts(model, drafter), translation)
 
     def _load(self, drafter: DraftModelConfig) -> Model:
         path = self._path_of(drafter)

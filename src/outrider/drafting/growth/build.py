@@ -70,7 +70,11 @@ def _shaped(config: DraftModelConfig, limits: GrowthLimits, draws: Draws) -> Gro
     """Growths whose shapes are there before any token is drawn."""
     acceptance = config.rank_probs
     if config.plans_shapes:
-        planner = ShapePlanner(limits, None if isinstance(acceptance, str) else acceptance, config.draft_cost)
+        planner = ShapePlanner(
+            limits,
+            None if isinstance(acceptance, str) else acceptance,
+            None if isinstance(config.draft_cost, str) else config.draft_cost,
+        )
         return SparseByState(limits, draws, planner) if config.growth == "ppd" else Planned(limits, draws, planner)
     if config.rank_paths is not None:
         return Static(limits, draws, TreeShape.from_paths(config.rank_paths))

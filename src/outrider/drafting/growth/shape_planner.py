@@ -29,11 +29,13 @@ class ShapePlanner:
 
     Args:
         acceptance: of children by rank, or by depth and rank; None counts it.
-        draft_cost: time of a forward of the draft, in forwards of the target over one row for each request.
+        draft_cost: time of a forward of the draft, in forwards of the target over one row for each request; None
+            reads `own_cost`.
         first_rebuild: steps after which counted acceptance makes new shapes for the first time.
 
     Attributes:
         cost: of the target's forwards; None plans the largest trees.
+        own_cost: of the draft's forwards, one of which a level takes.
         max_depth: of its shapes.
     """
 
@@ -41,7 +43,7 @@ class ShapePlanner:
         self,
         limits: GrowthLimits,
         acceptance: Acceptance | None,
-        draft_cost: float,
+        draft_cost: float | None,
         *,
         first_rebuild: int = FIRST_REBUILD,
     ) -> None:
@@ -52,6 +54,7 @@ class ShapePlanner:
         self.max_depth = len(self._rows)
         self._interval = self._num_steps_left = first_rebuild
         self.cost: ForwardCost | None = None
+        self.own_cost: ForwardCost | None = None
         self._shapes: dict[int, TreeShape] = {}  # by the class of rows in the step
         self._by_depth: dict[tuple[int, int], TreeShape] = {}
 
@@ -70,9 +73,9 @@ class ShapePlanner:
             if table is None:
                 found = sequoia_shape(limits.num_nodes, limits.depth, self._rows)
             else:
-                draft_ms = self._draft_cost * table.ms_of(1)
+                level_ms = self._level_ms(size, table)
                 choice = hardware_aware_shape(
-                    self._rows, table, draft_ms, max_nodes=limits.num_nodes, max_depth=limits.depth
+                    self._rows, table, level_ms, max_nodes=limits.num_nodes, max_depth=limits.depth
                 )
                 found = choice.shape
             found = self._shapes[size] = found if found.parents else ONE_NODE
@@ -105,6 +108,13 @@ class ShapePlanner:
             self._interval = self._num_steps_left = min(2 * self._interval, MAX_REBUILD)
             self._rows = [tuple(row) for row in self._counter.estimates(PRIOR, PRIOR_TRIALS)]
             self._shapes, self._by_depth = {}, {}
+
+    def _level_ms(self, num_requests: int, target: LatencyTable) -> float:
+        """What a level of all requests' trees takes: a forward of the draft over a row of each."""
+        if self._draft_cost is not None:
+            return self._draft_cost * target.ms_of(1)
+        assert self.own_cost is not None, "the cost of the draft is to be measured, and was not"
+        return 1e3 * self.own_cost.seconds(num_requests, self.own_cost.contexts[0], num_requests)
 
     def _table(self, num_requests: int) -> LatencyTable | None:
         """Times of a step in which each request has so many rows."""
