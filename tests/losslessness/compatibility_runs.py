@@ -71,7 +71,7 @@ class FixedCostRuns(PathRuns):
     def _build(self, config: DrafterConfig, rule: str, *, prefix_caching: bool) -> LLM:
         with (
             patch.object(build, "forward_cost_of", lambda *_, **__: ForwardCost.unknown()),
-            patch.object(draft_models, "forward_cost_of", lambda *_, **__: ForwardCost.unknown()),
+            patch.object(draft_models, "forward_cost_of", lambda *_, **__: ForwardCost((1, 64), (0,), [(0.1, 0.4)])),
         ):
             return super()._build(config, rule, prefix_caching=prefix_caching)
 
