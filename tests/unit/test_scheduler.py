@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 
+from outrider.cache.kv_cache import KVCache, LayerShape
 from outrider.config import SchedulerConfig
+from outrider.engine.scheduler import Scheduler
 from outrider.errors import CacheError, ConfigError
 from outrider.sampling.params import SamplingParams
 from tests.losslessness.engine_harness import make_engine, make_request
@@ -126,3 +130,43 @@ def test_rows_that_a_full_cache_takes_from_drafts_are_counted_and_said_once(
     said = [record for record in caplog.records if "draft tokens" in record.message]
     assert len(said) == (num_blocks == 14)
     assert all(len(request.output_token_ids) == 20 for request in requests)
+
+
+# Rows of drafts: what nobody else wants, promised and not yet taken
+
+
+def scheduler_of(
+    num_requests: int, *, num_blocks: int, max_draft_nodes: int, max_batch_tokens: int = 512
+) -> tuple[Scheduler, KVCache]:
+    """A scheduler with requests of three tokens, over blocks of four."""
+    cache = KVCache([LayerShape(1, 2, 2)], num_blocks=num_blocks, block_size=4, dtype=torch.float32)
+    config = SchedulerConfig(max_num_seqs=num_requests, max_batch_tokens=max_batch_tokens)
+    scheduler = Scheduler(config, cache, max_draft_nodes)
+    for index in range(num_requests):
+        scheduler.add(make_request(f"r{index}", [1, 2, 3], replace(PARAMS, max_tokens=10)))
+    return scheduler, cache
+
+
+def test_draft_rows_take_no_block_before_there_are_drafts() -> None:
+    scheduler, cache = scheduler_of(2, num_blocks=20, max_draft_nodes=9)
+    plan = scheduler.schedule()
+    assert [scheduled.max_draft_nodes for scheduled in plan] == [9, 9]
+    assert cache.pool.num_used == 2, "a block for each prompt"
+
+
+def test_all_that_is_promised_can_be_had() -> None:
+    """The first takes the only spare block; the others have the rest of their last blocks."""
+    scheduler, cache = scheduler_of(3, num_blocks=6, max_draft_nodes=5)
+    plan = scheduler.schedule()
+    assert [scheduled.max_draft_nodes for scheduled in plan] == [5, 5, 5]
+    scheduler, cache = scheduler_of(3, num_blocks=5, max_draft_nodes=5)
+    plan = scheduler.schedule()
+    assert [scheduled.max_draft_nodes for scheduled in plan] == [5, 5, 1]
+    for scheduled in plan:
+        cache.reserve(scheduled.request.request_id, scheduled.chunk_size + scheduled.max_draft_nodes)
+    cache.check_integrity()
+
+
+def test_the_rows_of_a_step_are_shared() -> None:
+    scheduler, _ = scheduler_of(3, num_blocks=60, max_draft_nodes=40, max_batch_tokens=3 * 3 + 10)
+    assert [scheduled.max_draft_nodes for scheduled in scheduler.schedule()] == [3, 3, 4]

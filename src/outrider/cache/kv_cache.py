@@ -138,6 +138,11 @@ class KVCache:
         sequence = self._sequences[sequence_id]
         return max(0, -(-(sequence.num_computed + num_rows) // self.block_size) - len(sequence.blocks))
 
+    def most_rows(self, sequence_id: str, num_blocks: int) -> int:
+        """How many rows fit behind the committed positions with so many more blocks."""
+        sequence = self._sequences[sequence_id]
+        return (len(sequence.blocks) + num_blocks) * self.block_size - sequence.num_computed
+
     def can_reserve(self, sequence_id: str, num_rows: int) -> bool:
         return self.num_new_blocks(sequence_id, num_rows) <= self.pool.num_available
 

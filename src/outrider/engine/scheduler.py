@@ -8,7 +8,8 @@ last known token the request may have a tree behind it.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from logging import getLogger
 
 from outrider.cache.kv_cache import KVCache
@@ -17,20 +18,21 @@ from outrider.errors import CacheError, ConfigError
 from outrider.request import Request
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class ScheduledSequence:
     """One request's share of a step.
 
     Attributes:
         num_computed: committed positions in the cache.
-        chunk_size: known tokens to compute, from `num_computed` on.
-        max_draft_nodes: draft tokens that may follow; cache room for them is reserved.
+        chunk_size: known tokens to compute, from `num_computed` on; cache room for them is reserved.
+        max_draft_nodes: draft tokens that may follow, given last; there is room for all requests' together, and who
+            drafts less reserves less.
     """
 
     request: Request
     num_computed: int
     chunk_size: int
-    max_draft_nodes: int
+    max_draft_nodes: int = 0
 
     @property
     def yields_token(self) -> bool:
@@ -167,32 +169,31 @@ class Scheduler:
         if cache.num_new_blocks(request_id, chunk_size) > cache.pool.num_available - num_spare_blocks:
             return None
         cache.reserve(request_id, chunk_size)
-        return ScheduledSequence(request, num_computed, chunk_size, max_draft_nodes=0)
+        return ScheduledSequence(request, num_computed, chunk_size)
 
-    def _give_rows_to_drafts(self, plan: list[ScheduledSequence], budget: int) -> None:
+    def _give_rows_to_drafts(self, plan: Sequence[ScheduledSequence], budget: int) -> None:
         """Share what rows and blocks nobody else wants among the requests that may have drafts.
 
-        Last of all, so that drafts never cost another request, or a prompt, its rows.
+        Last of all, so that drafts never cost another request, or a prompt, its rows. No block is taken yet: in most
+        steps of a planner that has nothing to draft it would be given back at once.
         """
         drafting = [
-            index
-            for index, scheduled in enumerate(plan)
+            scheduled
+            for scheduled in plan
             if scheduled.yields_token
             and scheduled.request.may_draft
             and scheduled.request.max_length - len(scheduled.request.token_ids) > 1
         ]
-        for done, index in enumerate(drafting):
-            scheduled = plan[index]
-            max_nodes = min(self._max_draft_nodes, budget // (len(drafting) - done))
+        cache, num_blocks = self._cache, self._cache.pool.num_available
+        for done, scheduled in enumerate(drafting):
             request_id, chunk_size = scheduled.request.request_id, scheduled.chunk_size
-            while max_nodes > 0 and not self._cache.can_reserve(request_id, chunk_size + max_nodes):
-                max_nodes -= 1  # the rest of its last block is left in any case
-                self.num_cut_rows += 1
-            if max_nodes < 1:
-                continue
-            self._cache.reserve(request_id, chunk_size + max_nodes)
-            plan[index] = replace(scheduled, max_draft_nodes=max_nodes)
+            room = cache.most_rows(request_id, num_blocks) - chunk_size
+            wanted = min(self._max_draft_nodes, budget // (len(drafting) - done))
+            max_nodes = min(wanted, room)
+            self.num_cut_rows += wanted - max_nodes
+            num_blocks -= cache.num_new_blocks(request_id, chunk_size + max_nodes)
             budget -= max_nodes
+            scheduled.max_draft_nodes = max_nodes
         if self.num_cut_rows and not self._warned:
             self._warned = True
             getLogger("outrider").warning(
