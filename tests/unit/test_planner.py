@@ -285,6 +285,69 @@ def test_a_worthless_drafter_costs_less_than_two_percent(
     assert per_token < 1.02 * plain
 
 
+class LaboriousDrafter(SimulatedDrafter):
+    """Is right, and not worth it: a short text is over before its reading has been won back.
+
+    Attributes:
+        reading_s, observing_s, forgetting_s: of a request's first proposal, of what became of one, of a release.
+    """
+
+    def __init__(self, clock: Clock, *, reading_s: float = 0.0, observing_s: float = 0.0, forgetting_s: float = 0.0):
+        super().__init__("laborious", clock, 0.01, always(0.5), 0.5)
+        self.reading_s, self.observing_s, self.forgetting_s = reading_s, observing_s, forgetting_s
+        self.known: set[str] = set()
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
+        new = {context.request_id for context in contexts} - self.known
+        self.clock.now += self.reading_s * len(new)
+        self.known |= new
+        return super().propose(contexts)
+
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        self.clock.now += self.observing_s
+
+    def release(self, request_id: str) -> None:
+        if request_id in self.known:
+            self.clock.now += self.forgetting_s
+        self.known.discard(request_id)
+
+
+@pytest.mark.parametrize("work", ["reading_s", "observing_s", "forgetting_s"])
+def test_whatever_a_drafter_spends_is_in_its_account(work: str) -> None:
+    """Short texts, one after the other: reading, observing and forgetting each cost more than drafts win."""
+    clock = Clock()
+    drafter = LaboriousDrafter(clock, **{work: {"observing_s": 3.0}.get(work, 30.0)})
+    auto = AutoDrafter(AutoConfig(drafters=["none"]), [drafter], ForwardCost([1, 64], [0], [[1.0, 2.0]]), clock=clock)
+    num_tokens = 0
+    for index in range(500):
+        text = [true_token(p) for p in range(10)]
+        while len(text) < 30:
+            (tree,) = auto.propose(
+                [DraftContext(f"r{index}", text, 10, 48, 48, SamplingParams(), 0, frozenset(), num_step_rows=1)]
+            )
+            clock.now += 1.0 + (tree.num_nodes - 1) / 63
+            choices = [true_token(len(text) + depth) for depth in tree.depths]
+            outcome = DraftOutcome(f"r{index}", tree, follow_choices(tree, choices), None, choices)
+            auto.observe([outcome])
+            text += outcome.new_tokens
+        auto.release(f"r{index}")
+        num_tokens += len(text) - 10
+    assert clock.now < 1.02 * num_tokens
+
+
+def test_planning_has_its_price_and_sleep_has_none() -> None:
+    """A planner that takes time between any two looks at the clock."""
+
+    class SlowClock(Clock):
+        def __call__(self) -> float:
+            self.now += 0.006
+            return self.now
+
+    clock = SlowClock()
+    per_token, _ = decode([SimulatedDrafter("bad", clock, 0.0, always(0.0), 0.3)], clock, 4000)
+    assert per_token < 1.02
+
+
 @pytest.mark.parametrize("confidence", [None, 0.5])
 @pytest.mark.parametrize("seconds", [0.001, 0.1, 0.5])
 def test_a_good_drafter_is_used(seconds: float, confidence: float | None) -> None:

@@ -93,7 +93,7 @@ class AutoConfig:
             "recycling", and the bundled draft for the bundled target.
         draft_model: folder or hub id of a draft model to choose from too, if `drafters` is None.
         max_nodes: the most draft tokens in a tree.
-        exploration: share of the time that may go into trying drafters whose record does not promise a gain.
+        exploration: share of the time that drafters may cost beyond what they win, all of them together.
         calibrate: measure at start what a forward costs (some seconds, kept for the next start); False learns it from
             the steps alone.
     """
@@ -102,7 +102,7 @@ class AutoConfig:
     drafters: Sequence[str | Mapping[str, Any] | Any] | None = None
     draft_model: str | None = None
     max_nodes: int = 48
-    exploration: float = 0.003
+    exploration: float = 0.006
     calibrate: bool = True
 
     def __post_init__(self) -> None:

@@ -2,8 +2,13 @@
 
 Drafters are asked in two rounds. Those that cost next to nothing always propose, and their proposals are weighed by
 what their confidences have been worth. The others (a draft model) are asked where their record promises more than
-that, or on trial: a bandit with a bounded cost. Of each request's proposals the best is taken, and over all of them
-the nodes that are worth their rows. What a row and a draft cost is measured as the steps run.
+that, or on trial. Of each request's proposals the best is taken, and over all of them the nodes that are worth their
+rows. What a row and a draft cost is measured as the steps run.
+
+Never slower is a matter of accounts, one a drafter, in plain steps. A share of all steps is paid in, and what its
+draft tokens win; paid out is all that it costs: the first reading of a prompt, observing, forgetting and planning
+included. Who has nothing left is not asked, whatever it promises (conservative bandits, Wu et al., arXiv 1602.04282).
+While no one is to be asked for a request, it sleeps, and its steps cost what plain ones do.
 """
 
 from __future__ import annotations
@@ -23,11 +28,13 @@ NEARLY_FREE = 0.008  # of a token: what all drafters of the first round together
 MARGIN = 1.3  # times its price a row or a draft must promise: what looks best is what is overrated
 ROW_STEP = 4  # rows over which the price of one more is taken
 PAUSE = 4  # steps of a request, at least, between proposals of a drafter that does not pay
+TRIAL_SHARE = 0.02  # of the time: what proposals of drafters that do not pay may take while their accounts are full
 # Weight of a new figure in a long record, one request's or all requests'; in a short one all count alike.
 OWN_RECENT, SHARED_RECENT = 0.08, 0.02
 LONGEST_SLEEP = 256
 OTHERS_WEIGHT = 8  # of a request's own trials that count as much as what other requests have found
-TRIAL_STEPS = 0.25  # plain steps that all drafters' trials may cost before any time has passed
+FIRST_CREDIT = 0.25  # plain steps that all drafters together may cost before any has passed
+MOST_CREDIT = 32.0  # plain steps that a drafter may have in its account: good times do not pay for long bad ones
 
 
 @dataclass
@@ -56,7 +63,7 @@ class _OwnRecord(_Record):
 
     Attributes:
         pays: whether the record promises more than drafting and the rows cost.
-        next_trial: the request's step from which on it may be tried although it does not pay.
+        next_trial: the step from which on it may be tried although it does not pay.
     """
 
     recent: float = OWN_RECENT
@@ -66,7 +73,7 @@ class _OwnRecord(_Record):
 
 @dataclass(eq=False)
 class _Arm:
-    """A drafter and its price.
+    """A drafter, its price and its account.
 
     Attributes:
         name: of the drafter, made unique among the arms.
@@ -75,7 +82,9 @@ class _Arm:
         is_steady: whether these come from requests that were asked before. The first time reads a whole prompt; it
             counts only while there is nothing better.
         observe_s: of observing what became of a proposal.
-        trials_s: what its trials have cost beyond what they won.
+        credit: plain steps that it may still cost.
+        spent_s: seconds that it has cost since its account was settled.
+        won: draft tokens accepted since.
     """
 
     name: str
@@ -85,7 +94,9 @@ class _Arm:
     seconds_per_node: float = 0.0
     is_steady: bool = False
     observe_s: float = 0.0
-    trials_s: float = 0.0
+    credit: float = 0.0
+    spent_s: float = 0.0
+    won: int = 0
 
     @property
     def step_s(self) -> float | None:
@@ -99,6 +110,16 @@ class _Arm:
         if own is None:
             return accepted, rows
         return accepted + weight * (own.accepted - accepted), rows + weight * (own.rows - rows)
+
+    def settle(self, paid_in: float, market: _Market, plain_s: float) -> None:
+        """Bring the account up to date.
+
+        Args:
+            paid_in: plain steps.
+            plain_s: of one of them.
+        """
+        balance = self.credit + paid_in + self.won / market.num_sequences - self.spent_s / plain_s
+        self.credit, self.won, self.spent_s = min(balance, MOST_CREDIT), 0, 0.0
 
     def measured(self, seconds: float, num_nodes: int, *, steady: bool) -> None:
         """Learn from a proposal; `steady` if its requests had been asked before."""
@@ -189,25 +210,28 @@ class AutoDrafter:
         self.reads_logits = False
         self._acceptance = AcceptanceEstimator()
         self._records: dict[str, dict[_Arm, _OwnRecord]] = {}
-        self._steps: dict[str, int] = {}
-        self._wake: dict[str, int] = {}  # the step of a request up to which no drafter need be asked for it
+        self._step, self._settled_step = 0, 0
+        self._wake: dict[str, int] = {}  # the step before which no drafter need be asked for a request
         self._tokens, self._seconds = 0.0, 0.0  # of recent steps, the older ones worth less
-        self._total_s, self._plain_s = 0.0, 0.0
         self._planned: dict[str, _Planned] = {}
         self._first_round: list[_Arm] = []
         self._market: _Market | None = None
         self._draft_s, self._forward_start, self._num_step_rows = 0.0, 0.0, 0
+        self._drafters_s = 0.0  # of the step under way, in drafters
         self.num_chosen = {arm.name: 0 for arm in self._arms}
+        for arm in self._arms:
+            arm.credit = FIRST_CREDIT / len(self._arms)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         start = self.clock()
-        trees = [TokenTree.root_only(context.token_ids[-1]) for context in contexts]
-        awake = [index for index, context in enumerate(contexts) if not self._sleeps(context.request_id)]
+        self._step += 1
         self.reads_logits = False
         self._market = None  # a step that failed left its own
+        trees = [TokenTree.root_only(context.token_ids[-1]) for context in contexts]
+        awake = [index for index, context in enumerate(contexts) if not self._sleeps(context.request_id)]
         if not awake:
-            self._total_s += self._plain_s
             return trees
+        self._drafters_s = 0.0
         market = self._market = self._prices(contexts)
         watched = [contexts[index] for index in awake]
         self._planned = {context.request_id: _Planned() for context in watched}
@@ -215,39 +239,52 @@ class AutoDrafter:
         for index, tree in zip(awake, self._allot(watched, market), strict=True):
             trees[index] = tree
         self._num_step_rows = market.num_rows + sum(tree.num_nodes - 1 for tree in trees)
-        proposals = (proposal for plan in self._planned.values() for proposal in plan.proposals)
-        self.reads_logits = any(proposal.arm.drafter.reads_logits for proposal in proposals)
+        self.reads_logits = any(arm.drafter.reads_logits for arm in self._asked())
         self._forward_start = self.clock()
         self._draft_s = self._forward_start - start
         return trees
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
-        market, now = self._market, self.clock()
+        market = self._market
         if market is None:
             return  # all sleep
-        self._market = None
+        self._market, now = None, self.clock()
         self._learn_prices(market, now - self._forward_start, sum(len(outcome.new_tokens) for outcome in outcomes))
         for outcome in outcomes:
             self._learn(outcome, market)
-        for arm in self._arms:
+        asked = self._asked()
+        for arm in asked:
             self._show(arm, outcomes)
+        self._settle(asked, market, self._draft_s + self.clock() - now)
+        for outcome in outcomes:
+            plan = self._planned.get(outcome.request_id)
+            if plan is not None and plan.chosen is None:
+                own = self._own(outcome.request_id)
+                calls = (self._next_call(arm, own) for arm in self._arms)
+                self._wake[outcome.request_id] = min(self._step + LONGEST_SLEEP, *calls)
+
+    def _asked(self) -> list[_Arm]:
+        """The drafters that have proposed in the step under way."""
+        asked = {id(proposal.arm) for plan in self._planned.values() for proposal in plan.proposals}
+        return [arm for arm in self._arms if id(arm) in asked]
 
     def _show(self, arm: _Arm, outcomes: Sequence[DraftOutcome]) -> None:
-        """Have a drafter observe; one that reads logits, which takes time, only what became of its own proposals."""
-        if arm.drafter.reads_logits:
-            outcomes = [o for o in outcomes if (plan := self._planned.get(o.request_id)) and plan.has(arm)]
-            if not outcomes:
-                return
+        """Have a drafter observe what became of its own proposals."""
+        outcomes = [o for o in outcomes if (plan := self._planned.get(o.request_id)) and plan.has(arm)]
+        if not outcomes:
+            return
         start = self.clock()
         arm.drafter.observe(outcomes)
-        arm.observe_s += 0.1 * ((self.clock() - start) / len(outcomes) - arm.observe_s)
+        seconds = self._charge(arm, self.clock() - start)
+        arm.observe_s += 0.1 * (seconds / len(outcomes) - arm.observe_s)
 
     def release(self, request_id: str) -> None:
         for arm in self._arms:
+            start = self.clock()
             arm.drafter.release(request_id)
+            arm.spent_s += self.clock() - start
         self._acceptance.release(request_id)
         self._records.pop(request_id, None)
-        self._steps.pop(request_id, None)
         self._wake.pop(request_id, None)
 
     def check_integrity(self) -> None:
@@ -258,16 +295,39 @@ class AutoDrafter:
 
     def _sleeps(self, request_id: str) -> bool:
         """Whether nothing pays for a request, and nothing is due for a trial: then its step costs nothing."""
-        step = self._steps.get(request_id, 0)
-        if step >= self._wake.get(request_id, 0):
-            return False
-        self._steps[request_id] = step + 1
-        return True
+        return self._wake.get(request_id, 0) > self._step
+
+    def _charge(self, arm: _Arm, seconds: float) -> float:
+        arm.spent_s += seconds
+        self._drafters_s += seconds
+        return seconds
+
+    def _settle(self, asked: Sequence[_Arm], market: _Market, own_s: float) -> None:
+        """Pay into all accounts, and out of them what the step has cost beyond a plain one.
+
+        Args:
+            asked: who was; they share the time of planning and what rows took.
+            own_s: seconds of drafting, observing and planning.
+        """
+        plain_s = self._cost.seconds(market.num_sequences, market.context, market.num_sequences)
+        num_drafted = self._num_step_rows - market.num_rows
+        rows_s = self._forward_s(market, self._num_step_rows) - self._forward_s(market, market.num_rows)
+        for plan in self._planned.values():
+            if plan.num_nodes and plan.chosen is not None:
+                plan.chosen.arm.spent_s += rows_s * plan.num_nodes / num_drafted
+        planning_s = max(0.0, own_s - self._drafters_s)
+        paid_in = self._config.exploration * (self._step - self._settled_step) / len(self._arms)
+        self._settled_step = self._step
+        for arm in self._arms:
+            if arm in asked:
+                arm.spent_s += planning_s / len(asked)
+            arm.settle(paid_in, market, plain_s)
 
     def _collect(self, contexts: Sequence[DraftContext], market: _Market) -> None:
         """Have drafters propose: first those that cost next to nothing, then those that promise more, or are due."""
-        self._first_round = self._nearly_free(market)
-        second_round = [arm for arm in self._arms if arm not in self._first_round]
+        solvent = [arm for arm in self._arms if arm.credit > 0.0]
+        self._first_round = self._nearly_free(solvent, market)
+        second_round = [arm for arm in solvent if arm not in self._first_round]
         awake = [context for context in contexts if context.request_id in self._planned]
         for arm in self._first_round:
             self._ask(arm, [context for context in awake if self._is_due(arm, context.request_id)], market)
@@ -283,8 +343,9 @@ class AutoDrafter:
     def _prices(self, contexts: Sequence[DraftContext]) -> _Market:
         num_rows = max(len(contexts), contexts[0].num_step_rows)
         context, num = sum(len(c.token_ids) for c in contexts) / len(contexts), len(contexts)
-        self._plain_s = self._cost.seconds(num, context, num)
-        tokens_per_s = max(num / self._plain_s, self._tokens / self._seconds if self._seconds else 0.0)
+        tokens_per_s = max(
+            num / self._cost.seconds(num, context, num), self._tokens / self._seconds if self._seconds else 0.0
+        )
         marginal = self._cost.seconds(num_rows + ROW_STEP, context, num) - self._cost.seconds(num_rows, context, num)
         price = MARGIN * tokens_per_s * max(0.0, marginal) / ROW_STEP
         return _Market(num_rows, num, context, tokens_per_s, price)
@@ -292,10 +353,10 @@ class AutoDrafter:
     def _forward_s(self, market: _Market, num_rows: float) -> float:
         return self._cost.seconds(num_rows, market.context, market.num_sequences)
 
-    def _nearly_free(self, market: _Market) -> list[_Arm]:
-        """Drafters that may propose without an account, the cheapest first."""
+    def _nearly_free(self, arms: Sequence[_Arm], market: _Market) -> list[_Arm]:
+        """Drafters that may propose whatever their record says, the cheapest first."""
         found, spent = [], 0.0
-        for arm in sorted((arm for arm in self._arms if arm.step_s is not None), key=lambda arm: arm.step_s or 0.0):
+        for arm in sorted((arm for arm in arms if arm.step_s is not None), key=lambda arm: arm.step_s or 0.0):
             spent += market.tokens_per_s * (arm.step_s or 0.0)
             if spent > NEARLY_FREE:
                 break
@@ -318,7 +379,7 @@ class AutoDrafter:
         ]
         start = self.clock()
         trees = arm.drafter.propose(limited)
-        seconds = (self.clock() - start) / len(contexts)
+        seconds = self._charge(arm, self.clock() - start) / len(contexts)
         steady = all(arm in self._own(context.request_id) for context in contexts)
         arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees), steady=steady)
         for context, tree in zip(contexts, trees, strict=True):
@@ -355,15 +416,13 @@ class AutoDrafter:
         return best
 
     def _try_out(self, arms: Sequence[_Arm], contexts: Sequence[DraftContext], market: _Market) -> None:
-        """Let every drafter whose account allows it propose once more, to the request that may gain most by it.
+        """Let every drafter propose once more, to the request that may gain most by it.
 
         That is one which knows little of the drafter and has little without it. If it sleeps, it is woken for the
         next step, or those that are awake, because something else pays for them, would use the account up.
         """
         tried = set[str]()
         for arm in arms:
-            if self._debt(arm) > 0.0:
-                continue
             due = [c for c in contexts if c.request_id not in tried and self._is_due(arm, c.request_id)]
             if not due:
                 continue
@@ -376,7 +435,7 @@ class AutoDrafter:
 
     def _is_due(self, arm: _Arm, request_id: str) -> bool:
         record = self._own(request_id).get(arm)
-        if record is not None and self._steps.get(request_id, 0) < record.next_trial:
+        if record is not None and self._step < record.next_trial:
             return False
         plan = self._planned.get(request_id)
         return plan is None or not plan.has(arm)
@@ -390,19 +449,15 @@ class AutoDrafter:
         plan = self._planned.get(request_id)
         return max((p.worth for p in plan.proposals), default=0.0) if plan is not None else 0.0
 
-    def _debt(self, arm: _Arm) -> float:
-        """Seconds that trials of a drafter have cost beyond what they may."""
-        allowed = self._config.exploration * self._total_s + TRIAL_STEPS * self._plain_s
-        return arm.trials_s - allowed / len(self._arms)
-
-    def _next_call(self, arm: _Arm, own: Mapping[_Arm, _OwnRecord], step: int) -> int:
-        """The step of a request in which an arm is to be asked again, as far as is known now."""
+    def _next_call(self, arm: _Arm, own: Mapping[_Arm, _OwnRecord]) -> int:
+        """The step in which an arm is to be asked again for a request, as far as is known now."""
         record = own.get(arm)
-        if arm in self._first_round or (record is not None and record.pays):
-            return record.next_trial if record is not None else step
-        debt, per_step = self._debt(arm), self._config.exploration / len(self._arms) * self._plain_s
-        wait = min(LONGEST_SLEEP, int(debt / per_step) + 1 if per_step else LONGEST_SLEEP) if debt > 0.0 else 0
-        return max(step + wait, record.next_trial if record is not None else 0)
+        due = record.next_trial if record is not None else self._step
+        if arm.credit > 0.0:
+            return due
+        paid_in = self._config.exploration / len(self._arms)
+        wait = min(LONGEST_SLEEP, int(-arm.credit / paid_in) + 1) if paid_in else LONGEST_SLEEP
+        return max(self._step + wait, due)
 
     def _allot(self, contexts: Sequence[DraftContext], market: _Market) -> list[TokenTree]:
         """Give every request its best proposal, and the batch's rows to the nodes that are worth them."""
@@ -438,7 +493,6 @@ class AutoDrafter:
     def _learn_prices(self, market: _Market, forward_s: float, num_tokens: int) -> None:
         self._cost.observe(self._num_step_rows, market.context, market.num_sequences, forward_s)
         seconds = forward_s + self._draft_s
-        self._total_s += seconds
         self._tokens, self._seconds = 0.95 * self._tokens + num_tokens, 0.95 * self._seconds + seconds
 
     def _learn(self, outcome: DraftOutcome, market: _Market) -> None:
@@ -446,7 +500,6 @@ class AutoDrafter:
         plan = self._planned.get(request_id)
         if plan is None:
             return
-        step = self._steps[request_id] = self._steps.get(request_id, 0) + 1
         own = self._own(request_id)
         for proposal in plan.proposals:
             arm, taken = proposal.arm, proposal is plan.chosen
@@ -454,23 +507,21 @@ class AutoDrafter:
             record = own.setdefault(arm, _OwnRecord())
             if taken:
                 accepted, rows = len(outcome.path.accepted_nodes), plan.num_nodes
+                arm.won += accepted
             else:  # it counts with what it would have come to, as far as is known
                 accepted = len(set(proposal.nodes).intersection(proposal.tree.nodes_along(outcome.new_tokens)))
                 rows = len(proposal.nodes)
             record.add(accepted, rows)
             arm.shared.add(accepted, rows)
-            if proposal.on_trial:
-                spent = self._draft_s + market.row_price * (plan.num_nodes if taken else 0) / market.tokens_per_s
-                won = accepted / market.tokens_per_s if taken else 0.0
-                arm.trials_s = max(0.0, arm.trials_s + spent - won)
             expected, expected_rows = arm.expected(record)
             price = market.row_price * expected_rows + MARGIN * market.tokens_per_s * (arm.step_s or 0.0)
             record.pays = expected > price
-            record.next_trial = step if record.pays or not arm.is_steady else step + PAUSE
-        if plan.chosen is None:
-            self._wake[request_id] = min(
-                step + LONGEST_SLEEP, *(self._next_call(arm, own, step) for arm in self._arms)
-            )
+            record.next_trial = self._step + (0 if record.pays or not arm.is_steady else self._pause(arm, market))
+
+    def _pause(self, arm: _Arm, market: _Market) -> int:
+        """Steps until a drafter that does not pay is tried again, if its account allows it."""
+        plain_steps = (arm.step_s or 0.0) * market.tokens_per_s
+        return max(PAUSE, int(plain_steps * len(self._arms) / TRIAL_SHARE))
 
     def _own(self, request_id: str) -> dict[_Arm, _OwnRecord]:
         return self._records.setdefault(request_id, {})
