@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import AutoConfig, drafter_config
-from outrider.drafting.acceptance import AcceptanceEstimator
+from outrider.drafting.acceptance import CENTRES, AcceptanceEstimator
 from outrider.drafting.auto import AutoDrafter
 from outrider.drafting.drafter import DraftContext, DraftOutcome
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.planner import choose_nodes
 from outrider.engine.calibration import forward_cost_of, measure
+from outrider.engine.planner_memory import remember
 from outrider.errors import ConfigError
 from outrider.models.model import ForwardBatch
 from outrider.sampling.params import SamplingParams
@@ -335,17 +337,26 @@ def test_whatever_a_drafter_spends_is_in_its_account(work: str) -> None:
     assert clock.now < 1.02 * num_tokens
 
 
+class SlowClock(Clock):
+    """Time passes between any two looks at it: what a planner does itself is not free."""
+
+    def __call__(self) -> float:
+        self.now += 0.006
+        return self.now
+
+
 def test_planning_has_its_price_and_sleep_has_none() -> None:
-    """A planner that takes time between any two looks at the clock."""
-
-    class SlowClock(Clock):
-        def __call__(self) -> float:
-            self.now += 0.006
-            return self.now
-
     clock = SlowClock()
     per_token, _ = decode([SimulatedDrafter("bad", clock, 0.0, always(0.0), 0.3)], clock, 4000)
     assert per_token < 1.02
+
+
+def test_a_new_request_sleeps_too_while_no_drafter_can_pay() -> None:
+    clock = SlowClock()
+    _, auto = decode([SimulatedDrafter("bad", clock, 9.0, always(0.0), 0.3)], clock, 100)
+    before = clock.now
+    auto.propose([DraftContext("new", [1, 2], 2, 48, 48, SamplingParams(), 0, frozenset())])
+    assert clock.now - before == pytest.approx(0.006), "a look at the clock, and no more"
 
 
 @pytest.mark.parametrize("confidence", [None, 0.5])
@@ -539,6 +550,116 @@ def test_settings_are_checked() -> None:
     ):
         with pytest.raises(ConfigError):
             drafter_config({"method": "auto", **bad})
+
+
+# What is kept between runs
+
+
+def decode_again(
+    planner: AutoDrafter, clock: Clock, num_tokens: int, true_rate: float, seconds: float = 0.3
+) -> float:
+    """Seconds a token of another run, in which a planner of the same drafter begins with what `planner` knew."""
+    drafter = SimulatedDrafter("d", clock, seconds, always(true_rate), 0.6)
+    auto = AutoDrafter(
+        AutoConfig(drafters=["none"]), [drafter], ForwardCost([1, 64], [0], [[1.0, 2.26]]), clock=clock
+    )
+    auto.knowledge.recall(json.loads(json.dumps(planner.knowledge.as_mapping())))
+    start, text = clock.now, [true_token(p) for p in range(10)]
+    while len(text) < num_tokens + 10:
+        context = DraftContext("x", text, 10, 48, 48, SamplingParams(), 0, frozenset())
+        (tree,) = auto.propose([context])
+        clock.now += 1.0 + 0.02 * (tree.num_nodes - 1)
+        choices = [true_token(len(text) + depth) for depth in tree.depths]
+        outcome = DraftOutcome("x", tree, follow_choices(tree, choices), None, choices)
+        auto.observe([outcome])
+        text += outcome.new_tokens
+    return (clock.now - start) / (len(text) - 10)
+
+
+def planner_that_knows(rate: float, seconds: float = 0.3) -> tuple[AutoDrafter, Clock]:
+    clock = Clock()
+    _, planner = decode([SimulatedDrafter("d", clock, seconds, always(rate), 0.6)], clock, 1000)
+    return planner, clock
+
+
+def test_what_paid_is_used_from_the_first_step_of_the_next_run() -> None:
+    assert decode_again(*planner_that_knows(0.9), num_tokens=60, true_rate=0.9) < 0.4
+
+
+def test_what_did_not_pay_is_not_tried_at_once() -> None:
+    assert decode_again(*planner_that_knows(0.0, 8.0), num_tokens=60, true_rate=0.0, seconds=8.0) == pytest.approx(
+        1.0
+    )
+
+
+def test_what_paid_once_is_soon_given_up() -> None:
+    """An account keeps a few plain steps: that much another text may lose, and no more."""
+    assert decode_again(*planner_that_knows(0.9), num_tokens=1000, true_rate=0.0) < 1.02
+
+
+def test_what_is_kept_is_what_is_recalled() -> None:
+    planner, _ = planner_that_knows(0.7)
+    assert planner.knowledge.has_news
+    kept = planner.knowledge.as_mapping()
+    drafter = SimulatedDrafter("d", Clock(), 0.3, always(0.7), 0.6)
+    other = AutoDrafter(AutoConfig(drafters=["none"]), [drafter], ForwardCost.unknown())
+    other.knowledge.recall(kept)
+    assert not other.knowledge.has_news
+    assert other.knowledge.as_mapping() == kept
+
+
+def spoilt_knowledge() -> list[object]:
+    kept = planner_that_knows(0.7)[0].knowledge.as_mapping()
+
+    def with_figure(name: str, value: object) -> dict:
+        return {**kept, "drafters": {"d": {**kept["drafters"]["d"], name: value}}}
+
+    bins = [0.0] * len(CENTRES)
+    return [
+        [],
+        {},
+        {**kept, "version": 2},
+        {**kept, "drafters": [1]},
+        {**kept, "drafters": {"d": {}}},
+        with_figure("seconds", -1.0),
+        with_figure("seconds", float("nan")),
+        with_figure("seconds", "1"),
+        with_figure("credit", 1e6),
+        with_figure("num_trials", 10**6),
+        with_figure("surplus", 1),
+        with_figure("hits", 3),
+        with_figure("hits", [bins, bins, bins[1:]]),
+        with_figure("hits", [[1e3, *bins[1:]], bins, bins]),
+        with_figure("trials", []),
+    ]
+
+
+@pytest.mark.parametrize("values", spoilt_knowledge())
+def test_knowledge_that_cannot_be_is_refused_whole(values: object) -> None:
+    drafter = SimulatedDrafter("d", Clock(), 0.3, always(0.7), 0.6)
+    planner = AutoDrafter(AutoConfig(drafters=["none"]), [drafter], ForwardCost.unknown())
+    with pytest.raises(ConfigError):
+        planner.knowledge.recall(values)
+    assert planner.knowledge.as_mapping()["drafters"] == {}
+
+
+def test_a_planner_leaves_a_file_and_a_spoilt_one_is_written_anew(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "planner" / "kept.json"
+    for content in (None, "{", "[]", '{"version": 1}'):
+        if content is not None:
+            path.write_text(content)
+        clock = Clock()
+        drafter = SimulatedDrafter("d", clock, 0.3, always(0.7), 0.6)
+        planner = AutoDrafter(
+            AutoConfig(drafters=["none"]), [drafter], ForwardCost([1, 2], [0], [[1, 1]]), clock=clock
+        )
+        caplog.clear()
+        remember(planner, path)
+        assert ("ignored" in caplog.text) == (content is not None)
+        one_step(planner, clock)
+        del planner
+        gc.collect()
+        assert json.loads(path.read_text())["drafters"]["d"]["num_trials"] == 1
 
 
 # Calibration

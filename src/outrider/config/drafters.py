@@ -96,6 +96,7 @@ class AutoConfig:
         exploration: share of the time that drafters may cost beyond what they win, all of them together.
         calibrate: measure at start what a forward costs (some seconds, kept for the next start); False learns it from
             the steps alone.
+        remember: begin with what earlier runs of the same target and drafters have learnt, and keep what is learnt.
     """
 
     method: Literal["auto"] = "auto"
@@ -104,6 +105,7 @@ class AutoConfig:
     max_nodes: int = 48
     exploration: float = 0.006
     calibrate: bool = True
+    remember: bool = True
 
     def __post_init__(self) -> None:
         check_int("auto.max_nodes", self.max_nodes, 1, 1024)
@@ -113,6 +115,7 @@ class AutoConfig:
         valid = isinstance(self.exploration, int | float) and 0 <= self.exploration <= 1
         require(valid, "auto.exploration", self.exploration, "a number in [0, 1]")
         require(isinstance(self.calibrate, bool), "auto.calibrate", self.calibrate, "true or false")
+        require(isinstance(self.remember, bool), "auto.remember", self.remember, "true or false")
         if self.drafters is None:
             return
         listed = isinstance(self.drafters, Sequence) and not isinstance(self.drafters, str)

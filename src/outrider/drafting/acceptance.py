@@ -58,6 +58,10 @@ class _SharedCounts:
         self.first = _Counts(SHARED_MEMORY, DEPTH_PRIOR)
         self.deeper = _Counts(SHARED_MEMORY, DEPTH_PRIOR)
 
+    @property
+    def all(self) -> tuple[_Counts, _Counts, _Counts]:
+        return self.together, self.first, self.deeper
+
 
 class AcceptanceEstimator:
     """Turns a drafter's confidences into probabilities, learning from every node whose outcome is known.
@@ -108,6 +112,28 @@ class AcceptanceEstimator:
     def release(self, request_id: str) -> None:
         self._own.pop(request_id, None)
         self._tables.pop(request_id, None)
+
+    def shared_counts(self, name: str, most: float) -> tuple[list[list[float]], list[list[float]]]:
+        """All requests' hits and trials of a drafter: each ``[3][bins]``, together, of first nodes, of deeper ones.
+
+        Args:
+            most: trials of a bin; more count as so many. Nothing is kept of a drafter without confidences.
+        """
+        shared = self._shared.get(name)
+        hits: list[list[float]] = []
+        trials: list[list[float]] = []
+        for counts in shared.all if shared is not None else ():
+            shares = [min(1.0, most / of) if of else 1.0 for of in counts.trials]
+            hits.append([share * of for share, of in zip(shares, counts.hits, strict=True)])
+            trials.append([share * of for share, of in zip(shares, counts.trials, strict=True)])
+        return hits, trials
+
+    def recall(self, name: str, hits: Sequence[Sequence[float]], trials: Sequence[Sequence[float]]) -> None:
+        """Begin with what `shared_counts` gave."""
+        if hits:
+            shared = self._shared[name] = _SharedCounts()
+            for counts, of_hits, of_trials in zip(shared.all, hits, trials, strict=True):
+                counts.hits, counts.trials = list(of_hits), list(of_trials)
 
     def _table(self, name: str, request_id: str) -> tuple[list[float], list[float]]:
         """``[bins]`` probability of first and of deeper nodes for a request, kept until something is learnt."""

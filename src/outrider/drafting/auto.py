@@ -19,8 +19,10 @@ from dataclasses import dataclass, field, replace
 
 from outrider.config import AutoConfig
 from outrider.drafting.acceptance import AcceptanceEstimator
+from outrider.drafting.arms import Arm, OwnRecord
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
 from outrider.drafting.forward_cost import ForwardCost
+from outrider.drafting.knowledge import Knowledge
 from outrider.drafting.planner import choose_nodes
 from outrider.token_tree import TokenTree
 
@@ -29,109 +31,8 @@ MARGIN = 1.3  # times its price a row or a draft must promise: what looks best i
 ROW_STEP = 4  # rows over which the price of one more is taken
 PAUSE = 4  # steps of a request, at least, between proposals of a drafter that does not pay
 TRIAL_SHARE = 0.02  # of the time: what proposals of drafters that do not pay may take while their accounts are full
-# Weight of a new figure in a long record, one request's or all requests'; in a short one all count alike.
-OWN_RECENT, SHARED_RECENT = 0.08, 0.02
 LONGEST_SLEEP = 256
-OTHERS_WEIGHT = 8  # of a request's own trials that count as much as what other requests have found
 FIRST_CREDIT = 0.25  # plain steps that all drafters together may cost before any has passed
-MOST_CREDIT = 32.0  # plain steps that a drafter may have in its account: good times do not pay for long bad ones
-
-
-@dataclass
-class _Record:
-    """What a drafter's proposals came to: running means.
-
-    Attributes:
-        recent: the least weight of a new figure.
-    """
-
-    recent: float = SHARED_RECENT
-    num_trials: int = 0
-    accepted: float = 0.0
-    rows: float = 0.0
-
-    def add(self, accepted: int, rows: int) -> None:
-        self.num_trials += 1
-        weight = max(self.recent, 1.0 / self.num_trials)
-        self.accepted += weight * (accepted - self.accepted)
-        self.rows += weight * (rows - self.rows)
-
-
-@dataclass
-class _OwnRecord(_Record):
-    """One request's record of a drafter, and when it is tried again.
-
-    Attributes:
-        pays: whether the record promises more than drafting and the rows cost.
-        next_trial: the step from which on it may be tried although it does not pay.
-    """
-
-    recent: float = OWN_RECENT
-    pays: bool = False
-    next_trial: int = 0
-
-
-@dataclass(eq=False)
-class _Arm:
-    """A drafter, its price and its account.
-
-    Attributes:
-        name: of the drafter, made unique among the arms.
-        seconds: of drafting, a request and step; None until measured.
-        seconds_per_node: likewise a drafted node.
-        is_steady: whether these come from requests that were asked before. The first time reads a whole prompt; it
-            counts only while there is nothing better.
-        observe_s: of observing what became of a proposal.
-        credit: plain steps that it may still cost.
-        spent_s: seconds that it has cost since its account was settled.
-        won: draft tokens accepted since.
-    """
-
-    name: str
-    drafter: Drafter
-    shared: _Record = field(default_factory=_Record)
-    seconds: float | None = None
-    seconds_per_node: float = 0.0
-    is_steady: bool = False
-    observe_s: float = 0.0
-    credit: float = 0.0
-    spent_s: float = 0.0
-    won: int = 0
-
-    @property
-    def step_s(self) -> float | None:
-        """Seconds that it takes of a request's step, if that is known."""
-        return None if self.seconds is None else self.seconds + self.observe_s
-
-    def expected(self, own: _Record | None) -> tuple[float, float]:
-        """Accepted tokens and rows that a proposal may be expected to come to, for a request with its own record."""
-        weight = own.num_trials / (own.num_trials + OTHERS_WEIGHT) if own is not None else 0.0
-        accepted, rows = self.shared.accepted, self.shared.rows
-        if own is None:
-            return accepted, rows
-        return accepted + weight * (own.accepted - accepted), rows + weight * (own.rows - rows)
-
-    def settle(self, paid_in: float, market: _Market, plain_s: float) -> None:
-        """Bring the account up to date.
-
-        Args:
-            paid_in: plain steps.
-            plain_s: of one of them.
-        """
-        balance = self.credit + paid_in + self.won / market.num_sequences - self.spent_s / plain_s
-        self.credit, self.won, self.spent_s = min(balance, MOST_CREDIT), 0, 0.0
-
-    def measured(self, seconds: float, num_nodes: int, *, steady: bool) -> None:
-        """Learn from a proposal; `steady` if its requests had been asked before."""
-        if self.is_steady and not steady:
-            return
-        if self.seconds is None or self.is_steady != steady:
-            self.seconds, self.seconds_per_node, self.is_steady = seconds, seconds / max(1, num_nodes), steady
-            return
-        seconds = min(seconds, 4 * self.seconds)
-        self.seconds += 0.1 * (seconds - self.seconds)
-        if num_nodes:
-            self.seconds_per_node += 0.1 * (seconds / num_nodes - self.seconds_per_node)
 
 
 @dataclass(eq=False)
@@ -144,7 +45,7 @@ class _Proposal:
         worth: expected accepted tokens, less what these rows cost.
     """
 
-    arm: _Arm
+    arm: Arm
     tree: TokenTree
     probs: list[float] | None
     nodes: range | list[int]
@@ -160,7 +61,7 @@ class _Planned:
     num_nodes: int = 0
     proposals: list[_Proposal] = field(default_factory=list)
 
-    def has(self, arm: _Arm) -> bool:
+    def has(self, arm: Arm) -> bool:
         return any(proposal.arm is arm for proposal in self.proposals)
 
 
@@ -202,25 +103,27 @@ class AutoDrafter:
         self._config, self._cost, self.clock = config, cost, clock
         names = [drafter.name for drafter in drafters]
         self._arms = [
-            _Arm(name if names.count(name) == 1 else f"{name}-{names[:index].count(name) + 1}", drafter)
+            Arm(name if names.count(name) == 1 else f"{name}-{names[:index].count(name) + 1}", drafter)
             for index, (name, drafter) in enumerate(zip(names, drafters, strict=True))
         ]
         self.max_nodes = max((min(config.max_nodes, drafter.max_nodes) for drafter in drafters), default=0)
         self.returns_probs = any(drafter.returns_probs for drafter in drafters)
         self.reads_logits = False
         self._acceptance = AcceptanceEstimator()
-        self._records: dict[str, dict[_Arm, _OwnRecord]] = {}
+        self._records: dict[str, dict[Arm, OwnRecord]] = {}
         self._step, self._settled_step = 0, 0
+        self._solvent_from = 0  # the step before which no drafter can pay
         self._wake: dict[str, int] = {}  # the step before which no drafter need be asked for a request
         self._tokens, self._seconds = 0.0, 0.0  # of recent steps, the older ones worth less
         self._planned: dict[str, _Planned] = {}
-        self._first_round: list[_Arm] = []
+        self._first_round: list[Arm] = []
         self._market: _Market | None = None
         self._draft_s, self._forward_start, self._num_step_rows = 0.0, 0.0, 0
         self._drafters_s = 0.0  # of the step under way, in drafters
         self.num_chosen = {arm.name: 0 for arm in self._arms}
         for arm in self._arms:
             arm.credit = FIRST_CREDIT / len(self._arms)
+        self.knowledge = Knowledge(self._arms, self._acceptance)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         start = self.clock()
@@ -263,12 +166,12 @@ class AutoDrafter:
                 calls = (self._next_call(arm, own) for arm in self._arms)
                 self._wake[outcome.request_id] = min(self._step + LONGEST_SLEEP, *calls)
 
-    def _asked(self) -> list[_Arm]:
+    def _asked(self) -> list[Arm]:
         """The drafters that have proposed in the step under way."""
         asked = {id(proposal.arm) for plan in self._planned.values() for proposal in plan.proposals}
         return [arm for arm in self._arms if id(arm) in asked]
 
-    def _show(self, arm: _Arm, outcomes: Sequence[DraftOutcome]) -> None:
+    def _show(self, arm: Arm, outcomes: Sequence[DraftOutcome]) -> None:
         """Have a drafter observe what became of its own proposals."""
         outcomes = [o for o in outcomes if (plan := self._planned.get(o.request_id)) and plan.has(arm)]
         if not outcomes:
@@ -295,14 +198,14 @@ class AutoDrafter:
 
     def _sleeps(self, request_id: str) -> bool:
         """Whether nothing pays for a request, and nothing is due for a trial: then its step costs nothing."""
-        return self._wake.get(request_id, 0) > self._step
+        return max(self._wake.get(request_id, 0), self._solvent_from) > self._step
 
-    def _charge(self, arm: _Arm, seconds: float) -> float:
+    def _charge(self, arm: Arm, seconds: float) -> float:
         arm.spent_s += seconds
         self._drafters_s += seconds
         return seconds
 
-    def _settle(self, asked: Sequence[_Arm], market: _Market, own_s: float) -> None:
+    def _settle(self, asked: Sequence[Arm], market: _Market, own_s: float) -> None:
         """Pay into all accounts, and out of them what the step has cost beyond a plain one.
 
         Args:
@@ -321,7 +224,8 @@ class AutoDrafter:
         for arm in self._arms:
             if arm in asked:
                 arm.spent_s += planning_s / len(asked)
-            arm.settle(paid_in, market, plain_s)
+            arm.settle(paid_in, plain_s, market.num_sequences)
+        self._solvent_from = min(map(self._can_pay_from, self._arms))
 
     def _collect(self, contexts: Sequence[DraftContext], market: _Market) -> None:
         """Have drafters propose: first those that cost next to nothing, then those that promise more, or are due."""
@@ -331,7 +235,7 @@ class AutoDrafter:
         awake = [context for context in contexts if context.request_id in self._planned]
         for arm in self._first_round:
             self._ask(arm, [context for context in awake if self._is_due(arm, context.request_id)], market)
-        asked: dict[_Arm, list[DraftContext]] = {}
+        asked: dict[Arm, list[DraftContext]] = {}
         for context in awake:
             best = self._most_promising(context.request_id, second_round, market)
             if best is not None:
@@ -353,7 +257,7 @@ class AutoDrafter:
     def _forward_s(self, market: _Market, num_rows: float) -> float:
         return self._cost.seconds(num_rows, market.context, market.num_sequences)
 
-    def _nearly_free(self, arms: Sequence[_Arm], market: _Market) -> list[_Arm]:
+    def _nearly_free(self, arms: Sequence[Arm], market: _Market) -> list[Arm]:
         """Drafters that may propose whatever their record says, the cheapest first."""
         found, spent = [], 0.0
         for arm in sorted((arm for arm in arms if arm.step_s is not None), key=lambda arm: arm.step_s or 0.0):
@@ -363,7 +267,7 @@ class AutoDrafter:
             found.append(arm)
         return found
 
-    def _ask(self, arm: _Arm, contexts: Sequence[DraftContext], market: _Market, *, on_trial: bool = False) -> None:
+    def _ask(self, arm: Arm, contexts: Sequence[DraftContext], market: _Market, *, on_trial: bool = False) -> None:
         """Add a drafter's proposals to the plans."""
         if not contexts:
             return
@@ -387,7 +291,7 @@ class AutoDrafter:
             proposal.on_trial = on_trial
             self._planned[context.request_id].proposals.append(proposal)
 
-    def _weigh(self, arm: _Arm, request_id: str, tree: TokenTree, market: _Market) -> _Proposal:
+    def _weigh(self, arm: Arm, request_id: str, tree: TokenTree, market: _Market) -> _Proposal:
         num_nodes = tree.num_nodes - 1
         if num_nodes == 0:
             return _Proposal(arm, tree, None, range(0), 0.0)
@@ -403,7 +307,7 @@ class AutoDrafter:
         nodes = [node for node in range(1, tree.num_nodes) if probs[node] > market.row_price]
         return _Proposal(arm, tree, probs, nodes, sum(probs[node] - market.row_price for node in nodes))
 
-    def _most_promising(self, request_id: str, arms: Sequence[_Arm], market: _Market) -> _Arm | None:
+    def _most_promising(self, request_id: str, arms: Sequence[Arm], market: _Market) -> Arm | None:
         """The drafter whose record promises a request most, and more than what is on the table."""
         best, best_worth = None, self._best_worth(request_id)
         own = self._own(request_id)
@@ -415,7 +319,7 @@ class AutoDrafter:
                     best, best_worth = arm, worth
         return best
 
-    def _try_out(self, arms: Sequence[_Arm], contexts: Sequence[DraftContext], market: _Market) -> None:
+    def _try_out(self, arms: Sequence[Arm], contexts: Sequence[DraftContext], market: _Market) -> None:
         """Let every drafter propose once more, to the request that may gain most by it.
 
         That is one which knows little of the drafter and has little without it. If it sleeps, it is woken for the
@@ -433,14 +337,14 @@ class AutoDrafter:
             else:
                 self._wake[context.request_id] = 0
 
-    def _is_due(self, arm: _Arm, request_id: str) -> bool:
+    def _is_due(self, arm: Arm, request_id: str) -> bool:
         record = self._own(request_id).get(arm)
         if record is not None and self._step < record.next_trial:
             return False
         plan = self._planned.get(request_id)
         return plan is None or not plan.has(arm)
 
-    def _knowledge(self, arm: _Arm, request_id: str) -> float:
+    def _knowledge(self, arm: Arm, request_id: str) -> float:
         """What a request knows of a drafter, in trials, times the tokens that it gets without it."""
         record = self._own(request_id).get(arm)
         return (1 + (record.num_trials if record is not None else 0)) * (1.0 + self._best_worth(request_id))
@@ -449,15 +353,17 @@ class AutoDrafter:
         plan = self._planned.get(request_id)
         return max((p.worth for p in plan.proposals), default=0.0) if plan is not None else 0.0
 
-    def _next_call(self, arm: _Arm, own: Mapping[_Arm, _OwnRecord]) -> int:
+    def _next_call(self, arm: Arm, own: Mapping[Arm, OwnRecord]) -> int:
         """The step in which an arm is to be asked again for a request, as far as is known now."""
         record = own.get(arm)
-        due = record.next_trial if record is not None else self._step
+        return max(self._can_pay_from(arm), record.next_trial if record is not None else self._step)
+
+    def _can_pay_from(self, arm: Arm) -> int:
+        """The step from which on an arm has something in its account, as far as is known now."""
         if arm.credit > 0.0:
-            return due
+            return self._step
         paid_in = self._config.exploration / len(self._arms)
-        wait = min(LONGEST_SLEEP, int(-arm.credit / paid_in) + 1) if paid_in else LONGEST_SLEEP
-        return max(self._step + wait, due)
+        return self._step + (min(LONGEST_SLEEP, int(-arm.credit / paid_in) + 1) if paid_in else LONGEST_SLEEP)
 
     def _allot(self, contexts: Sequence[DraftContext], market: _Market) -> list[TokenTree]:
         """Give every request its best proposal, and the batch's rows to the nodes that are worth them."""
@@ -504,7 +410,7 @@ class AutoDrafter:
         for proposal in plan.proposals:
             arm, taken = proposal.arm, proposal is plan.chosen
             self._acceptance.observe(arm.name, request_id, proposal.tree, outcome.new_tokens)
-            record = own.setdefault(arm, _OwnRecord())
+            record = own.setdefault(arm, OwnRecord())
             if taken:
                 accepted, rows = len(outcome.path.accepted_nodes), plan.num_nodes
                 arm.won += accepted
@@ -518,10 +424,10 @@ class AutoDrafter:
             record.pays = expected > price
             record.next_trial = self._step + (0 if record.pays or not arm.is_steady else self._pause(arm, market))
 
-    def _pause(self, arm: _Arm, market: _Market) -> int:
+    def _pause(self, arm: Arm, market: _Market) -> int:
         """Steps until a drafter that does not pay is tried again, if its account allows it."""
         plain_steps = (arm.step_s or 0.0) * market.tokens_per_s
         return max(PAUSE, int(plain_steps * len(self._arms) / TRIAL_SHARE))
 
-    def _own(self, request_id: str) -> dict[_Arm, _OwnRecord]:
+    def _own(self, request_id: str) -> dict[Arm, OwnRecord]:
         return self._records.setdefault(request_id, {})

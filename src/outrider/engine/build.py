@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from logging import getLogger
+from typing import Any
 
 from outrider.cache.kv_cache import KVCache, LayerShape
 from outrider.config import (
@@ -19,13 +20,17 @@ from outrider.config import (
     SchedulerConfig,
     SuffixConfig,
 )
+from outrider.config import drafter_config as resolve
+from outrider.drafting.auto import AutoDrafter
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine.bundled import BUNDLED_TARGET
-from outrider.engine.calibration import Progress, forward_cost_of, identity_of
+from outrider.engine.cache_files import cache_file
+from outrider.engine.calibration import Progress, forward_cost_of, identity_of, machine
 from outrider.engine.draft_models import DraftModels
 from outrider.engine.engine import Engine
+from outrider.engine.planner_memory import remember
 from outrider.engine.references import with_token_references
 from outrider.engine.scheduler import Scheduler
 from outrider.errors import ConfigError, ExactnessError
@@ -110,6 +115,10 @@ def build_engine(
             forward_cost=lambda: cost_of_target(config, model, on_calibration),
         ),
     )
+    if isinstance(drafter, AutoDrafter) and isinstance(drafter_config, AutoConfig) and drafter_config.remember:
+        drafters = [asdict(resolve(spec)) for spec in drafter_config.drafters or ()]
+        identity = {**_identity(config, model), **machine(), "rule": config.verification, "drafters": drafters}
+        remember(drafter, cache_file("planner", identity))
     return Engine(
         model,
         drafter,
@@ -138,14 +147,19 @@ def cost_of_target(
     """
     if isinstance(config.decoding, AutoConfig) and not config.decoding.calibrate:
         return ForwardCost.unknown()
-    form = {name: getattr(config, name) for name in ("revision", "weights", "group_size", "device")}
     return forward_cost_of(
         model,
-        identity_of(str(config.model or BUNDLED_TARGET), form, model),
+        _identity(config, model),
         row_invariant=config.exactness == "bitwise",
         recalibrate=recalibrate,
         on_progress=on_progress,
     )
+
+
+def _identity(config: EngineConfig, model: Model) -> dict[str, Any]:
+    """What tells the target and its format from others, as JSON."""
+    form = {name: getattr(config, name) for name in ("revision", "weights", "group_size", "device")}
+    return identity_of(str(config.model or BUNDLED_TARGET), form, model)
 
 
 def build_cache(cache: CacheConfig, scheduler: SchedulerConfig, model: Model) -> KVCache:

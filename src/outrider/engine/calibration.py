@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from logging import getLogger
-from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_path
 
 from outrider.cache.kv_cache import KVCache, SequenceCommit
 from outrider.drafting.forward_cost import ForwardCost
+from outrider.engine.cache_files import cache_file, write_cache_file
 from outrider.errors import ConfigError
 from outrider.kernels import native
 from outrider.models.batch import SequenceRows, build_forward_batch
@@ -68,13 +65,13 @@ def forward_cost_of(
         recalibrate: measure now in any case; later starts take that.
         on_progress: called after every measurement.
     """
-    path = _path_of({**identity, **_machine(), "row_invariant": row_invariant})
+    path = cache_file("calibration", {**identity, **machine(), "row_invariant": row_invariant})
     if not recalibrate:
         with suppress(OSError, ValueError, ConfigError):  # none yet, or not ours: measure
             return ForwardCost.from_mapping(json.loads(path.read_text()))
     cost = measure(model, row_invariant=row_invariant, on_progress=on_progress)
     try:
-        _write(path, json.dumps(cost.as_mapping()))
+        write_cache_file(path, json.dumps(cost.as_mapping()))
     except OSError as error:
         getLogger("outrider").debug("calibration is not kept: %s", error)
     return cost
@@ -152,7 +149,7 @@ def _forward(model: Model, cache: KVCache, context: int, num_rows: int, row_inva
     return time.perf_counter() - start
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What a forward's time depends on beside the model."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
@@ -164,21 +161,3 @@ def _machine() -> dict[str, Any]:
         "isa": native.isa(),
         "threads": native.num_threads() if native.is_available() else 0,
     }
-
-
-def _path_of(identity: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-    return user_cache_path("outrider") / "calibration" / f"{digest[:32]}.json"
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: another process may read it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
