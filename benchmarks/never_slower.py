@@ -27,6 +27,7 @@ from outrider.config import SchedulerConfig
 # holds ends with its slowest request, however fast the others were; of three times as many the batch stays full.
 CASES = (
     ("random", 1.5, 1, 1, 15, 96),
+    ("code", 0.8, 1, 1, 15, 96),
     ("code", 2.0, 1, 1, 15, 96),
     ("code", 1.0, 4, 12, 9, 48),
     ("code", 1.0, 16, 16, 9, 48),

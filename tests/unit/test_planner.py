@@ -546,6 +546,7 @@ def test_settings_are_checked() -> None:
         {"drafters": "ngram"},
         {"drafters": ["auto"]},
         {"exploration": 2},
+        {"remember": 1},
         {"max_nodes": 0},
     ):
         with pytest.raises(ConfigError):
