@@ -92,7 +92,7 @@ def test_the_planner_that_is_tried_is_the_engine_s_default(
     config = drafter_config(found)
     assert isinstance(config, AutoConfig)
     drafters = tuple(drafter_config(of) for of in config.drafters or ())
-    assert drafters[:-1] == _drafters_for_any_text(EngineConfig(), "a")
+    assert drafters[:-1] == _drafters_for_any_text(EngineConfig(), "a", "shared")
     assert drafters[-1] == replace(drafters[-2], model="b")  # type: ignore[type-var]
 
 

@@ -29,7 +29,7 @@ PREFILL_ROWS = 64
 TREE = {"growth": "opt_tree", "max_nodes": 24, "depth": 8}
 # What the planner chooses from by default, and draft models beside it; it cuts trees itself.
 PLANNED_LOOKUPS = ({"method": "suffix", "max_nodes": 24}, {"method": "recycling", "max_nodes": 24})
-PLANNED_DRAFT = {"depth": 16, "max_nodes": 24, "min_path_prob": 0.0}
+PLANNED_DRAFT = {"depth": 16, "max_nodes": 24, "min_path_prob": 0.0, "growth": "specexec", "max_expanded": 3}
 
 
 def candidates(llm: LLM, drafts: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -39,6 +39,7 @@ from outrider.kernels import native
 from outrider.models.loader import load_model, load_tokenizer
 from outrider.models.model import Model
 from outrider.models.row_invariance import check_row_invariance
+from outrider.token_tree import DraftNoise
 from outrider.verification.build import build_rule
 
 
@@ -100,7 +101,9 @@ def build_engine(
     drafter_config = config.decoding
     if isinstance(drafter_config, AutoConfig) and drafter_config.drafters is None:
         drafter_config = replace(
-            drafter_config, drafters=_drafters_for_any_text(config, drafter_config.draft_model), draft_model=None
+            drafter_config,
+            drafters=_drafters_for_any_text(config, drafter_config.draft_model, rule.draft_noise),
+            draft_model=None,
         )
     draft_models = DraftModels(
         config, model, tokenizer, lambda draft: build_cache(config.cache, config.scheduler, draft)
@@ -129,11 +132,18 @@ def build_engine(
     )
 
 
-def _drafters_for_any_text(config: EngineConfig, draft_model: str | None) -> tuple[DrafterConfig, ...]:
-    """What the planner chooses from unless told otherwise; it cuts trees and paths itself, so they may be large."""
+def _drafters_for_any_text(
+    config: EngineConfig, draft_model: str | None, noise: DraftNoise
+) -> tuple[DrafterConfig, ...]:
+    """What the planner chooses from unless told otherwise; it cuts trees and paths itself, so they may be large.
+
+    A draft that knows the target's noise grows a tree, which is a chain where rows are dear. Under independent noise
+    a drawn tree may not be cut, and a chain ends by itself where it is no longer likely.
+    """
     lookups = (SuffixConfig(max_nodes=24), RecyclingConfig(max_nodes=24))
     if config.model is None or draft_model is not None:
-        return (*lookups, DraftModelConfig(model=draft_model, depth=16, max_nodes=24, min_path_prob=0.0))
+        draft = DraftModelConfig(model=draft_model, depth=16, max_nodes=24, min_path_prob=0.0)
+        return (*lookups, replace(draft, growth="specexec", max_expanded=3) if noise == "shared" else draft)
     return lookups
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import torch
