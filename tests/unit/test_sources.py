@@ -14,7 +14,6 @@ from outrider.config import NgramConfig, drafter_config
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
-from outrider.drafting.sources.aded import DraftMaker, TrigramMatrix, predict
 from outrider.drafting.sources.anpd import NgramModel
 from outrider.drafting.sources.calibration import CalibratedSource
 from outrider.drafting.sources.hash_index import HashIndex
@@ -22,6 +21,7 @@ from outrider.drafting.sources.hierarchy import HierarchyDrafter
 from outrider.drafting.sources.history import HistoryStore
 from outrider.drafting.sources.matches import DISCOUNTS, MAX_LENGTH, NgramIndex, match_length, weighted_paths
 from outrider.drafting.sources.ngram import NgramSource
+from outrider.drafting.sources.trigrams import PythonMatrix, SearchLimits, new_matrix, predict, search
 from outrider.drafting.tree_merge import WeightedPath
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
@@ -194,7 +194,7 @@ def outcome_of(tree: TokenTree, accepted: tuple[int, ...], choices: tuple[int, .
 
 
 def test_aded_moves_probabilities_towards_what_is_seen() -> None:
-    matrix = TrigramMatrix(capacity=100, num_candidates=2, rate=0.5)
+    matrix = PythonMatrix(capacity=100, num_candidates=2, rate=0.5)
     matrix.learn(1, 2, 3)
     assert dict(predict([matrix], 1, 2)) == {3: pytest.approx(0.5)}
     matrix.learn(1, 2, 4)
@@ -212,7 +212,7 @@ def test_aded_moves_probabilities_towards_what_is_seen() -> None:
 
 
 def test_aded_keeps_the_rows_updated_last() -> None:
-    matrix = TrigramMatrix(capacity=4, num_candidates=2, rate=0.5)
+    matrix = PythonMatrix(capacity=4, num_candidates=2, rate=0.5)
     for token in range(50):
         matrix.learn(token, token + 1, token + 2)
     assert len(matrix) == 4
@@ -232,7 +232,7 @@ def test_aded_keeps_the_rows_updated_last() -> None:
 
 def test_aded_without_exploration_takes_the_likeliest_nodes() -> None:
     """Against the whole tree of what the matrix knows, the likeliest nodes taken."""
-    matrix = TrigramMatrix(capacity=1000, num_candidates=3, rate=0.4)
+    matrix = PythonMatrix(capacity=1000, num_candidates=3, rate=0.4)
     text = [(i * i + i // 3) % 7 for i in range(60)]
     for position in range(2, len(text)):
         matrix.learn(text[position - 2], text[position - 1], text[position])
@@ -246,14 +246,14 @@ def test_aded_without_exploration_takes_the_likeliest_nodes() -> None:
 
     expand((), 1.0)
     best = sorted(every.values(), reverse=True)[:12]
-    found = DraftMaker([matrix], 3, 0.0).paths(text[-2], text[-1], 12, 4, 0.0)
+    found = search([matrix], text[-2], text[-1], SearchLimits(3, 0.0, 12, 4, 1e-9))
     nodes = {tuple(path.tokens[:n]) for path in found for n in range(1, len(path.tokens) + 1)}
     assert len(nodes) == 12
     assert sorted((every[node] for node in nodes), reverse=True) == pytest.approx(best)
 
 
 def test_aded_explores_more_with_a_greater_weight() -> None:
-    matrix = TrigramMatrix(capacity=1000, num_candidates=8, rate=0.3)
+    matrix = new_matrix(1000, 8, 0.3)
     for token in (5, 6, 7, 8, 9):
         matrix.learn(1, 2, token)
         for below in range(9):  # what follows each of them is all but sure
@@ -263,7 +263,7 @@ def test_aded_explores_more_with_a_greater_weight() -> None:
                 )
 
     def first_tokens(exploration: float) -> int:
-        found = DraftMaker([matrix], 8, exploration).paths(1, 2, 10, 8, 0.0)
+        found = search([matrix], 1, 2, SearchLimits(8, exploration, 10, 8, 1e-9))
         return len({path.tokens[0] for path in found})
 
     assert 1 < first_tokens(0.0) < first_tokens(5.0)

@@ -132,8 +132,8 @@ def test_a_part_of_a_tree_keeps_tokens_distributions_and_confidences() -> None:
 )
 def test_merging_keeps_the_best_tree_of_its_size(pairs: list[list[tuple[int, float]]], max_nodes: int) -> None:
     weighted = [WeightedPath([t for t, _ in path], [c for _, c in path]) for path in pairs]
-    tree = merge_paths(7, weighted, max_nodes)
-    whole = merge_paths(7, weighted, 1000)
+    tree = merge_paths(7, weighted, max_nodes, max_depth=4)
+    whole = merge_paths(7, weighted, 1000, max_depth=4)
     assert tree.num_nodes == min(max_nodes + 1, whole.num_nodes)
     products = whole.path_confidences
     assert products is not None
@@ -144,4 +144,6 @@ def test_merging_keeps_the_best_tree_of_its_size(pairs: list[list[tuple[int, flo
         if all(whole.parents[node] in (0, *chosen) for node in chosen)
     )
     assert sum(tree.path_confidences[1:]) == pytest.approx(best)
-    assert all(p >= 0.3 for p in merge_paths(7, weighted, 1000, min_path_prob=0.3).path_confidences or ())
+    likely = merge_paths(7, weighted, 1000, max_depth=4, min_path_prob=0.3)
+    assert all(p >= 0.3 for p in likely.path_confidences or ())
+    assert max(merge_paths(7, weighted, 1000, max_depth=2).depths) <= 2

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from outrider.drafting import top_tokens as module
 from outrider.drafting.top_tokens import top_tokens
+from outrider.kernels.native import ISA_VARIABLE, REFERENCE
 
 
+@pytest.mark.parametrize("code", ["compiled", "python"])
 @given(
     st.integers(0, 2**32),
     st.integers(1, 20),
@@ -18,14 +20,19 @@ from outrider.drafting.top_tokens import top_tokens
     st.sampled_from([1, 8, 32]),
     st.sampled_from(["exact", "bfloat16", "integral"]),
 )
-def test_the_largest_come_first(seed: int, num_rows: int, vocab_size: int, count: int, rounding: str) -> None:
+def test_the_largest_come_first(
+    code: str, seed: int, num_rows: int, vocab_size: int, count: int, rounding: str
+) -> None:
     """Also with equals: many of them where logits were rounded."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_rows, vocab_size, generator=generator)
     if rounding != "exact":
         logits = logits.round() if rounding == "integral" else logits.bfloat16().float()
     count = min(count, vocab_size)
-    tokens, values = top_tokens(logits, count)
+    with pytest.MonkeyPatch.context() as patch:
+        if code == "python":
+            patch.setenv(ISA_VARIABLE, REFERENCE)
+        tokens, values = top_tokens(logits, count)
     assert tokens.shape == values.shape == (num_rows, count)
     assert torch.equal(torch.from_numpy(values), logits.sort(dim=-1, descending=True).values[:, :count])
     assert torch.equal(torch.from_numpy(values), logits.gather(1, torch.from_numpy(tokens)))
@@ -64,11 +71,12 @@ def test_other_types_of_logits_and_parts_of_rows() -> None:
         assert tokens.shape == values.shape
 
 
-def test_what_numpy_does_not_do_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_groups_are_not_made_for_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, REFERENCE)
     logits = torch.randn(3, 5000)
     expected = top_tokens(logits, 8)
     for name in ("ID_BITS", "ROW_BITS"):
         monkeypatch.setattr(module, name, 1)
         assert module._top(logits.numpy(), 8) is None
         assert (top_tokens(logits, 8)[0] == expected[0]).all()
-        monkeypatch.undo()
+        monkeypatch.setattr(module, name, {"ID_BITS": 21, "ROW_BITS": 10}[name])

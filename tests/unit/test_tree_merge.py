@@ -42,7 +42,7 @@ def test_the_likeliest_node_is_next(paths: list[WeightedPath], max_nodes: int, m
     products: dict[tuple[int, ...], float] = {(): 1.0}
     for prefix, confidence in sorted(nodes.items(), key=lambda item: len(item[0])):
         products[prefix] = products[prefix[:-1]] * confidence
-    tree = merge_paths(7, paths, max_nodes, min_path_prob=min_path_prob)
+    tree = merge_paths(7, paths, max_nodes, max_depth=5, min_path_prob=min_path_prob)
     assert tree.confidences is not None
     made = paths_to(tree)
     assert len(set(made)) == len(made), "equal prefixes share nodes"

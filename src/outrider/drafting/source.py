@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Protocol
 
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
@@ -64,15 +66,11 @@ class SourceDrafter:
     def _propose(self, context: DraftContext) -> TokenTree:
         depth = min(self._max_depth, context.max_depth)
         max_nodes = min(self.max_nodes, context.max_nodes)
-        paths = [
-            WeightedPath(path.tokens[:depth], path.confidences[:depth])
-            for source in self.sources
-            for path in source.continuations(context)
-        ]
+        paths = [path for source in self.sources for path in source.continuations(context)]
         root = context.token_ids[-1]
         if self._chains_only:
-            paths = best_chain(paths)
-        return merge_paths(root, paths, max_nodes, min_path_prob=context.min_path_prob)
+            paths = best_chain(paths, depth)
+        return merge_paths(root, paths, max_nodes, max_depth=depth, min_path_prob=context.min_path_prob)
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for source in self.sources:
@@ -83,14 +81,8 @@ class SourceDrafter:
             source.release(request_id)
 
 
-def best_chain(paths: Sequence[WeightedPath]) -> list[WeightedPath]:
-    """Of several paths the one that promises the most accepted tokens; none of none."""
-    return [max(paths, key=_expected_length)] if paths else []
-
-
-def _expected_length(path: WeightedPath) -> float:
-    product, expected = 1.0, 0.0
-    for confidence in path.confidences:
-        product *= confidence
-        expected += product
-    return expected
+def best_chain(paths: Sequence[WeightedPath], depth: int) -> list[WeightedPath]:
+    """Of several paths the one whose first `depth` tokens promise the most accepted ones; none of none."""
+    if not paths:
+        return []
+    return [max(paths, key=lambda path: sum(accumulate(path.confidences[:depth], mul)))]

@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from outrider.kernels.drafting import halves
+
 MEMO_BYTES = 32 * 2**20
-WORDS_BYTES = 32 * 2**20
-SPARSE_VOCAB = 1024  # of smaller vocabularies a whole row costs little more than its words
-WIDE_VOCAB = 1 << 16  # of larger ones a row's words cost more than some dozens of tokens drawn one by one
 
 
 class Purpose(IntEnum):
@@ -72,7 +71,6 @@ class _RowMemo:
 
 
 _memo = _RowMemo(MEMO_BYTES)
-_words_memo = _RowMemo(WORDS_BYTES)
 _of_thread = local()
 
 
@@ -84,7 +82,8 @@ def gumbel_noise(seed: int, position: int, purpose: Purpose, vocab_size: int, tr
     key = (seed, position, int(purpose), vocab_size, trial)
     row = _memo.get(key)
     if row is None:
-        row = _gumbel(_halves(key))
+        words = _philox(seed, position, purpose, trial, num_words=(vocab_size + 1) // 2)
+        row = _gumbel(words.astype("<u8", copy=False).view("<u4")[:vocab_size])
         row.setflags(write=False)
         _memo.put(key, row)
     return row
@@ -93,54 +92,24 @@ def gumbel_noise(seed: int, position: int, purpose: Purpose, vocab_size: int, tr
 class GumbelRow:
     """The row that `gumbel_noise` gives, of which only a few tokens are wanted: bit for bit the same there.
 
-    Of a large vocabulary random words are drawn for all tokens, and logarithms, which take most of the time, only of
-    the wanted ones; of a very large one the words too are drawn for these alone. What is at hand anyway is used.
+    Compiled code draws the words of these tokens alone; without it the whole row is drawn.
     """
 
-    __slots__ = ("_drawn", "_halves", "_key", "_row")
+    __slots__ = ("_key", "_row")
 
     def __init__(self, seed: int, position: int, purpose: Purpose, vocab_size: int, trial: int = 0) -> None:
         self._key = seed, position, int(purpose), vocab_size, trial
         self._row: NDArray[np.float32] | None = _memo.get(self._key)
-        self._halves: NDArray[np.uint32] | None = None
-        self._drawn: dict[int, int] = {}  # by token, of a very large vocabulary
-        if self._row is None:
-            if vocab_size < SPARSE_VOCAB:
-                self._row = gumbel_noise(seed, position, purpose, vocab_size, trial)
-            elif vocab_size < WIDE_VOCAB:
-                self._halves = _halves(self._key)
 
     def of(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """The noise of ``[num_tokens]`` tokens, in a new array."""
-        if self._row is not None:
-            return self._row.take(tokens)
-        if self._halves is not None:
-            return _gumbel(self._halves.take(tokens))
-        drawn = self._drawn
-        wanted = tokens.tolist()
-        for token in wanted:
-            if token not in drawn:
-                drawn[token] = self._draw(token)
-        return _gumbel(np.array([drawn[token] for token in wanted], dtype=np.uint32))
-
-    def _draw(self, token: int) -> int:
-        """A token's half of a word, of the block that holds it: eight tokens have one."""
-        seed, position, purpose, _, trial = self._key
-        word = int(_philox(seed, position, purpose, trial, num_words=4, num_skipped=token // 8)[token % 8 // 2])
-        return word >> 32 if token % 2 else word & 0xFFFFFFFF
-
-
-def _halves(key: tuple[int, int, int, int, int]) -> NDArray[np.uint32]:
-    """``[vocab_size]`` random halves of words; read only, perhaps shared."""
-    halves = _words_memo.get(key)
-    if halves is None:
-        seed, position, purpose, vocab_size, trial = key
-        words = _philox(seed, position, purpose, trial, num_words=(vocab_size + 1) // 2)
-        halves = words.astype("<u8", copy=False).view("<u4")[:vocab_size]
-        halves.setflags(write=False)
-        if SPARSE_VOCAB <= vocab_size < WIDE_VOCAB:
-            _words_memo.put(key, halves)
-    return halves
+        if self._row is None:
+            seed, position, purpose, vocab_size, trial = self._key
+            drawn = halves(seed, position, purpose, trial, tokens)
+            if drawn is not None:
+                return _gumbel(drawn)
+            self._row = gumbel_noise(seed, position, Purpose(purpose), vocab_size, trial)
+        return self._row.take(tokens)
 
 
 def _gumbel(halves: NDArray[np.uint32]) -> NDArray[np.float32]:
@@ -167,17 +136,15 @@ def fresh_seed() -> int:
     return secrets.randbits(63)
 
 
-def _philox(
-    seed: int, position: int, purpose: int, trial: int, *, num_words: int, num_skipped: int = 0
-) -> NDArray[np.uint64]:
-    """Words from the first block on, or from that behind `num_skipped` blocks."""
+def _philox(seed: int, position: int, purpose: int, trial: int, *, num_words: int) -> NDArray[np.uint64]:
+    """The first words of a stream."""
     generator = getattr(_of_thread, "generator", None)
     if generator is None:  # a new one asks the operating system for a seed: eight microseconds
         generator = _of_thread.generator = np.random.Philox()
     # NumPy counts blocks in the low word, one up before each block; the high words tell streams apart.
     state: Any = {
         "bit_generator": "Philox",
-        "state": {"counter": (num_skipped, 0, position, trial), "key": (seed, purpose)},
+        "state": {"counter": (0, 0, position, trial), "key": (seed, purpose)},
         "buffer": (0, 0, 0, 0),
         "buffer_pos": 4,  # all of it is used
         "has_uint32": 0,

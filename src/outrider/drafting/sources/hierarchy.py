@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.source import Source, best_chain
@@ -45,12 +46,12 @@ class _Proposal:
         self._likely: dict[tuple[int, int], int] = {}  # (node, token) -> node; the root is 0
         self.num_likely = 0  # nodes that a path finds at least as likely as its threshold
 
-    def add(self, path: WeightedPath, level: int, threshold: float) -> None:
-        """Take in a path of a level that is not nearer than those before."""
+    def add(self, path: WeightedPath, level: int, depth: int, threshold: float) -> None:
+        """Take in a path of a level that is not nearer than those before; its nodes below `depth` do not count."""
         self.paths.append(path)
         self._levels.append(level)
         likely, node, product = self._likely, 0, 1.0
-        for token, confidence in zip(path.tokens, path.confidences, strict=True):
+        for token, confidence in islice(zip(path.tokens, path.confidences, strict=True), depth):
             product *= confidence
             if product < threshold:
                 break
@@ -114,10 +115,12 @@ class HierarchyDrafter:
             found = level.continuations(context)
             statistics.num_answered += bool(found)
             for path in found:
-                proposal.add(WeightedPath(path.tokens[:depth], path.confidences[:depth]), number, threshold)
+                proposal.add(path, number, depth, threshold)
         self._proposals[context.request_id] = proposal
-        paths = best_chain(proposal.paths) if self._chains_only else proposal.paths
-        return merge_paths(context.token_ids[-1], paths, max_nodes, min_path_prob=context.min_path_prob)
+        paths = best_chain(proposal.paths, depth) if self._chains_only else proposal.paths
+        return merge_paths(
+            context.token_ids[-1], paths, max_nodes, max_depth=depth, min_path_prob=context.min_path_prob
+        )
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import starmap
 
 from outrider.drafting.tree_merge import WeightedPath
+from outrider.kernels.drafting import compiled
 
 END_OF_TEXT = -1  # stands between two texts in one store; no token has this id
 MAX_LENGTH = 16  # of a match; longer ones are no surer
@@ -91,13 +93,20 @@ def continuation(text: Sequence[int], end: int, depth: int, *, periodic: bool) -
     return path
 
 
-def weighted_paths(candidates: Iterable[tuple[Sequence[int], int]], max_paths: int) -> list[WeightedPath]:
+def weighted_paths(candidates: Sequence[tuple[Sequence[int], int]], max_paths: int) -> list[WeightedPath]:
     """Distinct continuations with the confidence that their matches' length and agreement give them.
 
     Args:
         candidates: continuations and the length of the match before each, the longest matches first.
         max_paths: the most to return; the others still vote.
     """
+    module = compiled()
+    if module is not None:
+        return list(starmap(WeightedPath, module.weighted_paths(candidates, max_paths)))
+    return _weighted_paths(candidates, max_paths)
+
+
+def _weighted_paths(candidates: Sequence[tuple[Sequence[int], int]], max_paths: int) -> list[WeightedPath]:
     votes: dict[tuple[int, ...], float] = {}
     lengths: dict[tuple[int, ...], int] = {}
     for path, length in candidates:

@@ -196,6 +196,8 @@ struct KernelTable {
     // One task; meanwhile the beginning of the next one (or null) is fetched.
     void (*attention)(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task,
                       const AttentionTask* next, float* scratch);
+    // The greatest of each of consecutive blocks of `block` floats, a multiple of 16; NaN counts as -inf.
+    void (*block_maxima)(const float* x, int64_t num_blocks, int64_t block, float* maxima);
     // Something that depends on every byte.
     uint64_t (*read_memory)(const void* data, size_t num_bytes);
 };

@@ -23,6 +23,7 @@ constexpr outrider::KernelTable table(const char* name) {
             read_row,
             attention_scratch,
             attention,
+            block_maxima,
             read_memory};
 }
 

@@ -10,6 +10,7 @@
 
 #include "calls.h"
 #include "dispatch.h"
+#include "drafting/bindings.h"
 #include "llama.h"
 #include "thread_pool.h"
 #include "tuner.h"
@@ -115,4 +116,6 @@ NB_MODULE(_native, m) {
                                       at<const uint64_t>(keys), at<const uint64_t>(values)};
             self.forward(batch, {at<float>(logits), at<int64_t>(best_tokens), at<float>(best_logits)});
         }, nb::call_guard<nb::gil_scoped_release>());
+
+    bind_drafting(m);
 }

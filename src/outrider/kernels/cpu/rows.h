@@ -281,6 +281,19 @@ inline void read_row(const void* table, KvType type, int64_t row, int64_t width,
     }
 }
 
+inline void block_maxima(const float* x, int64_t num_blocks, int64_t block, float* maxima) {
+    const vf lowest = splat(-INFINITY);
+    for (int64_t b = 0; b < num_blocks; ++b, x += block) {
+        vf best[4] = {lowest, lowest, lowest, lowest};
+        int64_t i = 0;
+        for (; i + 4 * W <= block; i += 4 * W) {
+            for (int part = 0; part < 4; ++part) best[part] = max(load(x + i + part * W), best[part]);
+        }
+        for (; i < block; i += W) best[0] = max(load(x + i), best[0]);
+        maxima[b] = fold(max(max(best[0], best[1]), max(best[2], best[3])), max);
+    }
+}
+
 // Reads every byte once and returns something that depends on all: the machine's read bandwidth is this, timed.
 inline uint64_t read_memory(const void* data, size_t num_bytes) {
     const char* p = static_cast<const char*>(data);

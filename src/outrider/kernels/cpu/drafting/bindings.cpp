@@ -1,0 +1,125 @@
+// What drafting and its noise compute natively: bound to Python, where drafting/ and sampling/ hold the same in Python.
+#include "bindings.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "largest.h"
+#include "paths.h"
+#include "philox.h"
+#include "trigrams.h"
+
+namespace nb = nanobind;
+
+namespace outrider {
+namespace {
+
+using Address = uint64_t;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// The numbers of any sequence; of a list or a tuple without a copy of it.
+template <class T>
+std::vector<T> numbers(nb::handle sequence, int64_t most) {
+    const nb::object fast = nb::steal(PySequence_Fast(sequence.ptr(), "a sequence of numbers"));
+    if (!fast.is_valid()) throw nb::python_error();
+    const int64_t size = std::clamp<int64_t>(PySequence_Fast_GET_SIZE(fast.ptr()), 0, std::max<int64_t>(most, 0));
+    PyObject** items = PySequence_Fast_ITEMS(fast.ptr());
+    std::vector<T> found(size);
+    for (int64_t i = 0; i < size; ++i) found[i] = nb::cast<T>(nb::handle(items[i]));
+    return found;
+}
+
+template <class T>
+nb::tuple as_tuple(const std::vector<T>& values) {
+    nb::object made = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
+    for (size_t i = 0; i < values.size(); ++i) PyTuple_SET_ITEM(made.ptr(), i, nb::cast(values[i]).release().ptr());
+    return nb::borrow<nb::tuple>(made);
+}
+
+nb::list as_pairs(const std::vector<WeightedPath>& paths) {
+    nb::list pairs;
+    for (const WeightedPath& path : paths) pairs.append(nb::make_tuple(as_tuple(path.tokens), as_tuple(path.confidences)));
+    return pairs;
+}
+
+}  // namespace
+
+void bind_drafting(nb::module_& m) {
+    m.def("largest", [](Address rows, int64_t num_rows, int64_t size, int64_t count, Address tokens, Address values) {
+        Largest largest(size, count);
+        for (int64_t row = 0; row < num_rows; ++row) {
+            largest.find(at<const float>(rows) + row * size, at<int64_t>(tokens) + row * count, at<float>(values) + row * count);
+        }
+    }, nb::call_guard<nb::gil_scoped_release>());
+    m.def("halves", [](uint64_t seed, uint64_t position, uint64_t purpose, uint64_t trial, Address tokens, int64_t num_tokens,
+                       Address halves) {
+        const PhiloxStream stream = {seed, position, purpose, trial};
+        for (int64_t i = 0; i < num_tokens; ++i) at<uint32_t>(halves)[i] = stream.half(at<const int64_t>(tokens)[i]);
+    });
+
+    nb::class_<Trigrams>(m, "Trigrams")
+        .def(nb::init<int64_t, int64_t, double>())
+        .def("__len__", &Trigrams::size)
+        .def("learn", [](Trigrams& self, std::optional<int64_t> before, int64_t last, int64_t token) {
+            self.learn(before.value_or(kNothing), last, token);
+        }, nb::arg("before").none(), nb::arg("last"), nb::arg("token"))
+        .def("learn_text", [](Trigrams& self, nb::sequence text, int64_t start) {
+            const int64_t end = static_cast<int64_t>(nb::len(text));
+            const auto token_at = [&](int64_t i) { return i < 0 ? kNothing : nb::cast<int64_t>(text[i]); };
+            if (start >= end) return;
+            int64_t before = token_at(start - 2), last = token_at(start - 1);
+            for (int64_t position = start; position < end; ++position) {
+                const int64_t token = token_at(position);
+                self.learn(before, last, token);
+                before = last;
+                last = token;
+            }
+        });
+    m.def("search_trigrams", [](const std::vector<const Trigrams*>& matrices, std::optional<int64_t> before, int64_t last,
+                                int64_t num_candidates, double exploration, int64_t max_nodes, int64_t max_depth,
+                                double min_path_prob) {
+        if (!(min_path_prob > 0.0)) throw std::invalid_argument("min_path_prob: expected more than 0");
+        TrigramSearch search(matrices, {num_candidates, exploration, max_nodes, max_depth, min_path_prob});
+        std::vector<WeightedPath> found;
+        for (const TrigramSearch::Path& path : search.paths(before.value_or(kNothing), last)) {
+            WeightedPath& made = found.emplace_back();
+            for (const Candidate& node : path) {
+                made.tokens.push_back(node.token);
+                made.confidences.push_back(node.probability);
+            }
+        }
+        return as_pairs(found);
+    }, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
+
+    m.def("weighted_paths", [](nb::sequence candidates, int64_t max_paths) {
+        PathWeights weights;
+        for (nb::handle candidate : candidates) {
+            const int64_t length = nb::cast<int64_t>(candidate[1]);
+            if (length < 0 || length > kMaxLength) throw std::invalid_argument("length of a match: expected 0 to 16");
+            weights.add(numbers<int64_t>(candidate[0], INT64_MAX), length);
+        }
+        return as_pairs(weights.weigh(max_paths));
+    });
+    m.def("merge_paths", [](int64_t root, nb::sequence paths, int64_t max_nodes, int64_t max_depth, double min_path_prob) {
+        std::vector<WeightedPath> read;
+        for (nb::handle path : paths) {
+            WeightedPath& made = read.emplace_back();
+            made.tokens = numbers<int64_t>(path[0], std::min(max_nodes, max_depth));
+            made.confidences = numbers<double>(path[1], static_cast<int64_t>(made.tokens.size()));
+            if (made.confidences.size() < made.tokens.size()) throw std::invalid_argument("a path with too few confidences");
+        }
+        const MergedTree tree = merge_paths(root, read, max_nodes, min_path_prob);
+        return nb::make_tuple(as_tuple(tree.tokens), as_tuple(tree.parents), as_tuple(tree.confidences));
+    });
+}
+
+}  // namespace outrider

@@ -1,0 +1,10 @@
+// Binds what drafting computes natively to the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace outrider {
+
+void bind_drafting(nanobind::module_& m);
+
+}  // namespace outrider
