@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider.drafting.sources.calibration import Calibration, PythonBins
 from outrider.drafting.sources.matches import MAX_LENGTH, weighted_paths
 from outrider.drafting.sources.trigrams import PythonMatrix, SearchLimits, new_matrix, search
 from outrider.drafting.top_tokens import top_tokens
 from outrider.drafting.tree_merge import WeightedPath, merge_paths
-from outrider.kernels.drafting import halves, largest
+from outrider.kernels.drafting import compiled, largest
 from outrider.kernels.native import REFERENCE
-from outrider.sampling.noise import GumbelRow, Purpose
+from outrider.sampling.noise import Purpose, gumbel_noise, rank_with_noise
 from tests.parity.kernel_levels import LEVELS, use_level
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="outrider was built without a compiler")
@@ -92,15 +93,72 @@ def test_trigrams(
     seed=st.integers(0, MASK),
     position=st.integers(0, 2**40),
     purpose=st.sampled_from(Purpose),
-    trial=st.integers(0, 99),
-    tokens=st.lists(st.integers(0, 200_000), min_size=1, max_size=40),
+    temperature=st.sampled_from([0.05, 1.0, 3.0]),
+    vocab_size=st.sampled_from([40, 4097, 131072]),
+    count=st.integers(1, 40),
+    spread=st.sampled_from([0.0, 1e-5, 3.0]),
 )
-def test_noise_of_single_tokens(seed: int, position: int, purpose: Purpose, trial: int, tokens: list[int]) -> None:
-    wanted = np.array(tokens)
-    row = GumbelRow(seed, position, purpose, 200_001, trial).of(wanted)
+def test_ranks_with_noise(
+    *,
+    seed: int,
+    position: int,
+    purpose: Purpose,
+    temperature: float,
+    vocab_size: int,
+    count: int,
+    spread: float,
+) -> None:
+    generator = np.random.default_rng(seed)
+    tokens = generator.choice(vocab_size, 32, replace=False)
+    logits = (spread * generator.standard_normal(32)).astype(np.float32)
+
+    def ranks() -> list[int]:
+        return rank_with_noise(
+            tokens,
+            logits,
+            count,
+            temperature=temperature,
+            seed=seed,
+            position=position,
+            purpose=purpose,
+            vocab_size=vocab_size,
+        )
+
+    found = ranks()
     with use_level(REFERENCE):
-        assert halves(seed, position, purpose, trial, wanted) is None
-        assert row.tobytes() == GumbelRow(seed, position, purpose, 200_001, trial).of(wanted).tobytes()
+        assert found == ranks()
+    keys = logits + np.float32(temperature) * gumbel_noise(seed, position, purpose, vocab_size)[tokens]
+    assert found == tokens[np.argsort(-keys, kind="stable")][:count].tolist()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.lists(st.tuples(TOKENS, st.floats(0.0, 1.0)), max_size=4), max_size=5),
+            st.lists(TOKENS, max_size=5),
+        ),
+        max_size=40,
+    )
+)
+def test_corrections(steps: list[tuple[list[list[tuple[int, float]]], list[int]]]) -> None:
+    """Over so many steps that old observations are halved: the first step is taken again and again."""
+    compiled_bins, python = Calibration(), PythonBins()
+    for found, new_tokens in [*steps, *steps[:1] * 250]:
+        paths = [WeightedPath([token for token, _ in path], [prob for _, prob in path]) for path in found]
+        assert plain(compiled_bins.corrected("r", paths)) == plain(python.corrected("r", paths))
+        for bins in (compiled_bins, python):
+            bins.observe("r", new_tokens)
+            bins.observe("other", new_tokens)
+
+
+def test_near_ties_are_left_to_numpy() -> None:
+    module = compiled()
+    assert module is not None
+    tokens, logits = np.array([5, 7, 5]), np.array([1.0, -9.0, 1.0], dtype=np.float32)
+    assert module.rank_with_noise(1, 2, 0, tokens, logits, 1.0, 1) == []
+    assert module.rank_with_noise(1, 2, 0, tokens[:2], logits[:2], 1.0, 1) == [5]
+    with pytest.raises(ValueError, match="one for each token"):
+        module.rank_with_noise(1, 2, 0, tokens, logits[:2], 1.0, 1)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,19 @@ def test_a_growing_context_is_matched_as_a_new_one(
 
 
 # Files
+
+
+def test_nothing_is_looked_for_where_nothing_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is proposed later is the same."""
+    path = write(tmp_path / "store", [[1, 2, 3, 4, 5, 6, 7, 8]])
+    asked, unasked = source(path), source(path)
+    for length in range(1, 5):
+        asked.continuations(context([1, 2, 3, 4, 5, 6][:length]))
+        with monkeypatch.context() as patch:
+            patch.setattr(unasked, "_indexes", ())
+            assert not unasked.continuations(replace(context([1, 2, 3, 4, 5, 6][:length]), max_nodes=0))
+    later = context([1, 2, 3, 4, 5, 6])
+    assert unasked.continuations(later) == asked.continuations(later) != []
 
 
 def test_a_damaged_datastore_is_refused(tmp_path: Path) -> None:

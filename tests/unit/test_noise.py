@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.sampling import noise
-from outrider.sampling.noise import GumbelRow, Purpose, child_seed, fresh_seed, gumbel_noise, uniform
+from outrider.sampling.noise import Purpose, child_seed, fresh_seed, gumbel_noise, uniform
 
 MASK = 2**64 - 1
 KNOWN_ROW = [
@@ -87,27 +87,6 @@ def test_noise_depends_on_its_key_alone() -> None:
 def test_shorter_vocabulary_sees_the_same_noise(vocab_size: int) -> None:
     long = gumbel_noise(3, 5, Purpose.TARGET, 4096)
     assert np.array_equal(gumbel_noise(3, 5, Purpose.TARGET, vocab_size), long[:vocab_size])
-
-
-@given(
-    seed=st.integers(0, MASK),
-    vocab_size=st.sampled_from([5, 1023, 1024, 4097, 32000, 65537, 131072]),
-    tokens=st.lists(st.integers(0, 131071), min_size=1, max_size=40),
-    first=st.sampled_from(["row", "tokens"]),
-)
-def test_noise_of_some_tokens_is_the_rows_bit_for_bit(
-    seed: int, vocab_size: int, tokens: list[int], first: str
-) -> None:
-    wanted = np.array(tokens) % vocab_size
-    if first == "row":
-        gumbel_noise(seed, 9, Purpose.TARGET, vocab_size)
-    some = GumbelRow(seed, 9, Purpose.TARGET, vocab_size).of(wanted)
-    assert some.dtype == np.float32
-    assert some.tobytes() == gumbel_noise(seed, 9, Purpose.TARGET, vocab_size)[wanted].tobytes()
-    some[:] = 0.0  # a copy, the caller's
-    other = GumbelRow(seed, 9, Purpose.DRAFT, vocab_size, trial=2)
-    for token in wanted.tolist():
-        assert other.of(np.array([token]))[0] == gumbel_noise(seed, 9, Purpose.DRAFT, vocab_size, 2)[token]
 
 
 def test_rows_cannot_be_written_to() -> None:

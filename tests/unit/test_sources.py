@@ -556,4 +556,5 @@ def test_confidences_are_corrected_by_what_came_true() -> None:
     assert right.confidences == pytest.approx([2 / 5, 2 / 5], abs=0.05)
     assert other.confidences == pytest.approx([0.0], abs=0.01), "another bin, never right"
     source.release("r")
-    assert not source._calibration._proposed
+    source.observe([DraftOutcome("r", TokenTree.chain(1, (5,)), VerifiedPath((1,), 6), None)])
+    assert source.continuations(context([1]))[0].confidences == right.confidences, "forgotten, not counted"

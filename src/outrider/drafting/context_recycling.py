@@ -25,7 +25,7 @@ from outrider.drafting.context_table import Candidates, Context, ContextTable, l
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.sources.guess_tree import GuessTree, grow
 from outrider.drafting.top_tokens import top_tokens
-from outrider.sampling.noise import GumbelRow, Purpose
+from outrider.sampling.noise import Purpose, rank_with_noise
 from outrider.token_tree import TokenTree
 
 MIN_PATH_PROB = 0.01  # less likely nodes are not worth looking for
@@ -104,7 +104,6 @@ class _Request:
     num_kept: candidates kept of what the target says.
     num_known: tokens of the text that have been learnt.
     tail: the last of them, up to the root.
-    noises: by position, what the target will choose with.
     made: the last tree, and what was predicted below its nodes; -1 is the root.
     """
 
@@ -112,7 +111,6 @@ class _Request:
     num_kept: int
     num_known: int = 0
     tail: Context = ()
-    noises: dict[int, GumbelRow] = field(default_factory=dict)
     made: GuessTree = field(default_factory=GuessTree)
     predictions: dict[int, Prediction] = field(default_factory=dict)
 
@@ -170,7 +168,6 @@ class ContextRecyclingDrafter:
         request.table.learn_seen(tokens, request.num_known)
         request.num_known = len(tokens)
         request.tail = tuple(tokens[-longest:])
-        request.noises = {at: noise for at, noise in request.noises.items() if at >= len(tokens)}
         rates = self._greedy if context.params.greedy else self._sampled
         step = _Step(context, request, rates, noisy)
         predictions: dict[int, Prediction] = {}
@@ -232,7 +229,7 @@ class ContextRecyclingDrafter:
             if candidates.logits is None or not step.noisy:
                 tokens = candidates.tokens
             else:
-                tokens = candidates.with_noise(self._noise(step, depth), step.context.params.temperature, count)
+                tokens = self._ranked(step, candidates, depth)
             new = [token for token in tokens if token not in proposed][:count] if proposed else tokens[:count]
             if new:
                 found.append((of_length[index], new))
@@ -241,13 +238,21 @@ class ContextRecyclingDrafter:
                     break
         return found, num_known + 1
 
-    def _noise(self, step: _Step, depth: int) -> GumbelRow:
-        """What the target chooses with after a place `depth` tokens behind the root."""
-        noises, position = step.request.noises, len(step.context.token_ids) + depth
-        noise = noises.get(position)
-        if noise is None:
-            noise = noises[position] = GumbelRow(step.context.seed, position, Purpose.TARGET, self._vocab_size)
-        return noise
+    def _ranked(self, step: _Step, candidates: Candidates, depth: int) -> list[int]:
+        """Candidates as the target will rank them after a place `depth` tokens behind the root."""
+        assert candidates.token_row is not None, "what was only seen has no logits"
+        assert candidates.logits is not None, "what was only seen has no logits"
+        context = step.context
+        return rank_with_noise(
+            candidates.token_row,
+            candidates.logits,
+            self._num_candidates,
+            temperature=context.params.temperature,
+            seed=context.seed,
+            position=len(context.token_ids) + depth,
+            purpose=Purpose.TARGET,
+            vocab_size=self._vocab_size,
+        )
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:

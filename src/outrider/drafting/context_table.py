@@ -8,8 +8,6 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.sampling.noise import GumbelRow
-
 LENGTHS = (1, 2, 3, 4, 8, 16, 32, 64)  # of contexts, as far as they are allowed
 
 Context = tuple[int, ...]
@@ -32,15 +30,6 @@ class Candidates:
         self.tokens = tokens
         self.token_row = token_row
         self.logits = logits
-
-    def with_noise(self, noise: GumbelRow, temperature: float, count: int) -> list[int]:
-        """The first `count` tokens as the target would rank them with this noise."""
-        assert self.token_row is not None, "what was only seen has no logits"
-        assert self.logits is not None, "what was only seen has no logits"
-        keys = noise.of(self.token_row)
-        keys *= -temperature
-        keys -= self.logits
-        return self.token_row.take(keys.argsort(kind="stable")[:count]).tolist()
 
 
 class ContextTable:

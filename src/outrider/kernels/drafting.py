@@ -1,4 +1,4 @@
-"""What drafting computes in compiled code: the few largest logits, noise of single tokens, statistics and trees.
+"""What drafting computes in compiled code: the few largest logits, ranks with noise, statistics and trees.
 
 Whoever calls these has the same in Python, for machines without compiled kernels; tests compare the two.
 """
@@ -36,26 +36,10 @@ def largest(rows: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], N
     num_rows, size = rows.shape
     places = np.empty((num_rows, count), dtype=np.int64)
     values = np.empty((num_rows, count), dtype=np.float32)
-    module.largest(_address(rows), num_rows, size, count, _address(places), _address(values))
+    module.largest(address(rows), num_rows, size, count, address(places), address(values))
     return places, values
 
 
-def halves(
-    seed: int, position: int, purpose: int, trial: int, tokens: NDArray[np.int64]
-) -> NDArray[np.uint32] | None:
-    """The halves of Philox words that belong to ``[num_tokens]`` tokens, as `sampling/noise.py` lays them out.
-
-    Returns:
-        ``[num_tokens]``; None without compiled code.
-    """
-    module = compiled()
-    if module is None:
-        return None
-    tokens = np.ascontiguousarray(tokens, dtype=np.int64)
-    made = np.empty(len(tokens), dtype=np.uint32)
-    module.halves(seed, position, purpose, trial, _address(tokens), len(tokens), _address(made))
-    return made
-
-
-def _address(array: NDArray[Any]) -> int:
+def address(array: NDArray[Any]) -> int:
+    """Where a contiguous array's numbers stand."""
     return array.__array_interface__["data"][0]

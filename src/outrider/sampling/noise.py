@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider.kernels.drafting import halves
+from outrider.kernels.drafting import compiled
 
 MEMO_BYTES = 32 * 2**20
 
@@ -89,27 +89,34 @@ def gumbel_noise(seed: int, position: int, purpose: Purpose, vocab_size: int, tr
     return row
 
 
-class GumbelRow:
-    """The row that `gumbel_noise` gives, of which only a few tokens are wanted: bit for bit the same there.
+def rank_with_noise(
+    tokens: NDArray[np.int64],
+    logits: NDArray[np.float32],
+    count: int,
+    *,
+    temperature: float,
+    seed: int,
+    position: int,
+    purpose: Purpose,
+    vocab_size: int,
+) -> list[int]:
+    """The first `count` of some tokens as whoever chooses with this noise would rank them, of equals the first.
 
-    Compiled code draws the words of these tokens alone; without it the whole row is drawn.
+    Compiled code draws the noise of these tokens alone, and leaves what the rounding of a logarithm could decide to
+    NumPy, so the ranks are those of the row that `gumbel_noise` gives.
+
+    Args:
+        tokens, logits: ``[num_tokens]``, contiguous.
     """
-
-    __slots__ = ("_key", "_row")
-
-    def __init__(self, seed: int, position: int, purpose: Purpose, vocab_size: int, trial: int = 0) -> None:
-        self._key = seed, position, int(purpose), vocab_size, trial
-        self._row: NDArray[np.float32] | None = _memo.get(self._key)
-
-    def of(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The noise of ``[num_tokens]`` tokens, in a new array."""
-        if self._row is None:
-            seed, position, purpose, vocab_size, trial = self._key
-            drawn = halves(seed, position, purpose, trial, tokens)
-            if drawn is not None:
-                return _gumbel(drawn)
-            self._row = gumbel_noise(seed, position, Purpose(purpose), vocab_size, trial)
-        return self._row.take(tokens)
+    module = compiled()
+    if module is not None:
+        ranked = module.rank_with_noise(seed, position, int(purpose), tokens, logits, temperature, count)
+        if ranked:
+            return ranked
+    keys = gumbel_noise(seed, position, purpose, vocab_size).take(tokens)
+    keys *= -temperature
+    keys -= logits
+    return tokens.take(keys.argsort(kind="stable")[:count]).tolist()
 
 
 def _gumbel(halves: NDArray[np.uint32]) -> NDArray[np.float32]:

@@ -8,11 +8,14 @@ have read the same text, so their agreement says little more than one of them), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import starmap
+from typing import Protocol
 
 from outrider.drafting.drafter import DraftContext, DraftOutcome
 from outrider.drafting.source import Source
 from outrider.drafting.tree_merge import WeightedPath
+from outrider.kernels.drafting import compiled
 
 NUM_BINS = 10  # of confidences below 1; 1 itself has a bin of its own
 NUM_BELIEVED = 8  # observations that a source's own word counts for, in each bin
@@ -23,6 +26,31 @@ class Calibration:
     """Corrects confidences, bin by bin, by the share of the guesses that came true."""
 
     def __init__(self) -> None:
+        module = compiled()
+        self._bins: _Bins = PythonBins() if module is None else module.Calibration()
+
+    def corrected(self, request_id: str, paths: Sequence[WeightedPath]) -> list[WeightedPath]:
+        """Paths as they are to be believed; what becomes of them is counted when the request's next tokens come."""
+        return list(starmap(WeightedPath, self._bins.corrected(request_id, paths)))
+
+    def observe(self, request_id: str, new_tokens: Sequence[int]) -> None:
+        """Count the guesses whose path was right so far, verified or not: what came is known."""
+        self._bins.observe(request_id, new_tokens)
+
+    def release(self, request_id: str) -> None:
+        self._bins.release(request_id)
+
+
+class _Bins(Protocol):
+    def corrected(
+        self, request_id: str, paths: Sequence[WeightedPath]
+    ) -> Iterable[tuple[Sequence[int], Sequence[float]]]: ...
+    def observe(self, request_id: str, new_tokens: Sequence[int]) -> None: ...
+    def release(self, request_id: str) -> None: ...
+
+
+class PythonBins:
+    def __init__(self) -> None:
         self._promised = [min((index + 0.5) / NUM_BINS, 1.0) * NUM_BELIEVED for index in range(NUM_BINS + 1)]
         self._right = list(self._promised)
         self._num_observed = [float(NUM_BELIEVED)] * (NUM_BINS + 1)
@@ -30,7 +58,6 @@ class Calibration:
         self._proposed: dict[str, Sequence[WeightedPath]] = {}  # by request, with the guesses' own confidences
 
     def corrected(self, request_id: str, paths: Sequence[WeightedPath]) -> list[WeightedPath]:
-        """Paths as they are to be believed; what becomes of them is counted when the request's next tokens come."""
         self._proposed[request_id] = paths
         factors = self._factors
         return [
@@ -45,7 +72,6 @@ class Calibration:
         ]
 
     def observe(self, request_id: str, new_tokens: Sequence[int]) -> None:
-        """Count the guesses whose path was right so far, verified or not: what came is known."""
         paths = self._proposed.pop(request_id, ())
         for depth, token in enumerate(new_tokens):
             guesses: dict[int, float] = {}  # where several say the same, the most confident one counts

@@ -105,10 +105,12 @@ class DatastoreSource:
         self._last_match: dict[str, tuple[int, int]] = {}  # tokens of the context, tokens that matched
 
     def continuations(self, context: DraftContext) -> Sequence[WeightedPath]:
+        depth = min(self._config.depth, context.max_depth)
+        if min(depth, context.max_nodes) <= 0:
+            return ()  # and nothing to learn: how long a match can be follows from the last one that was looked for
         query = self._query(context)
         length = self._longest(query)
         self._last_match[context.request_id] = len(context.token_ids), length
-        depth = min(self._config.depth, context.max_depth)
         paths: list[WeightedPath] = []
         num_looked_at = num_matches = 0
         while length and num_looked_at < self._config.num_lengths:

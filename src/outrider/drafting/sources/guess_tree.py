@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import prod
 from operator import mul
 from typing import TypeVar
 
@@ -60,17 +61,21 @@ def grow(
     max_nodes: int,
     max_depth: int,
     min_path_prob: float = 0.0,
+    chain: GuessTree | None = None,
 ) -> GuessTree:
     """The tree with the greatest score.
 
     Args:
+        root: the state of the root, or of the end of `chain`.
         successors: of a node in a tree at a depth (-1 and 0 for the root) with its state: tokens, their probs and
             states, at most `max_nodes`, the most probable first.
         min_path_prob: nodes with a smaller product are left out.
+        chain: what is known to come first, without an alternative; it is grown on.
     """
-    made = GuessTree()
+    made = chain or GuessTree()
     heap: list[tuple[float, int, int, int, float, int, State]] = []
-    product, node, depth, state, order = 1.0, -1, 0, root, 0
+    product, depth, state, order = prod(made.probs, start=1.0), len(made.tokens), root, 0
+    node = depth - 1
     while True:
         if depth < max_depth:
             for token, prob, below in successors(made, node, depth, state):

@@ -86,6 +86,11 @@ class SuffixTree:
         """A token of a node's label; the offset must lie below its `known_length`."""
         return self._text[node.start - self._base + offset]
 
+    def tokens_at(self, node: Node, offset: int, count: int) -> Sequence[int]:
+        """At most `count` tokens of a node's label from an offset on, as far as the text has them."""
+        start = node.start - self._base
+        return self._text[start + offset : start + min(node.length, offset + max(count, 0))]
+
     def known_length(self, node: Node) -> int:
         """How much of a node's label the text already has."""
         return min(node.length, self._base + len(self._text) - node.start)

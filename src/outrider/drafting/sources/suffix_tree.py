@@ -68,8 +68,25 @@ def speculate(place: Place, *, max_nodes: int, max_depth: int, min_path_prob: fl
         best = heapq.nlargest(max_nodes, children.items(), key=_by_count_and_recency)
         return [(token, child.count / total, (child, 1, child.count)) for token, child in best]
 
-    root = (place.node, place.offset, place.node.count - place.num_pending)
-    return grow(root, successors, max_nodes=max_nodes, max_depth=max_depth, min_path_prob=min_path_prob)
+    count = place.node.count - place.num_pending
+    chain = _along_edge(place, count, min(max_nodes, max_depth), min_path_prob)
+    end = (place.node, place.offset + len(chain.tokens), count)
+    return grow(end, successors, max_nodes=max_nodes, max_depth=max_depth, min_path_prob=min_path_prob, chain=chain)
+
+
+def _along_edge(place: Place, count: int, max_nodes: int, min_path_prob: float) -> GuessTree:
+    """What stands on the edge of a match behind it: nothing else has followed."""
+    chain, product = GuessTree(), 1.0
+    for depth, token in enumerate(place.tree.tokens_at(place.node, place.offset, max_nodes)):
+        prob = count / (count + place.escape / (place.length + depth))
+        product *= prob
+        if product < min_path_prob:
+            break
+        chain.tokens.append(token)
+        chain.parents.append(depth - 1)
+        chain.probs.append(prob)
+        chain.score += product
+    return chain
 
 
 def _by_count_and_recency(child: tuple[int, Node]) -> tuple[int, int]:

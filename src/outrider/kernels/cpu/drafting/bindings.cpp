@@ -1,17 +1,21 @@
 // What drafting and its noise compute natively: bound to Python, where drafting/ and sampling/ hold the same in Python.
 #include "bindings.h"
 
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
+#include "calibration.h"
 #include "largest.h"
+#include "noise.h"
 #include "paths.h"
-#include "philox.h"
 #include "trigrams.h"
 
 namespace nb = nanobind;
@@ -20,6 +24,8 @@ namespace outrider {
 namespace {
 
 using Address = uint64_t;
+template <class T>
+using Row = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 template <class T>
 T* at(Address address) {
@@ -39,15 +45,33 @@ std::vector<T> numbers(nb::handle sequence, int64_t most) {
 }
 
 template <class T>
+nb::list as_list(const std::vector<T>& values) {
+    nb::object made = nb::steal(PyList_New(static_cast<Py_ssize_t>(values.size())));
+    for (size_t i = 0; i < values.size(); ++i) PyList_SET_ITEM(made.ptr(), i, nb::cast(values[i]).release().ptr());
+    return nb::borrow<nb::list>(made);
+}
+
+template <class T>
 nb::tuple as_tuple(const std::vector<T>& values) {
     nb::object made = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
     for (size_t i = 0; i < values.size(); ++i) PyTuple_SET_ITEM(made.ptr(), i, nb::cast(values[i]).release().ptr());
     return nb::borrow<nb::tuple>(made);
 }
 
+std::vector<WeightedPath> read_paths(nb::handle paths, int64_t most) {
+    std::vector<WeightedPath> found;
+    for (nb::handle path : paths) {
+        WeightedPath& made = found.emplace_back();
+        made.tokens = numbers<int64_t>(path[0], most);
+        made.confidences = numbers<double>(path[1], static_cast<int64_t>(made.tokens.size()));
+        if (made.confidences.size() < made.tokens.size()) throw std::invalid_argument("a path with too few confidences");
+    }
+    return found;
+}
+
 nb::list as_pairs(const std::vector<WeightedPath>& paths) {
     nb::list pairs;
-    for (const WeightedPath& path : paths) pairs.append(nb::make_tuple(as_tuple(path.tokens), as_tuple(path.confidences)));
+    for (const WeightedPath& path : paths) pairs.append(nb::make_tuple(as_list(path.tokens), as_list(path.confidences)));
     return pairs;
 }
 
@@ -60,10 +84,11 @@ void bind_drafting(nb::module_& m) {
             largest.find(at<const float>(rows) + row * size, at<int64_t>(tokens) + row * count, at<float>(values) + row * count);
         }
     }, nb::call_guard<nb::gil_scoped_release>());
-    m.def("halves", [](uint64_t seed, uint64_t position, uint64_t purpose, uint64_t trial, Address tokens, int64_t num_tokens,
-                       Address halves) {
-        const PhiloxStream stream = {seed, position, purpose, trial};
-        for (int64_t i = 0; i < num_tokens; ++i) at<uint32_t>(halves)[i] = stream.half(at<const int64_t>(tokens)[i]);
+    m.def("rank_with_noise", [](uint64_t seed, uint64_t position, uint64_t purpose, Row<int64_t> tokens, Row<float> logits,
+                                float temperature, int64_t count) {
+        if (tokens.size() != logits.size()) throw std::invalid_argument("logits: expected one for each token");
+        return rank_with_noise({seed, position, purpose, 0}, tokens.data(), logits.data(),
+                               static_cast<int64_t>(tokens.size()), temperature, count);
     });
 
     nb::class_<Trigrams>(m, "Trigrams")
@@ -100,6 +125,15 @@ void bind_drafting(nb::module_& m) {
         return as_pairs(found);
     }, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 
+    nb::class_<Calibration>(m, "Calibration")
+        .def(nb::init<>())
+        .def("corrected", [](Calibration& self, const std::string& request_id, nb::sequence paths) {
+            return as_pairs(self.corrected(request_id, read_paths(paths, INT64_MAX)));
+        })
+        .def("observe", [](Calibration& self, const std::string& request_id, nb::sequence new_tokens) {
+            self.observe(request_id, numbers<int64_t>(new_tokens, INT64_MAX));
+        })
+        .def("release", &Calibration::release);
     m.def("weighted_paths", [](nb::sequence candidates, int64_t max_paths) {
         PathWeights weights;
         for (nb::handle candidate : candidates) {
@@ -110,14 +144,7 @@ void bind_drafting(nb::module_& m) {
         return as_pairs(weights.weigh(max_paths));
     });
     m.def("merge_paths", [](int64_t root, nb::sequence paths, int64_t max_nodes, int64_t max_depth, double min_path_prob) {
-        std::vector<WeightedPath> read;
-        for (nb::handle path : paths) {
-            WeightedPath& made = read.emplace_back();
-            made.tokens = numbers<int64_t>(path[0], std::min(max_nodes, max_depth));
-            made.confidences = numbers<double>(path[1], static_cast<int64_t>(made.tokens.size()));
-            if (made.confidences.size() < made.tokens.size()) throw std::invalid_argument("a path with too few confidences");
-        }
-        const MergedTree tree = merge_paths(root, read, max_nodes, min_path_prob);
+        const MergedTree tree = merge_paths(root, read_paths(paths, std::min(max_nodes, max_depth)), max_nodes, min_path_prob);
         return nb::make_tuple(as_tuple(tree.tokens), as_tuple(tree.parents), as_tuple(tree.confidences));
     });
 }

@@ -1,4 +1,4 @@
-// Guesses of what follows, as paths: weighing and merging; drafting/paths in C++, addition for addition.
+// Guesses of what follows, as paths: weighing and merging them as the Python of drafting/ does, addition for addition.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,11 @@
 #include <vector>
 
 namespace outrider {
+
+struct Candidate {
+    int64_t token;
+    double probability;
+};
 
 struct WeightedPath {
     std::vector<int64_t> tokens;

@@ -9,12 +9,9 @@
 #include <utility>
 #include <vector>
 
-namespace outrider {
+#include "paths.h"
 
-struct Candidate {
-    int64_t token;
-    double probability;
-};
+namespace outrider {
 
 constexpr int64_t kNothing = -1;     // before a token that stands by itself
 constexpr double kSingleRate = 0.5;  // SINGLE_RATE
