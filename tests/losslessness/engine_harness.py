@@ -75,16 +75,13 @@ def toy_datastore(vocab_size: int) -> DatastoreConfig:
 
 DRAFTERS: dict[str, DrafterConfig] = {
     "none": NoDrafterConfig(),
-    "auto": AutoConfig(
-        drafters=[
-            "ngram",
-            "recycling",
-            DraftModelConfig(growth="specexec", max_expanded=3, depth=6, min_path_prob=0.0),
-        ],
-        exploration=1.0,
-    ),
+    "auto": AutoConfig(drafters=["ngram", "recycling", "draft_model"], exploration=1.0),
     "auto-sparing": AutoConfig(
-        drafters=[{"method": "draft_model", "depth": 3, "width": 2, "max_expanded": 2, "min_path_prob": 0.0}, "merge"]
+        drafters=[
+            {"method": "draft_model", "depth": 3, "width": 2, "max_expanded": 2, "min_path_prob": 0.0},
+            "merge",
+        ],
+        exploration=0.1,
     ),
     "ngram": NgramConfig(),
     "anpd": AnpdConfig(),

@@ -13,7 +13,6 @@ from outrider.cache.prefix_index import ROOT, PrefixIndex
 from outrider.config import SchedulerConfig
 from outrider.engine import engine as engine_module
 from outrider.engine import scheduler as scheduler_module
-from outrider.errors import CacheError
 from outrider.kernels.native import ISA_VARIABLE, REFERENCE
 from outrider.models import batch as batch_module
 from outrider.sampling.sampler import KeyedDecisions
@@ -159,7 +158,7 @@ def resumed_as_if_computed(patch: Patch) -> None:
 
 MUTANTS: dict[str, tuple[Callable[[Patch], None], str, type[Exception]]] = {
     "no move": (no_move, "recycling", AssertionError),
-    "one row too many": (one_row_too_many, "ngram", CacheError),
+    "one row too many": (one_row_too_many, "ngram", AssertionError),
     "noise of the root": (noise_of_the_root, "ngram", AssertionError),
     "penalties of the root": (penalties_of_the_root, "draft_model-tree", AssertionError),
     "stop after the block": (stop_after_the_block, "ngram", AssertionError),
