@@ -97,7 +97,9 @@ template <int R, bool kZeros>
 void tile_int4(const uint32_t* __restrict units, const int32_t* __restrict sums, const uint8_t* __restrict panel,
                int64_t num_groups, int group_size, float* __restrict tile, Ahead ahead) {
     const __m512i low = _mm512_set1_epi8(0x0f);
-    for (int r = 0; r < 2 * R; ++r) store(tile + 16 * r, _mm512_setzero_ps());
+    vf total[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) total[r][0] = total[r][1] = _mm512_setzero_ps();
     for (int64_t g = 0; g < num_groups; ++g, sums += R) {
         const uint16_t* head = reinterpret_cast<const uint16_t*>(panel);
         panel += kZeros ? 128 : 64;
@@ -123,7 +125,6 @@ void tile_int4(const uint32_t* __restrict units, const int32_t* __restrict sums,
                 dot_bytes(sum[r][1], w1, v);
             }
         }
-        // The totals live in the tile: registers hold the integers.
         const vf scale0 = load_f16(head), scale1 = load_f16(head + 16);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
@@ -133,10 +134,11 @@ void tile_int4(const uint32_t* __restrict units, const int32_t* __restrict sums,
                 s0 = fma(row_sum, load_f16(head + 32), s0);
                 s1 = fma(row_sum, load_f16(head + 48), s1);
             }
-            store(tile + r * kPanel, fma(s0, scale0, load(tile + r * kPanel)));
-            store(tile + r * kPanel + 16, fma(s1, scale1, load(tile + r * kPanel + 16)));
+            total[r][0] = fma(s0, scale0, total[r][0]);
+            total[r][1] = fma(s1, scale1, total[r][1]);
         }
     }
+    store_tile<R>(total, tile);
 }
 
 }  // namespace OUTRIDER_LEVEL
