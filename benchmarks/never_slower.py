@@ -1,4 +1,4 @@
-"""Does `auto` ever lose? Plain decoding and the planner take turns, batch by batch, on what drafts cannot guess.
+r"""Does `auto` ever lose? Plain decoding and the planner take turns, batch by batch, on what drafts cannot guess.
 
 Memory on shared machines changes its speed within seconds, so batches are decoded by both, one after the other. Who
 is second is up to a quarter faster with a small model, so a pair is two batches, one in each order, and its ratio
@@ -6,16 +6,20 @@ that of the sums; what counts is the median over pairs. Outputs are compared tok
 
     OMP_NUM_THREADS=2 python benchmarks/never_slower.py --model build/inflated --dtype bfloat16 \
         --draft-model src/outrider/bundled/draft --output benchmarks/results/NAME.json
+    OMP_NUM_THREADS=2 python benchmarks/never_slower.py --contenders draft-model --cases random-1.5-b16 --pairs 9
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,71 +28,125 @@ from outrider.bench.report import environment
 from outrider.bench.workloads import open_workload
 from outrider.config import SchedulerConfig
 
-# (workload, temperature, batch size, prompts of a run, pairs, tokens). A run of as many prompts as the batch
-# holds ends with its slowest request, however fast the others were; of three times as many the batch stays full.
-CASES = (
-    ("random", 1.5, 1, 1, 9, 96),
-    ("code", 0.8, 1, 1, 9, 96),
-    ("code", 2.0, 1, 1, 9, 96),
-    ("code", 1.0, 4, 12, 5, 48),
-    ("code", 1.0, 16, 16, 5, 48),
-    ("code", 1.0, 16, 48, 3, 48),
-    ("random", 1.5, 16, 16, 5, 48),
-    ("random", 1.5, 48, 48, 3, 32),
-)
+
+@dataclass(frozen=True)
+class Case:
+    """Attributes:
+    num_prompts: of a run. One of as many prompts as the batch holds ends with its slowest request, however fast the
+        others were; of three times as many the batch stays full.
+    num_pairs: of runs.
+    max_tokens: of each output.
+    """
+
+    workload: str
+    temperature: float
+    batch_size: int
+    num_prompts: int
+    num_pairs: int
+    max_tokens: int
+
+    @property
+    def name(self) -> str:
+        name = f"{self.workload}-{self.temperature}-b{self.batch_size}"
+        return name if self.num_prompts == self.batch_size else f"{name}-of-{self.num_prompts}"
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("random", 1.5, 1, 1, 9, 96),
+        Case("code", 0.8, 1, 1, 9, 96),
+        Case("code", 2.0, 1, 1, 9, 96),
+        Case("code", 1.0, 4, 12, 5, 48),
+        Case("code", 1.0, 16, 16, 5, 48),
+        Case("code", 1.0, 16, 48, 3, 48),
+        Case("random", 1.5, 16, 16, 5, 48),
+        Case("random", 1.5, 48, 48, 3, 32),
+    )
+}
+CONTENDERS = ("training-free", "draft-model")
 MAX_PROMPTS = 48  # more runs take them again, with other seeds
 WARM_UP = "def main():\n"
+CASES_HELP = f"workload, temperature and batch size; all unless named: {', '.join(CASES)}"
+
+
+def arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="the bundled one unless given")
+    parser.add_argument("--draft-model", help="of the contender that has one; the bundled target has its own")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--cache-gb", type=float, default=0.5)
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, help="what `auto` chooses from; both if it can"
+    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=CASES_HELP)
+    parser.add_argument("--pairs", type=int, help="pairs of runs of every case, instead of each one's own number")
+    parser.add_argument("--output", help="JSON, written after every case")
+    args = parser.parse_args(argv)
+    has_draft = args.model is None or args.draft_model is not None
+    if args.contenders is None:
+        args.contenders = CONTENDERS if has_draft else CONTENDERS[:1]
+    elif "draft-model" in args.contenders and not has_draft:
+        parser.error("--contenders: got draft-model without a draft model, expected --draft-model with --model")
+    if args.pairs is not None and args.pairs < 1:
+        parser.error(f"--pairs: got {args.pairs}, expected 1 or more")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model")
-    parser.add_argument("--draft-model")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--cache-gb", type=float, default=0.5)
-    parser.add_argument("--output")
-    args = parser.parse_args()
+    args = arguments(sys.argv[1:])
     plain = LLM(
         args.model,
         decoding="none",
         dtype=args.dtype,
         cache={"prefix_caching": False, "memory_gb": args.cache_gb},
     )
-    contenders = {
+    specs: dict[str, dict[str, Any]] = {
         "training-free": {"method": "auto"}
         if args.model
         else {"method": "auto", "drafters": ["suffix", "recycling"]},
-        "with a draft model": {"method": "auto", "draft_model": args.draft_model},
+        "draft-model": {"method": "auto", "draft_model": args.draft_model},
     }
-    if args.draft_model is None and args.model is not None:
-        del contenders["with a draft model"]
-    record: dict[str, Any] = {"environment": environment(), "rows": []}
-    for name, spec in contenders.items():
-        for row in measure(plain, name, spec):
+    cases = [CASES[name] for name in args.cases]
+    if args.pairs is not None:
+        cases = [replace(case, num_pairs=args.pairs) for case in cases]
+    record: dict[str, Any] = {"command": command_line(), "environment": environment(), "rows": []}
+    for name in args.contenders:
+        for row in measure(plain, name, specs[name], cases):
             record["rows"].append(row)
             if args.output:  # an interruption leaves what there is
                 Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def measure(plain: LLM, name: str, spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def command_line() -> str:
+    """What was typed, to be pasted from a result."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return shlex.join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", *sys.argv])
+
+
+def measure(plain: LLM, name: str, spec: dict[str, Any], cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
     """One row a case, printed as it is done."""
-    for workload, temperature, batch_size, num_prompts, pairs, max_tokens in CASES:
-        plain.config = replace(plain.config, scheduler=SchedulerConfig(max_num_seqs=batch_size))
+    for case in cases:
+        num_prompts = case.num_prompts
+        plain.config = replace(plain.config, scheduler=SchedulerConfig(max_num_seqs=case.batch_size))
         auto = plain.with_decoding(spec)
-        encoded = open_workload(workload, min(MAX_PROMPTS, 2 * num_prompts * pairs)).encode(
+        encoded = open_workload(case.workload, min(MAX_PROMPTS, 2 * num_prompts * case.num_pairs)).encode(
             plain.tokenizer.encode, vocab_size=plain.model.vocab_size, room=400
         )
         ratios, equal, tokens = [], True, 0
         plain = plain.with_decoding("none")  # a cache as fresh as the other's
         for llm in (plain, auto):
             llm.generate(WARM_UP, SamplingParams(temperature=0.0, max_tokens=8))
-        for pair in range(pairs):
+        for pair in range(case.num_pairs):
             seconds = {"plain": 0.0, "auto": 0.0}
             for run, order in enumerate((("plain", "auto"), ("auto", "plain")), 2 * pair):
                 # A seed for each prompt: at a high temperature equal noise makes equal texts, which are no test.
                 params = [
                     SamplingParams(
-                        temperature=temperature, seed=100 * run + i, max_tokens=max_tokens, ignore_eos=True
+                        temperature=case.temperature,
+                        seed=100 * run + i,
+                        max_tokens=case.max_tokens,
+                        ignore_eos=True,
                     )
                     for i in range(num_prompts)
                 ]
@@ -108,9 +166,10 @@ def measure(plain: LLM, name: str, spec: dict[str, Any]) -> Iterator[dict[str, A
         stats = auto.engine.stats
         row = {
             "auto": name,
-            "workload": workload,
-            "temperature": temperature,
-            "batch_size": batch_size,
+            "case": case.name,
+            "workload": case.workload,
+            "temperature": case.temperature,
+            "batch_size": case.batch_size,
             "num_prompts": num_prompts,
             "speedup_median": statistics.median(ratios),
             "speedups": ratios,
@@ -120,7 +179,7 @@ def measure(plain: LLM, name: str, spec: dict[str, Any]) -> Iterator[dict[str, A
             "num_tokens": tokens,
         }
         print(
-            f"{name}, {workload}, temperature {temperature}, batch {batch_size} of {num_prompts}: "
+            f"{name}, {case.name}: "
             f"{row['speedup_median']:.3f}x ({min(ratios):.3f} to {max(ratios):.3f}), "
             f"{stats.acceptance_length:.2f} tokens a step, "
             f"{'equal' if equal else 'DIFFERENT'}",

@@ -1,0 +1,52 @@
+"""`benchmarks/never_slower.py`: which cases it runs, and that its record says so."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import never_slower
+
+
+def test_cases_are_chosen_by_name_and_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(never_slower.CASES) == 8, "no two of one name"
+    assert never_slower.arguments([]).cases == list(never_slower.CASES)
+    chosen = never_slower.arguments(["--cases", "random-1.5-b1", "code-1.0-b16-of-48", "--pairs", "9"])
+    assert [never_slower.CASES[name].num_prompts for name in chosen.cases] == [1, 48]
+    with pytest.raises(SystemExit) as ended:
+        never_slower.arguments(["--help"])
+    assert ended.value.code == 0
+    listed = capsys.readouterr().out.split()
+    assert all(f"{name}," in listed or name in listed for name in never_slower.CASES)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--cases", "random"],
+        ["--pairs", "0"],
+        ["--model", "m", "--contenders", "draft-model"],
+        ["--contenders", "plain"],
+    ],
+)
+def test_what_cannot_be_run_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        never_slower.arguments(argv)
+    assert ended.value.code == 2
+    assert argv[-2] in capsys.readouterr().err
+
+
+def test_a_draft_model_contends_where_there_is_one() -> None:
+    assert never_slower.arguments([]).contenders == never_slower.CONTENDERS
+    assert never_slower.arguments(["--model", "m"]).contenders == ("training-free",)
+    assert never_slower.arguments(["--model", "m", "--draft-model", "d"]).contenders == never_slower.CONTENDERS
+
+
+def test_a_record_carries_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/never_slower.py", "--model", "my model"])
+    assert never_slower.command_line() == "OMP_NUM_THREADS=2 python benchmarks/never_slower.py --model 'my model'"
