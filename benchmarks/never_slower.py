@@ -75,6 +75,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="the bundled one unless given")
     parser.add_argument("--draft-model", help="of the contender that has one; the bundled target has its own")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--cache-gb", type=float, default=0.5)
     parser.add_argument(
         "--contenders", nargs="+", choices=CONTENDERS, help="what `auto` chooses from; both if it can"
@@ -99,6 +100,7 @@ def main() -> None:
         args.model,
         decoding="none",
         dtype=args.dtype,
+        device=args.device,
         cache={"prefix_caching": False, "memory_gb": args.cache_gb},
     )
     specs: dict[str, dict[str, Any]] = {
