@@ -7,6 +7,8 @@ import random
 import pytest
 
 from outrider.config import SchedulerConfig
+from outrider.drafting.drafter import FinishedText
+from outrider.drafting.plain import PlainDrafter
 from outrider.errors import CacheError
 from outrider.sampling.params import SamplingParams
 from tests.losslessness.engine_harness import DRAFTERS, decode, make_engine, make_request, run
@@ -114,6 +116,34 @@ def test_equal_to_plain_decoding_in_every_batch_mix(
         assert summary(request) == plain(name, prompt, SETTINGS[name]), name
     if prefix_caching and num_blocks == 400:
         assert sum(request.metrics.num_cached_tokens for request in again) > 0, "the second round was to hit"
+
+
+class ListeningDrafter(PlainDrafter):
+    def __init__(self) -> None:
+        self.heard: dict[str, list[FinishedText | None]] = {}
+
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
+        self.heard.setdefault(request_id, []).append(finished)
+
+
+def test_a_drafter_is_given_each_text_once_when_it_has_ended() -> None:
+    """With requests that lose their place in between, end by a stop token and are aborted."""
+    engine = make_engine(num_blocks=16)
+    engine.drafter = listening = ListeningDrafter()
+    requests = [make_request(f"r{i}", [1 + i, 2 + i, 3], SETTINGS["greedy"]) for i in range(8)]
+    aborted = make_request("aborted", [1, 2, 3], SETTINGS["greedy"])
+    engine.add(aborted)
+    for _ in range(3):
+        engine.step()
+    engine.abort(aborted)
+    run(engine, requests)
+    assert sum(request.metrics.num_preemptions for request in requests) >= 2
+    for request in (aborted, *requests):
+        *before, finished = listening.heard[request.request_id]
+        assert before == [None] * request.metrics.num_preemptions
+        assert finished is not None
+        assert list(finished.token_ids) == request.token_ids
+        assert finished.num_prompt_tokens == 3
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)

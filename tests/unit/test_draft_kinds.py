@@ -14,7 +14,7 @@ from outrider.cache.kv_cache import KVCache
 from outrider.config import DraftModelConfig, SortedDraftConfig, StagedConfig, drafter_config
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.draft_kinds import DraftParts, plain_draft, sorted_draft, staged_draft, translated_draft
-from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
@@ -162,7 +162,7 @@ def test_inner_drafters_never_take_rejected_tokens_for_the_text() -> None:
         def observe(self, outcomes) -> None:
             pass
 
-        def release(self, request_id: str) -> None:
+        def release(self, request_id: str, finished: FinishedText | None = None) -> None:
             pass
 
     config = StagedConfig(depth=4, min_path_prob=0.0)

@@ -19,7 +19,7 @@ from outrider.cache.kv_cache import KVCache
 from outrider.config import AutoConfig, drafter_config
 from outrider.drafting.acceptance import CENTRES, AcceptanceEstimator
 from outrider.drafting.auto import AutoDrafter
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.planner import choose_nodes
 from outrider.engine.calibration import forward_cost_of, measure
@@ -225,7 +225,7 @@ class SimulatedDrafter:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         pass
 
 
@@ -308,7 +308,7 @@ class LaboriousDrafter(SimulatedDrafter):
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         self.clock.now += self.observing_s
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         if request_id in self.known:
             self.clock.now += self.forgetting_s
         self.known.discard(request_id)
@@ -335,6 +335,33 @@ def test_whatever_a_drafter_spends_is_in_its_account(work: str) -> None:
         auto.release(f"r{index}")
         num_tokens += len(text) - 10
     assert clock.now < 1.02 * num_tokens
+
+
+class ListeningDrafter(SimulatedDrafter):
+    """Attributes:
+    heard: texts that it was given when their requests had finished."""
+
+    heard: list[FinishedText | None]
+
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
+        self.heard.append(finished)
+
+
+def test_whole_texts_are_given_to_drafters_that_slept_unless_they_cannot_pay() -> None:
+    clock = Clock()
+    drafter = ListeningDrafter("listening", clock, 0.5, always(0.0), 0.3)
+    drafter.heard = []
+    _, auto = decode([drafter], clock, 500, batch=2)
+    assert auto.num_chosen["listening"] < 100, "it slept in most steps"
+    (arm,) = auto._arms
+    text = FinishedText([1, 2, 3], 1)
+    arm.credit = -1.0
+    auto.release("r0", text)
+    auto.release("never asked", text)
+    arm.credit = 1.0
+    auto.release("never asked either", text)
+    auto.release("r1")
+    assert drafter.heard == [text, None, text, None], "reading a text is work"
 
 
 class SlowClock(Clock):
@@ -447,7 +474,7 @@ class ScriptedDrafter:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         pass
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.realignment import TextReader, TokenFollower, continuation
 from outrider.drafting.text_draft import TextDrafter
 from outrider.engine.tokenizer_pair import TokenizerPair
@@ -195,7 +195,7 @@ class Oracle:
             self.kept = [*self.known[outcome.request_id], *outcome.new_tokens[:-1]]
             self.num_committed += len(outcome.path.accepted_nodes)
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self.num_restarts += 1
 
 

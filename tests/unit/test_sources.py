@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.bench.replay import Recording, ReplayResult, replay
-from outrider.config import NgramConfig, drafter_config
+from outrider.config import HistoryConfig, NgramConfig, drafter_config
 from outrider.drafting.build import TargetParts, build_drafter
-from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.sources.anpd import NgramModel
 from outrider.drafting.sources.calibration import CalibratedSource
 from outrider.drafting.sources.hash_index import HashIndex
 from outrider.drafting.sources.hierarchy import HierarchyDrafter
-from outrider.drafting.sources.history import HistoryStore
-from outrider.drafting.sources.matches import DISCOUNTS, MAX_LENGTH, NgramIndex, match_length, weighted_paths
+from outrider.drafting.sources.history import HistorySource, HistoryStore
+from outrider.drafting.sources.matches import (
+    DISCOUNTS,
+    END_OF_TEXT,
+    MAX_LENGTH,
+    NgramIndex,
+    match_length,
+    weighted_paths,
+)
 from outrider.drafting.sources.ngram import NgramSource
 from outrider.drafting.sources.trigrams import PythonMatrix, SearchLimits, new_matrix, predict, search
 from outrider.drafting.tree_merge import WeightedPath
 from outrider.errors import ConfigError
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree, VerifiedPath
+from outrider.verification.coupled import follow_choices
 
 GREEDY = SamplingParams(temperature=0.0)
 CHAINS = DraftStyle(chains_only=True)
@@ -400,22 +410,81 @@ def test_edit_comes_back_from_an_excursion_to_the_instruction() -> None:
 # History and hierarchy
 
 
-def feed(drafter: Drafter, request: str, tokens: Sequence[int]) -> None:
-    for before, after in pairwise(tokens):
-        tree = TokenTree.root_only(before)
-        drafter.observe([DraftOutcome(request, tree, VerifiedPath((), after), None)])
+def feed(drafter: Drafter, request: str, tokens: Sequence[int], steps: Iterable[int] | None = None) -> None:
+    """Let a drafter propose at these lengths of a text of one prompt token, at all of them if none are given."""
+    for length in steps or range(1, len(tokens)):
+        propose(drafter, tokens[:length], prompt=1, request=request)
 
 
 def test_history_proposes_what_another_request_generated() -> None:
     drafter = drafter_of({"method": "history", "lengths": [2], "depth": 3})
-    feed(drafter, "a", [1, 2, 3, 4, 5, 6])
+    output = [1, 2, 3, 4, 5, 6]
+    feed(drafter, "a", output)
     assert propose(drafter, [9, 2, 3], request="b").num_nodes == 1, "not before it ends"
-    drafter.release("a")
+    drafter.release("a", FinishedText(output, 1))
     assert paths(propose(drafter, [9, 2, 3], request="b")) == {(4, 5, 6)}
     assert propose(drafter, [9, 9, 3], request="b").num_nodes == 1
+    drafter.release("never seen", FinishedText([7, 8, 11, 12, 13], 2))
+    assert paths(propose(drafter, [9, 8, 11], request="b")) == {(12, 13)}
+    assert propose(drafter, [9, 7, 8], request="b").num_nodes == 1, "of a prompt nothing but its last token"
     long = drafter_of({"method": "history", "lengths": [2], "depth": 3, "segment": 4})
     feed(long, "a", range(20))
     assert (8, 9, 10) in paths(propose(long, [6, 7], request="b")), "a long one is stored as it goes"
+
+
+@given(st.sets(st.integers(1, 99)), st.integers(1, 20), st.integers(1, 40))
+def test_history_knows_every_place_of_an_output_however_rarely_it_was_asked(
+    steps: set[int], segment: int, prompt: int
+) -> None:
+    source = HistorySource(HistoryConfig(lengths=(2,), segment=segment, depth=3))
+    text = list(range(100))
+    for length in sorted(step for step in steps if step >= prompt):
+        source.continuations(context(text[:length], prompt=prompt))
+    source.release("r", FinishedText(text, prompt))
+    stored = [token for half, _ in source.store._halves for token in half]
+    assert all(after in (before + 1, END_OF_TEXT) for before, after in pairwise(stored) if before != END_OF_TEXT)
+    for place in range(prompt, 98):
+        found = source.store.candidates(text[: place + 1], 3, 4)
+        assert max((list(path) for path, _ in found), key=len) == text[place + 1 : place + 4]
+
+
+UNSAID = 90  # tokens from here on stand in no text
+LEARNING = [
+    "ngram",
+    "anpd",
+    "aded",
+    {"method": "copy", "references": [[5, 6, 7]]},
+    {"method": "history", "segment": 8},
+    "suffix",
+    "hierarchy",
+    "merge",
+    "recycling",
+    {"method": "recycling", "shape": "sequoia"},
+]
+
+
+@pytest.mark.parametrize("spec", LEARNING, ids=str)
+def test_what_is_learnt_has_no_gaps_however_rarely_a_drafter_is_asked(spec: object) -> None:
+    """Of texts that count 0, 1, 2, ..., each asked for in some steps alone, nothing but counting may be learnt."""
+    drafter, rng, num_drafted = drafter_of(spec), random.Random(5), 0
+    for request in map(str, range(6)):
+        text = list(range(UNSAID))
+        length = 2 + rng.randrange(3)
+        while length < len(text):
+            if rng.random() < 0.4:
+                tree = propose(drafter, text[:length], prompt=2, request=request)
+                pairs = [(tree.tokens[parent], tree.tokens[node]) for node, parent in enumerate(tree.parents) if node]
+                assert all(after == before + 1 or after >= UNSAID for before, after in pairs), pairs
+                num_drafted += len(pairs)
+                choices = [min(token + 1, 99) for token in tree.tokens]
+                logits = 2 * torch.eye(100)[choices]
+                logits[:, UNSAID:] += 1  # the target's other candidates
+                path = follow_choices(tree, choices)
+                drafter.observe([DraftOutcome(request, tree, path, logits, choices)])
+                length += len(path.accepted_nodes)
+            length += 1
+        drafter.release(request, FinishedText(text, 2))
+    assert num_drafted or spec in ("ngram", "anpd"), "the others know earlier texts"
 
 
 def test_history_is_bounded_and_forgets_the_oldest() -> None:
@@ -538,7 +607,7 @@ class Claims:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         pass
 
 

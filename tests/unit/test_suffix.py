@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.config import SuffixConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources import past_outputs
 from outrider.drafting.sources.guess_tree import ESCAPE
 from outrider.drafting.sources.past_outputs import PastOutputs, read_history, write_history
@@ -187,22 +187,18 @@ def test_what_repeats_itself_goes_on_beyond_the_text() -> None:
 def test_past_outputs_are_proposed_prompts_of_others_are_not() -> None:
     drafter = source()
     assert drafter.continuations(context([50, 51, 52], "first")) == []
-    drafter.continuations(context([50, 51, 52, 60, 61], "first", prompt=3))
-    drafter.observe([outcome("first", 62)])
-    drafter.release("first")
+    drafter.release("first", FinishedText([50, 51, 52, 60, 61, 62], 3))
     assert drafter.continuations(context([1, 52], "second"))[0].tokens == [60, 61, 62], "behind the prompt's tail"
     drafter.release("second")
     drafter.continuations(context([*range(30, 50), 1], "third"))
-    drafter.release("third")
+    drafter.release("third", FinishedText([*range(30, 50), 1], 21))
     assert drafter.continuations(context([1, 35], "fourth")) == [], "a prompt without output leaves nothing"
 
 
 def test_past_outputs_stand_beside_the_requests_own_text_for_what_they_have_kept() -> None:
     """Past outputs say 7 after 5, the request's own text says 8: both are proposed, and what came is believed."""
     drafter = source(depth=1)
-    drafter.continuations(context([5], "past", prompt=1))
-    drafter.continuations(context([5, 7] * 10, "past", prompt=1))
-    drafter.release("past")
+    drafter.release("past", FinishedText([5, 7] * 10, 1))
     text = [5, 8] * 10 + [5]
     first = {path.tokens[0]: path.confidences[0] for path in drafter.continuations(context(text))}
     assert set(first) == {7, 8}
@@ -214,27 +210,17 @@ def test_past_outputs_stand_beside_the_requests_own_text_for_what_they_have_kept
     assert later[8] > first[8]
 
 
-def test_tokens_behind_a_stop_token_are_no_output() -> None:
-    drafter = source()
-    drafter.continuations(context([1, 2], "a"))
-    chain = TokenTree.chain(2, [3, 99, 4])
-    drafter.observe([DraftOutcome("a", chain, VerifiedPath((1, 2, 3), 5), None)])
-    drafter.release("a")
-    assert drafter.continuations(context([7, 3], "b"))[0].tokens == [99]
-
-
-def test_a_preempted_request_is_recorded_once() -> None:
+def test_an_output_is_recorded_once_and_whole() -> None:
+    """Whether its request lost its place, was asked for rarely, or never."""
     drafter = source()
     drafter.continuations(context([1], "a"))
     drafter.continuations(context([1, 10, 11], "a", prompt=1))
     drafter.release("a")
     drafter.continuations(context([1, 10, 11], "a", prompt=1))
-    drafter.continuations(context([1, 10, 11, 12], "a", prompt=1))
-    drafter.release("a")
-    recorded = [list(output) for output in drafter._history.tree.sequences()]
-    assert recorded[0] == [1, 10, 11]
-    assert recorded[1][-1] == 12
-    assert [path.tokens[0] for path in drafter.continuations(context([5, 11], "b"))] == [12]
+    drafter.observe([outcome("a", 12)])
+    drafter.release("a", FinishedText([1, 10, 11, 12, 13, 14], 1))
+    drafter.release("b", FinishedText([1, 20, 21], 1))
+    assert [list(output) for output in drafter._history.tree.sequences()] == [[1, 10, 11, 12, 13, 14], [1, 20, 21]]
 
 
 def test_a_long_request_keeps_its_newest_tokens_only() -> None:
@@ -279,9 +265,7 @@ def read(path: Path, fingerprint: bytes = FINGERPRINT) -> list[list[int]]:
 def test_a_history_survives_its_engine(tmp_path: Path) -> None:
     path = tmp_path / "history"
     first = source(history_file=str(path))
-    first.continuations(context([1], "a"))
-    first.continuations(context([1, 70, 71, 72], "a", prompt=1))
-    first.release("a")
+    first.release("a", FinishedText([1, 70, 71, 72], 1))
     del first
     gc.collect()
     assert read(path) == [[1, 70, 71, 72]]
@@ -345,7 +329,5 @@ def test_a_history_that_cannot_be_written_ends_no_request(
         raise OSError(28, "no space left")
 
     monkeypatch.setattr(past_outputs.os, "fsync", full)
-    drafter.continuations(context([1], "a"))
-    drafter.continuations(context([1, 2], "a", prompt=1))
-    drafter.release("a")
+    drafter.release("a", FinishedText([1, 2], 1))
     assert "no space left" in caplog.text

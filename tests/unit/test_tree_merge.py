@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.sources.calibration import NUM_BELIEVED, NUM_BINS, Calibration
 from outrider.drafting.sources.hierarchy import HierarchyDrafter
 from outrider.drafting.tree_merge import WeightedPath, merge_paths
@@ -91,7 +91,7 @@ class Level:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         pass
 
 

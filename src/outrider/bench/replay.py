@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, FinishedText
 from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams
@@ -183,7 +183,8 @@ def replay(
             min_path_prob=min_path_prob,
         )
         _replay_one(drafter, recording, blank, target, result)
-        drafter.release(blank.request_id)
+        known = [*recording.prompt_token_ids, *recording.output_token_ids]
+        drafter.release(blank.request_id, FinishedText(known, blank.num_prompt_tokens))
     return result
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from outrider.config import AutoConfig
 from outrider.drafting.acceptance import AcceptanceEstimator
 from outrider.drafting.arms import Arm, OwnRecord
-from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.knowledge import Knowledge
 from outrider.drafting.planner import choose_nodes
@@ -181,13 +181,14 @@ class AutoDrafter:
         seconds = self._charge(arm, self.clock() - start)
         arm.observe_s += 0.1 * (seconds / len(outcomes) - arm.observe_s)
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
+        asked = self._records.pop(request_id, {})
         for arm in self._arms:
             start = self.clock()
-            arm.drafter.release(request_id)
+            # Reading a text is work too: for who has proposed for it, or can pay.
+            arm.drafter.release(request_id, finished if arm in asked or arm.credit > 0.0 else None)
             arm.spent_s += self.clock() - start
         self._acceptance.release(request_id)
-        self._records.pop(request_id, None)
         self._wake.pop(request_id, None)
 
     def check_integrity(self) -> None:

@@ -22,7 +22,7 @@ from operator import itemgetter
 
 from outrider.config import RecyclingConfig
 from outrider.drafting.context_table import Candidates, Context, ContextTable, learn_chosen
-from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.sources.guess_tree import GuessTree, grow
 from outrider.drafting.top_tokens import top_tokens
 from outrider.sampling.noise import Purpose, rank_with_noise
@@ -285,7 +285,7 @@ class ContextRecyclingDrafter:
         request.predictions = {}
         request.num_known += len(new_tokens)
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._requests.pop(request_id, None)  # the shared table outlives requests: that is the point
 
 

@@ -13,7 +13,7 @@ from logging import getLogger
 from outrider.cache.kv_cache import KVCache
 from outrider.config import DraftModelConfig
 from outrider.drafting.draft_runner import DraftRunner, TreeReader, TreeRows, accepted_rows
-from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.growth.build import build_growth
 from outrider.drafting.growth.policy import PlannedGrowth
@@ -87,9 +87,9 @@ class DraftModelDrafter:
         if self._planner is not None:
             self._planner.end_step()
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._rows.pop(request_id, None)
-        self._runner.release(request_id)
+        self._runner.release(request_id, finished)
 
     def check_integrity(self) -> None:
         self._runner.check_integrity()

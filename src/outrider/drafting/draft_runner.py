@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from outrider.cache.kv_cache import KVCache, SequenceCommit
-from outrider.drafting.drafter import DraftContext
+from outrider.drafting.drafter import DraftContext, FinishedText
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.models.batch import SequenceRows, build_forward_batch
 from outrider.models.model import Model
@@ -58,7 +58,7 @@ class TreeReader(Protocol):
 
     def commit(self, request_id: str, rows: Sequence[int], token_ids: Sequence[int]) -> None: ...
 
-    def release(self, request_id: str) -> None: ...
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None: ...
 
     def check_integrity(self) -> None: ...
 
@@ -131,7 +131,7 @@ class DraftRunner:
     def commit(self, request_id: str, rows: Sequence[int], token_ids: Sequence[int]) -> None:
         self._cache.commit({request_id: SequenceCommit(rows, token_ids)})
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         if request_id in self._cache:
             self._cache.release(request_id)
 

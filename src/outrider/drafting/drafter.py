@@ -74,12 +74,30 @@ class DraftOutcome:
         return [*(self.tree.tokens[node] for node in self.path.accepted_nodes), self.path.next_token]
 
 
+@dataclass(frozen=True, eq=False)
+class FinishedText:
+    """What a request came to, whoever drafted for it, or nobody: what later requests may be drafted from.
+
+    Attributes:
+        token_ids: prompt and output, up to the token that ended it. Read only.
+        num_prompt_tokens: how many of them are the prompt.
+    """
+
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+
+
 class Drafter(Protocol):
-    """Attributes:
-    name: as users spell it, and as statistics name it.
-    max_nodes: the most draft tokens that it proposes for one request.
-    returns_probs: True if its trees carry the distributions they were drawn from.
-    reads_logits: True if `observe` looks at the target's logits (asked in each step after `propose`).
+    """A planner asks a drafter in some steps and not in others, and shows it what became of those alone.
+
+    So what it learns of a text it takes from the tokens of the contexts and of `FinishedText`, which have no gaps;
+    from an outcome only what it was asked for. It never joins one outcome's tokens to another's.
+
+    Attributes:
+        name: as users spell it, and as statistics name it.
+        max_nodes: the most draft tokens that it proposes for one request.
+        returns_probs: True if its trees carry the distributions they were drawn from.
+        reads_logits: True if `observe` looks at the target's logits (asked in each step after `propose`).
     """
 
     name: str
@@ -98,6 +116,10 @@ class Drafter(Protocol):
         """Learn what was accepted; called once after each verification."""
         ...
 
-    def release(self, request_id: str) -> None:
-        """Forget a request that has finished or lost its place; unknown ids are ignored."""
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
+        """Forget a request, if it is known; it has lost its place, or has finished.
+
+        Args:
+            finished: its text, if it has finished. It may be of a request that was never seen before.
+        """
         ...

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, FinishedText
 from outrider.token_tree import TokenTree, VerifiedPath
 
 AHEAD = "\0ahead"
@@ -67,8 +67,8 @@ class Guesser:
             found[i] = self._asked[context.request_id] = Guess(list(context.token_ids), tree)
         return found
 
-    def release(self, request_id: str) -> None:
-        self._forget(request_id)
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
+        self._forget(request_id, finished)
         self._forget(request_id + AHEAD)
 
     def _inner_context(
@@ -106,6 +106,6 @@ class Guesser:
         path = VerifiedPath(nodes, followed[len(nodes)])
         self._drafter.observe([DraftOutcome(request_id, tree, path, asked.log_weights)])
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._asked.pop(request_id, None)
-        self._drafter.release(request_id)
+        self._drafter.release(request_id, finished)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from outrider.config import JacobiConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.initial_guess import InitialGuess
 from outrider.drafting.target_choices import TargetChoices
 from outrider.token_tree import TokenTree
@@ -143,5 +143,5 @@ class JacobiDrafter:
             elif block.guesses[index] != token:
                 block.guesses[index], block.since[index] = token, iteration
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._blocks.pop(request_id, None)

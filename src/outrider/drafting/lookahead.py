@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from outrider.config import LookaheadConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.initial_guess import InitialGuess
 from outrider.drafting.target_choices import TargetChoices
 from outrider.errors import ConfigError
@@ -217,5 +217,5 @@ class LookaheadDrafter:
                 for first, *tail in request.window.advance(outcome.tree.tokens[0], choices, len(outcome.new_tokens)):
                     request.pool.add(first, tuple(tail))
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._requests.pop(request_id, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.token_tree import TokenTree
 
 
@@ -20,5 +20,5 @@ class PlainDrafter:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         pass

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from outrider.config import RecyclingConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.sequoia import sequoia_shape
 from outrider.drafting.top_tokens import top_tokens
 from outrider.drafting.tree_shape import best_first_shape, node_confidences
@@ -77,5 +77,5 @@ class RecyclingDrafter:
             tokens, _ = top_tokens(outcome.target_logits, self._num_candidates)
             self._candidates[np.asarray(outcome.tree.tokens)] = tokens
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         pass  # the matrix outlives requests: that is the point

@@ -15,7 +15,7 @@ from itertools import zip_longest
 import numpy as np
 
 from outrider.drafting.draft_runner import DraftRunner, TreeRows, accepted_rows, log_weights_of
-from outrider.drafting.drafter import DraftContext
+from outrider.drafting.drafter import DraftContext, FinishedText
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.models.batch import SequenceRows
 from outrider.models.model import Model
@@ -100,7 +100,7 @@ class SortedRunner:
                 kept = accepted_rows(of_level, token_ids)
                 level.commit(request_id, kept, token_ids[: len(kept)])
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._rows.pop(request_id, None)
         for level in self._levels:
             level.release(request_id)

@@ -7,7 +7,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Protocol
 
-from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.tree_merge import WeightedPath, merge_paths
 from outrider.token_tree import TokenTree
 
@@ -31,11 +31,11 @@ class Source(Protocol):
         ...
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
-        """Learn what was accepted; the accepted tokens also stand in the next context."""
+        """Learn what was accepted; the accepted tokens also stand in the next context, with those of other steps."""
         ...
 
-    def release(self, request_id: str) -> None:
-        """Forget a request that has finished or lost its place; unknown ids are ignored."""
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
+        """Forget a request; see `Drafter.release`."""
         ...
 
 
@@ -76,9 +76,9 @@ class SourceDrafter:
         for source in self.sources:
             source.observe(outcomes)
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         for source in self.sources:
-            source.release(request_id)
+            source.release(request_id, finished)
 
 
 def best_chain(paths: Sequence[WeightedPath], depth: int) -> list[WeightedPath]:

@@ -16,7 +16,7 @@ import torch
 
 from outrider.cache.kv_cache import KVCache, SequenceCommit
 from outrider.drafting.draft_runner import DraftRunner, TreeRows, log_weights_of
-from outrider.drafting.drafter import DraftContext
+from outrider.drafting.drafter import DraftContext, FinishedText
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.drafting.guesser import Guess, Guesser
 from outrider.models.batch import SequenceRows, rows_of
@@ -139,9 +139,9 @@ class StagedRunner(DraftRunner):
         kept = [*range(len(chunk)), *(len(chunk) + row for row in rows)]
         self._cache.commit({request_id: SequenceCommit(kept, [*chunk, *token_ids])})
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._steps.pop(request_id, None)
-        self._guesser.release(request_id)
+        self._guesser.release(request_id, finished)
         super().release(request_id)
 
     def _num_missing(self, context: DraftContext) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from outrider.drafting.draft_model import DraftModelDrafter
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.realignment import (
     BROKEN,
     MAX_CONTEXT,
@@ -101,7 +101,7 @@ class TextDrafter:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass  # the next context says what the text has become
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._texts.pop(request_id, None)
         self._draft.release(request_id)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from outrider.cache.kv_cache import KVCache
 from outrider.drafting.draft_runner import DraftRunner, TreeRows, log_weights_of, sibling_rows
-from outrider.drafting.drafter import DraftContext
+from outrider.drafting.drafter import DraftContext, FinishedText
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.models.batch import SequenceRows, build_forward_batch
 from outrider.models.model import Model
@@ -70,7 +70,7 @@ class TranslatedRunner(DraftRunner):
     def commit(self, request_id: str, rows: Sequence[int], token_ids: Sequence[int]) -> None:
         super().commit(request_id, rows, [self._draft_id_of[token] for token in token_ids])
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._texts.pop(request_id, None)
         super().release(request_id)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from outrider.cache.kv_cache import KVCache, SequenceCommit
-from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, FinishedText
 from outrider.engine.scheduler import ScheduledSequence, Scheduler
 from outrider.engine.stats import EngineStats
 from outrider.engine.stopping import append_tokens
@@ -230,7 +230,7 @@ class Engine:
 
     def _release(self, request: Request) -> None:
         self.scheduler.finish(request)
-        self.drafter.release(request.request_id)
+        self.drafter.release(request.request_id, FinishedText(request.token_ids, request.num_prompt_tokens))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from outrider.config import AutoConfig, DrafterConfig, NoDrafterConfig
-from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, FinishedText
 from outrider.errors import OutriderError
 from outrider.llm import LLM, Prompt
 from outrider.losslessness import matrix as m
@@ -87,8 +87,8 @@ class WatchedDrafter:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         self._drafter.observe(outcomes)
 
-    def release(self, request_id: str) -> None:
-        self._drafter.release(request_id)
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
+        self._drafter.release(request_id, finished)
 
 
 class PathRuns:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outrider.config import AdedConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources.references import token_references
 from outrider.drafting.sources.trigrams import SearchLimits, TrigramMatrix, new_matrix, search
 from outrider.drafting.tree_merge import WeightedPath
@@ -63,6 +63,6 @@ class AdedSource:
                 if node not in accepted:
                     self.matrix.learn(tree.tokens[tree.parents[node]], tree.tokens[node], outcome.choices[node])
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._num_learnt.pop(request_id, None)
         self._own.pop(request_id, None)  # the shared matrix outlives requests: that is the point

@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Sequence
 
 from outrider.config import AnpdConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources.matches import DISCOUNTS, MAX_LENGTH
 from outrider.drafting.tree_merge import WeightedPath
 
@@ -100,5 +100,5 @@ class AnpdSource:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass  # the accepted tokens are read from the next context
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._models.pop(request_id, None)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from itertools import starmap
 from typing import Protocol
 
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.source import Source
 from outrider.drafting.tree_merge import WeightedPath
 from outrider.kernels.drafting import compiled
@@ -122,6 +122,6 @@ class CalibratedSource:
             self._calibration.observe(outcome.request_id, outcome.new_tokens)
         self._source.observe(outcomes)
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._calibration.release(request_id)
-        self._source.release(request_id)
+        self._source.release(request_id, finished)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from outrider.config import CopyConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources.hash_index import HashIndex
 from outrider.drafting.sources.matches import END_OF_TEXT, MAX_LENGTH, continuation, match_length, weighted_paths
 from outrider.drafting.sources.references import token_references
@@ -58,5 +58,5 @@ class CopySource:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass  # the accepted tokens are read from the next context
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._histories.pop(request_id, None)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from outrider.config import DatastoreConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources.datastore_file import Chunk, open_datastore
 from outrider.drafting.sources.guess_tree import GuessTree, grow
 from outrider.drafting.tree_merge import WeightedPath
@@ -208,5 +208,5 @@ class DatastoreSource:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass  # the corpus is what it is
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._last_match.pop(request_id, None)

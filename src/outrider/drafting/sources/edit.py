@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from outrider.config import EditConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources.matches import DISCOUNTS, END_OF_TEXT, MAX_LENGTH, NgramIndex
 from outrider.drafting.sources.references import token_references
 from outrider.drafting.tree_merge import WeightedPath
@@ -191,7 +191,7 @@ class EditSource:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass  # the accepted tokens are read from the next context
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._alignments.pop(request_id, None)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.source import Source, best_chain
 from outrider.drafting.tree_merge import WeightedPath, merge_paths
 from outrider.token_tree import TokenTree
@@ -137,7 +137,7 @@ class HierarchyDrafter:
             self.statistics[number].num_drafted += 1
             self.statistics[number].num_accepted += node in accepted
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._proposals.pop(request_id, None)
         for level in self._levels:
-            level.release(request_id)
+            level.release(request_id, finished)

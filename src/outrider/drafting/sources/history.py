@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 
 from outrider.config import HistoryConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources.hash_index import HashIndex
 from outrider.drafting.sources.matches import END_OF_TEXT, continuation, match_length, weighted_paths
 from outrider.drafting.tree_merge import WeightedPath
@@ -65,26 +65,40 @@ class HistorySource:
         self.store = HistoryStore(config.lengths, config.capacity)
         # Stretches of a request overlap, so that every place but the last has a match and all that follows in one.
         self._overlap = config.lengths[0] + config.depth
-        self._outputs: dict[str, list[int]] = {}  # the overlap and what is not stored yet
+        self._stored: dict[str, range] = {}  # of running requests: positions from the first root on that are stored
 
     def continuations(self, context: DraftContext) -> list[WeightedPath]:
+        self._store_segment(context)
         depth = min(self._config.depth, context.max_depth, context.max_nodes)
         if depth <= 0:
             return []
         candidates = self.store.candidates(context.token_ids, depth, self._config.num_candidates)
         return weighted_paths(candidates, self._config.num_candidates)
 
-    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
-        for outcome in outcomes:
-            output = self._outputs.get(outcome.request_id)
-            if output is None:
-                output = self._outputs[outcome.request_id] = [outcome.tree.tokens[0]]
-            output += outcome.new_tokens
-            if len(output) >= self._overlap + self._config.segment:
-                self.store.add(output)
-                self._outputs[outcome.request_id] = output[-self._overlap :]
+    def _store_segment(self, context: DraftContext) -> None:
+        """Store what has come since the last segment, in whichever steps, if it is enough for another one."""
+        tokens = context.token_ids
+        root = len(tokens) - 1
+        stored = self._stored.setdefault(context.request_id, range(root, root))
+        if len(tokens) - stored.stop >= self._config.segment:
+            self.store.add(tokens[max(stored.start, stored.stop - self._overlap) :])
+            self._stored[context.request_id] = range(stored.start, len(tokens))
 
-    def release(self, request_id: str) -> None:
-        output = self._outputs.pop(request_id, None)
-        if output and len(output) > self._config.lengths[0]:
-            self.store.add(output)
+    def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
+        pass  # the accepted tokens are read from the next context
+
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
+        """Store what is not stored yet of a finished output; twice where it had lost its place and begun again."""
+        stored = self._stored.pop(request_id, None)
+        if finished is None:
+            return
+        tokens, start = finished.token_ids, finished.num_prompt_tokens - 1
+        stored = stored or range(len(tokens), len(tokens))
+        if start < stored.start:
+            self._store_rest(tokens[start : stored.start + self._overlap])
+        if stored.stop < len(tokens):
+            self._store_rest(tokens[max(stored.start, stored.stop - self._overlap) :])
+
+    def _store_rest(self, tokens: Sequence[int]) -> None:
+        if len(tokens) > self._config.lengths[0]:
+            self.store.add(tokens)

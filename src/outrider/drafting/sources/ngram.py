@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from outrider.config import NgramConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources.matches import MAX_MATCHES, NgramIndex, continuation, match_length, weighted_paths
 from outrider.drafting.tree_merge import WeightedPath
 
@@ -46,5 +46,5 @@ class NgramSource:
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass  # the accepted tokens are read from the next context
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._indexes.pop(request_id, None)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from outrider.config import SuffixConfig
-from outrider.drafting.drafter import DraftContext, DraftOutcome
+from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources.calibration import Calibration
 from outrider.drafting.sources.guess_tree import ESCAPE, GuessTree, grow
 from outrider.drafting.sources.past_outputs import PastOutputs
@@ -96,22 +96,15 @@ def _by_count_and_recency(child: tuple[int, Node]) -> tuple[int, int]:
 class _Request:
     """The tree over a request's own tokens, and where they stand in the tree of past outputs."""
 
-    def __init__(self, context: DraftContext, config: SuffixConfig, history: SuffixTree) -> None:
+    def __init__(self, config: SuffixConfig, history: SuffixTree) -> None:
         self._config = config
         self._num_followed = 0
         self.tree = SuffixTree(config.max_match)
         self.cursor = Cursor(history)
-        self.stop_token_ids = context.stop_token_ids
-        # What stood there before was recorded when the request lost its place, or is the prompt.
-        self.output = list(context.token_ids[-PROMPT_TAIL:])
-        self.num_context = len(self.output)
-        self.unread: Sequence[int] = ()  # accepted, and not yet in a context
 
     def follow(self, token_ids: Sequence[int]) -> None:
         new = token_ids[self._num_followed :]
         limit = self._config.request_tokens
-        if self._num_followed:
-            self.output += new
         if len(self.tree) + len(new) > limit:  # begin again with the newer half: now and then, not for every token
             self.tree = SuffixTree(self._config.max_match)
             self.tree.extend(token_ids[-(limit // 2) :])
@@ -119,16 +112,6 @@ class _Request:
             self.tree.extend(new)
         self.cursor.follow(token_ids, len(new))
         self._num_followed = len(token_ids)
-        self.unread = ()
-
-    def finished_output(self) -> list[int]:
-        """Tail of the prompt and all output since the request came; empty if there is none."""
-        output = self.output
-        for token in self.unread:
-            output.append(token)
-            if token in self.stop_token_ids:
-                break
-        return output if len(output) > self.num_context else []
 
 
 class SuffixSource:
@@ -155,7 +138,7 @@ class SuffixSource:
     def continuations(self, context: DraftContext) -> Sequence[WeightedPath]:
         request = self._requests.get(context.request_id)
         if request is None:
-            request = self._requests[context.request_id] = _Request(context, self._config, self._history.tree)
+            request = self._requests[context.request_id] = _Request(self._config, self._history.tree)
         request.follow(context.token_ids)
         own = self._best(request.tree, request.tree.places, context, num_pending=1, escape=ESCAPE)
         past = self._best(self._history.tree, request.cursor.places, context, num_pending=0, escape=HISTORY_ESCAPE)
@@ -203,15 +186,12 @@ class SuffixSource:
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:
-            request = self._requests.get(outcome.request_id)
-            if request is not None:
-                request.unread = outcome.new_tokens
             for calibration in (self._own, self._past):
                 calibration.observe(outcome.request_id, outcome.new_tokens)
 
-    def release(self, request_id: str) -> None:
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
         self._own.release(request_id)
         self._past.release(request_id)
-        request = self._requests.pop(request_id, None)
-        if request is not None:
-            self._history.add(request.finished_output())
+        self._requests.pop(request_id, None)
+        if finished is not None and len(finished.token_ids) > finished.num_prompt_tokens:
+            self._history.add(finished.token_ids[max(0, finished.num_prompt_tokens - PROMPT_TAIL) :])
