@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 
@@ -22,6 +24,7 @@ from outrider.drafting.auto import AutoDrafter
 from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.planner import choose_nodes
+from outrider.engine.cache_files import MAX_FILES, keep, recall
 from outrider.engine.calibration import forward_cost_of, measure
 from outrider.engine.planner_memory import remember
 from outrider.errors import ConfigError
@@ -200,6 +203,7 @@ class SimulatedDrafter:
 
     returns_probs = False
     reads_logits = False
+    num_without_room = 0
     max_nodes = 8
 
     def __init__(self, name: str, clock: Clock, seconds: float, rates, confidence: float | None) -> None:
@@ -462,6 +466,7 @@ class ScriptedDrafter:
     """Proposes the tree that it holds."""
 
     returns_probs = True
+    num_without_room = 0
     reads_logits = False
     max_nodes = 8
 
@@ -723,6 +728,58 @@ def test_calibration_is_kept_and_a_spoilt_one_made_again(tmp_path, monkeypatch: 
     assert len(model.num_rows) > num_forwards
     forward_cost_of(model, {"model": "another"}, row_invariant=False)
     assert len(list(tmp_path.rglob("*.json"))) == 2
+
+
+def test_what_is_damaged_is_said_once_and_ignored(tmp_path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "kept.json"
+    for content in (b"{", b"\xff\xfe", b"[" * 100_000, b"", b"[]"):
+        path.write_bytes(content)
+        caplog.clear()
+        for _ in range(2):
+            assert recall(path, ForwardCost.from_mapping) is None
+        (record,) = caplog.records
+        assert str(path) in record.message
+        assert "\n" not in record.message
+    caplog.clear()
+    assert recall(tmp_path / "nothing", ForwardCost.from_mapping) is None
+    folder = tmp_path / "folder.json"
+    folder.mkdir()
+    assert recall(folder, ForwardCost.from_mapping) is None
+    keep(folder / "kept.json", 1)
+    keep(path / "below a file.json", 1)
+    assert len(caplog.records) == 2
+    assert "XDG_CACHE_HOME" in caplog.text
+
+
+def test_the_files_that_were_used_last_are_kept(tmp_path) -> None:
+    paths = [tmp_path / f"{index}.json" for index in range(MAX_FILES + 3)]
+    for age, path in enumerate(reversed(paths[:-1])):
+        keep(path, 1)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    abandoned = tmp_path / "tmp0"  # by a process that was killed
+    abandoned.touch()
+    os.utime(abandoned, (1, 1))
+    assert recall(paths[0], int) == 1
+    keep(paths[-1], 2)
+    kept = set(tmp_path.iterdir())
+    assert len(kept) == MAX_FILES
+    assert kept == {paths[0], *paths[4:]}, "the oldest three were not used, but for one"
+
+
+def test_processes_may_keep_and_forget_at_the_same_time(tmp_path) -> None:
+    def work(first: int) -> list[object]:
+        found = []
+        for index in range(first, first + 3 * MAX_FILES):
+            keep(tmp_path / f"{index % (2 * MAX_FILES)}.json", [index % (2 * MAX_FILES)])
+            path = tmp_path / f"{(index * 7) % (2 * MAX_FILES)}.json"
+            found.append((path.name, recall(path, list)))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        results = [pair for found in pool.map(work, (0, 40, 80, 120)) for pair in found]
+    assert any(values for _, values in results)
+    assert all(values is None or name == f"{values[0]}.json" for name, values in results)
+    assert len(list(tmp_path.iterdir())) <= MAX_FILES + 4
 
 
 def test_calibration_fits_into_a_short_context() -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,7 @@ import torch
 
 from outrider.cache.kv_cache import KVCache, SequenceCommit
 from outrider.drafting.forward_cost import ForwardCost
-from outrider.engine.cache_files import cache_file, write_cache_file
-from outrider.errors import ConfigError
+from outrider.engine.cache_files import cache_file, keep, recall
 from outrider.kernels import native
 from outrider.models.batch import SequenceRows, build_forward_batch
 from outrider.models.model import Model
@@ -67,14 +63,10 @@ def forward_cost_of(
         on_progress: called after every measurement.
     """
     path = cache_file("calibration", {**identity, **machine(), "row_invariant": row_invariant})
-    if not recalibrate:
-        with suppress(OSError, ValueError, ConfigError):  # none yet, or not ours: measure
-            return ForwardCost.from_mapping(json.loads(path.read_text()))
-    cost = measure(model, row_invariant=row_invariant, on_progress=on_progress)
-    try:
-        write_cache_file(path, json.dumps(cost.as_mapping()))
-    except OSError as error:
-        getLogger("outrider").debug("calibration is not kept: %s", error)
+    cost = None if recalibrate else recall(path, ForwardCost.from_mapping)
+    if cost is None:
+        cost = measure(model, row_invariant=row_invariant, on_progress=on_progress)
+        keep(path, cost.as_mapping())
     return cost
 
 
