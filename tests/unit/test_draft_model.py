@@ -14,6 +14,7 @@ from outrider.config import DraftModelConfig, SchedulerConfig
 from outrider.drafting.draft_model import DraftModelDrafter
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.drafting.growth import tree as growing_tree
+from outrider.drafting.growth.best_first import MostProbable
 from outrider.drafting.growth.build import build_growth
 from outrider.drafting.growth.expected import best_nodes, expected_length
 from outrider.drafting.growth.levels import CAPE_CANDIDATES
@@ -75,6 +76,19 @@ def paths_of(tree: GrowingTree) -> list[tuple[int, ...]]:
     """Token path to each draft node of the finished tree, in node order."""
     made = tree.finished()
     return [tuple(made.tokens[above] for above in made.path(node)) for node in range(1, made.num_nodes)]
+
+
+@pytest.mark.parametrize("max_expanded", [1, 3, 8])
+def test_rows_held_for_the_most_probable_nodes_are_few_and_enough(
+    max_expanded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto`'s tree held 280 rows in the draft's cache for each request: what it reads is below 100."""
+    config = DraftModelConfig(growth="specexec", depth=16, max_nodes=24, max_expanded=max_expanded, min_path_prob=0.0)
+    assert build_growth(config, SHARED).num_rows == 24 + 16 * max_expanded
+    sampled = SamplingParams(temperature=1.0)
+    made = [paths_of(grown(config, sampled, seed=seed)) for seed in range(20)]
+    monkeypatch.setattr(MostProbable, "num_rows", 10_000)
+    assert made == [paths_of(grown(config, sampled, seed=seed)) for seed in range(20)]
 
 
 def confidence_of(params: SamplingParams, seed: int = 0) -> Callable[[tuple[int, ...]], Row]:
