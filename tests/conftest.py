@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("outrider", deadline=None)  # speed is no matter of tests, and machines are shared
+settings.load_profile("outrider")
 
 
 @pytest.fixture(scope="session", autouse=True)

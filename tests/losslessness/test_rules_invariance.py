@@ -135,7 +135,7 @@ streams_strategy = st.lists(
 
 
 @given(streams=streams_strategy, draft_seed=st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_coupled_rule_emits_what_plain_decoding_emits(streams: list[Stream], draft_seed: int) -> None:
     check_invariance(streams, draft_seed)
 

@@ -277,7 +277,7 @@ def layouts(draw: st.DrawFn) -> tuple[tuple[int, ...], int]:
 
 
 def check_random_steps(max_examples: int) -> None:
-    @settings(max_examples=max_examples, deadline=None)
+    @settings(max_examples=max_examples)
     @given(
         level=st.sampled_from(LEVELS),
         sequences=st.lists(layouts(), min_size=1, max_size=4),

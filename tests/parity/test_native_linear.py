@@ -268,7 +268,7 @@ kinds = st.builds(
 
 
 @pytest.mark.skipif(not LEVELS, reason="built without kernels")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     level=st.sampled_from(LEVELS or [native.REFERENCE]),
     kind=kinds,

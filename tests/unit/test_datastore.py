@@ -135,7 +135,7 @@ def test_tokens_beyond_the_tokenizer_match_nothing(tmp_path: Path) -> None:
     assert narrow.continuations(context([1]))[0].tokens == [2], "a model may know fewer tokens than its tokenizer"
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.data())
 def test_a_growing_context_is_matched_as_a_new_one(
     tmp_path_factory: pytest.TempPathFactory, text: list[int], data: st.DataObject

@@ -113,7 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.pool.num_used == 0
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestCacheMachine = CacheMachine.TestCase
 
 

@@ -129,7 +129,7 @@ def test_int4_layout(shape: tuple[int, int], group_size: int, with_zeros: bool) 
 # --- and back
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, seed=st.integers(0, 2**20))
 def test_floats_come_back(shape: tuple[int, int], seed: int) -> None:
     weight = torch.randn(shape, generator=generator(seed))
@@ -139,7 +139,7 @@ def test_floats_come_back(shape: tuple[int, int], seed: int) -> None:
     assert torch.equal(dequantize(pack_bf16(weight)), weight.bfloat16().float())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=shapes, seed=st.integers(0, 2**20))
 def test_int8_comes_back(shape: tuple[int, int], seed: int) -> None:
     q, scales = random_int8(*shape, seed)
@@ -151,7 +151,7 @@ def test_int8_comes_back(shape: tuple[int, int], seed: int) -> None:
     assert torch.equal(dequantize(packed), q.float() * scales[:, None])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=shapes,
     group_size=st.sampled_from([32, 64, 128]),

@@ -30,7 +30,7 @@ def int4_error(weight: Tensor, packed: PackedWeight) -> float:
 # --- rounding to nearest
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shape=st.tuples(st.integers(1, 70), st.integers(1, 150)), seed=st.integers(0, 2**20))
 def test_int8_is_within_half_a_step(shape: tuple[int, int], seed: int) -> None:
     weight = randn(*shape, seed=seed)
@@ -42,7 +42,7 @@ def test_int8_is_within_half_a_step(shape: tuple[int, int], seed: int) -> None:
     assert ((dequantize(packed) - weight).abs() <= scales[:, None] * 0.5001).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shape=st.tuples(st.integers(1, 70), st.integers(1, 150)),
     group_size=st.sampled_from([32, 64, 128]),

@@ -81,7 +81,7 @@ def random_x(num_rows: int, num_inputs: int, seed: int = 0) -> Tensor:
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 150))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=sizes, with_bias=st.booleans(), seed=st.integers(0, 2**20))
 def test_int8_bit_for_bit(size: tuple[int, int, int], with_bias: bool, seed: int) -> None:
     num_rows, num_outputs, num_inputs = size
@@ -91,7 +91,7 @@ def test_int8_bit_for_bit(size: tuple[int, int, int], with_bias: bool, seed: int
     assert np.array_equal(linear(x, pack_int8(q, scales), bias).numpy(), expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     size=sizes,
     group_size=st.sampled_from([32, 64, 128]),

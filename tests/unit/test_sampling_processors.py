@@ -97,7 +97,7 @@ def logits_of(num_rows: int, vocab: int, seed: int = 0) -> Tensor:
     ),
     seed=st.integers(0, 10_000),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_rows_are_what_the_reference_says(params: SamplingParams, seed: int) -> None:
     logits = logits_of(TREE.num_nodes, 8, seed)
     before = logits.clone()

@@ -71,7 +71,7 @@ operations = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(operations, st.integers(2, 9))
 def test_the_tree_counts_every_substring_of_what_it_has_not_forgotten(steps: list[int | str], max_depth: int) -> None:
     tree = SuffixTree(max_depth)
@@ -99,7 +99,6 @@ def test_the_tree_counts_every_substring_of_what_it_has_not_forgotten(steps: lis
     assert list(tree.sequences()) == ended
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), max_size=6), st.lists(st.integers(0, 3)))
 def test_a_cursor_stands_at_every_suffix_that_occurs(outputs: list[list[int]], text: list[int]) -> None:
     tree = SuffixTree(6)

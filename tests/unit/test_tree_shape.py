@@ -50,7 +50,7 @@ def matrix(num_depths: int, num_ranks: int) -> st.SearchStrategy[list[list[float
 TREES = {depth: list(all_trees(3, depth, 5)) for depth in (1, 2, 3)}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(matrix(3, 3), st.integers(1, 3), st.integers(0, 5))
 def test_the_dynamic_programme_finds_the_best_of_all_trees(
     acceptance: list[list[float]], max_depth: int, max_nodes: int
@@ -65,7 +65,6 @@ def test_the_dynamic_programme_finds_the_best_of_all_trees(
     assert sequoia_shape(max_nodes, max_depth, acceptance).paths == shape.paths or max_nodes < 5
 
 
-@settings(deadline=None)
 @given(matrix(3, 4), st.booleans(), st.integers(1, 6), st.integers(1, 30))
 def test_best_first_and_the_dynamic_programme_agree(
     rows: list[list[float]], by_depth: bool, max_depth: int, max_nodes: int
@@ -248,7 +247,7 @@ def test_latency_tables_choose_different_trees() -> None:
     assert choose(FREE, 1000.0).shape.parents == (), "and a very slow one none"
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(matrix(3, 3), st.lists(st.floats(1, 20), min_size=6, max_size=6), st.floats(0, 10))
 def test_the_choice_is_the_best_of_all_trees(acceptance: list[list[float]], ms: list[float], draft_ms: float) -> None:
     table = LatencyTable((1, 2, 3, 4, 5, 6), tuple(ms))
