@@ -13,6 +13,7 @@ from outrider.engine.bundled import BUNDLED_DRAFT, BUNDLED_TARGET
 from outrider.engine.stats import EngineStats
 from outrider.errors import OutriderError
 from outrider.llm import LLM
+from outrider.models.loader import folder_of
 from outrider.sampling.params import SamplingParams
 
 PLAIN = "none"
@@ -203,9 +204,10 @@ def _load_module(path: str, revision: str | None, dtype: torch.dtype, device: st
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    folder = folder_of(path, revision)
     try:
         module: Any = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # as above
         raise _failed(f"loading {path} into transformers", error) from error

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -28,12 +30,20 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 
+_UsageError: Any = typer.BadParameter.__base__  # click's, wherever typer has it from
+
+
 class _Commands(TyperGroup):
     """Turns what users cause into one line on stderr and an exit status, for every command."""
 
+    def make_context(self, *args: Any, **settings: Any) -> Any:
+        with _one_line_of_usage():
+            return super().make_context(*args, **settings)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            result = super().invoke(ctx)
+            with _one_line_of_usage():
+                result = super().invoke(ctx)
             sys.stdout.flush()
         except OutriderError as error:
             return _fail(str(error))
@@ -45,8 +55,19 @@ class _Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(EXIT_BROKEN_PIPE) from None
         except OSError as error:
-            return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+            what = f"{error.filename}: got {error.strerror}" if error.filename else f"got {error}"
+            return _fail(f"{what}, expected a file or folder that can be used; check its name and permissions")
         return result
+
+
+@contextmanager
+def _one_line_of_usage() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        if error.ctx is None or type(error).__name__ == "NoArgsIsHelpError":  # the help itself
+            raise
+        _fail(f"{error.format_message().rstrip('.')}; see `{error.ctx.command_path} --help`")
 
 
 def _fail(message: str) -> None:

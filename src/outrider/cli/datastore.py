@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,9 +47,8 @@ def build(
     """
     if max_memory < 1:
         raise ConfigError("--max-memory", got=max_memory, expected="1 or more MiB")
-    for file in files:
-        with file.open("rb"):  # find out now, not after the others
-            pass
+    _check_corpus(files)
+    _check_output(output)
     from outrider.drafting.sources.datastore_build import DatastoreWriter
     from outrider.engine.build import BUNDLED_TARGET
     from outrider.inputs.tokenizer import Tokenizer
@@ -64,13 +63,17 @@ def build(
         max_memory_bytes=max_memory << 20,
     )
     with writer, progress_bar() as progress:
+        is_empty = True
         task = progress.add_task("bytes", total=sum(file.stat().st_size for file in files))
         for file in files:
             for piece in _pieces(file):
+                is_empty = False
                 text = piece.decode("utf-8", errors="replace")
                 writer.add(tokenizer.encode(text, add_special_tokens=False))
                 progress.advance(task, len(piece))
             writer.end_document()
+        if is_empty:  # the writer leaves nothing behind
+            raise ConfigError("texts", got="nothing in any of them", expected="text to look continuations up in")
         note("sorting")
     _report(output, json_out, seconds=round(time.perf_counter() - start, 3))
 
@@ -88,6 +91,33 @@ def info(
     if check:
         check_body(path, read_header(path))
     _report(path, json_out)
+
+
+def _check_corpus(files: Sequence[Path]) -> None:
+    """Find out now, not after the others, that a text cannot be read.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    for file in files:
+        try:
+            with file.open("rb"):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"text {file}",
+                got=error.strerror,
+                expected="a readable file",
+                remedy="check its name and permissions",
+            ) from error
+
+
+def _check_output(path: Path) -> None:
+    """Find out now, not after sorting, that no file can have this name."""
+    if path.is_dir():
+        raise ConfigError("--output", got=f"the folder {path}", expected="the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError("--output", got=f"{path}, in no existing folder", expected="one", remedy="create it first")
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
