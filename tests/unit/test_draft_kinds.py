@@ -153,7 +153,7 @@ def test_inner_drafters_never_take_rejected_tokens_for_the_text() -> None:
     seen: list[tuple[str, list[int]]] = []
 
     class Recorder:
-        name, max_nodes, returns_probs, reads_logits = "recorder", 3, False, False
+        name, max_nodes, returns_probs, reads_logits, num_without_room = "recorder", 3, False, False, 0
 
         def propose(self, contexts):
             seen.extend((c.request_id, list(c.token_ids)) for c in contexts)

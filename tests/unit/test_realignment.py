@@ -177,7 +177,7 @@ class Oracle:
         self.known: dict[str, list[int]] = {}
         self.kept: list[int] = []
         self.says_end = False
-        self.num_restarts = self.num_committed = 0
+        self.num_restarts = self.num_committed = self.num_without_room = 0
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         (context,) = contexts

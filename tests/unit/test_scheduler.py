@@ -132,6 +132,40 @@ def test_rows_that_a_full_cache_takes_from_drafts_are_counted_and_said_once(
     assert all(len(request.output_token_ids) == 20 for request in requests)
 
 
+@pytest.mark.parametrize("drafter", ["draft_model", "sorted_draft", "auto"])
+@pytest.mark.parametrize("draft_blocks", [12, 400])
+def test_requests_that_a_draft_models_full_cache_leaves_out_are_counted_and_said_once(
+    drafter: str, draft_blocks: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(drafter, draft_blocks=draft_blocks, prefix_caching=False)
+    requests = [make_request(f"r{i}", [1 + i, 2, 3, 4 + i], PARAMS) for i in range(8)]
+    for request in requests:
+        engine.add(request)
+    while engine.has_unfinished:
+        engine.step()
+    said = [record.message for record in caplog.records if "draft model's KV cache" in record.message]
+    if draft_blocks == 400:
+        assert engine.stats.num_without_room == 0
+        assert not said
+    else:
+        assert 0 < engine.stats.num_without_room < engine.stats.num_verifications
+        assert len(said) == 1
+        assert all(part in said[0] for part in ("got", "expected", "raise cache.memory_gb"))
+    assert all(len(request.output_token_ids) == 20 for request in requests)
+
+
+def test_a_text_longer_than_the_drafts_context_is_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine("draft_model")
+    engine.drafter._runner._model.context_length = 14  # type: ignore[attr-defined]
+    request = make_request("r", [1, 2, 3], PARAMS)
+    engine.add(request)
+    while engine.has_unfinished:
+        engine.step()
+    assert 0 < engine.stats.num_without_room < 20
+    (said,) = [record.message for record in caplog.records if "draft model's context" in record.message]
+    assert "expected at most 14" in said
+
+
 # Rows of drafts: what nobody else wants, promised and not yet taken
 
 

@@ -58,6 +58,7 @@ def _steps(samples: Sequence[Sample]) -> dict[str, Any]:
         return {
             "acceptance_length": None,
             "num_cut_rows": None,
+            "num_without_room": None,
             "own_ms_per_step": None,
             "outside_kernels_ms_per_step": None,
             "phases": None,
@@ -66,6 +67,7 @@ def _steps(samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         "acceptance_length": median(of.acceptance_length for of in stats),  # the planner's differs by run
         "num_cut_rows": median(of.num_cut_rows for of in stats),
+        "num_without_room": median(of.num_without_room for of in stats),
         "own_ms_per_step": _spread([of.own_ms_per_step for of in stats]),
         "outside_kernels_ms_per_step": None if None in outside else _spread([ms for ms in outside if ms is not None]),
         "phases": {phase: _phase(phase, stats) for phase in (*PHASES, "kernel")},

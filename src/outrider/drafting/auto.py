@@ -109,6 +109,7 @@ class AutoDrafter:
         self.max_nodes = max((min(config.max_nodes, drafter.max_nodes) for drafter in drafters), default=0)
         self.returns_probs = any(drafter.returns_probs for drafter in drafters)
         self.reads_logits = False
+        self.num_without_room = 0
         self._acceptance = AcceptanceEstimator()
         self._records: dict[str, dict[Arm, OwnRecord]] = {}
         self._step, self._settled_step = 0, 0
@@ -128,7 +129,7 @@ class AutoDrafter:
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         start = self.clock()
         self._step += 1
-        self.reads_logits = False
+        self.reads_logits, self.num_without_room = False, 0
         self._market = None  # a step that failed left its own
         trees = [TokenTree.root_only(context.token_ids[-1]) for context in contexts]
         awake = [index for index, context in enumerate(contexts) if not self._sleeps(context.request_id)]
@@ -285,6 +286,7 @@ class AutoDrafter:
         start = self.clock()
         trees = arm.drafter.propose(limited)
         seconds = self._charge(arm, self.clock() - start) / len(contexts)
+        self.num_without_room += arm.drafter.num_without_room
         steady = all(arm in self._own(context.request_id) for context in contexts)
         arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees), steady=steady)
         for context, tree in zip(contexts, trees, strict=True):

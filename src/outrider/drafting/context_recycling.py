@@ -137,6 +137,7 @@ _State = tuple[Context, int, float, int]
 class ContextRecyclingDrafter:
     name = "recycling"
     returns_probs = False
+    num_without_room = 0
     reads_logits = True
 
     def __init__(self, config: RecyclingConfig, style: DraftStyle, vocab_size: int) -> None:

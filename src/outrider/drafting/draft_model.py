@@ -45,6 +45,7 @@ class DraftModelDrafter:
         self.returns_probs = style.noise == "independent" and self._growth.draws.siblings is not None
         self.max_nodes = self._growth.limits.num_nodes
         self._rows: dict[str, TreeRows] = {}
+        self.num_without_room = 0
         self._warn_of_limits(max_batch_tokens, cache.num_positions)
 
     def plan_for(self, cost: ForwardCost) -> None:
@@ -54,6 +55,7 @@ class DraftModelDrafter:
             self._planner.own_cost = self._forward_cost() if self._forward_cost else None
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
+        self.num_without_room = 0
         active = [context for context in contexts if self._has_room(context)]
         rows: dict[str, TreeRows] = {}
         growing: list[tuple[TreeRows, Iterator[Sequence[int]]]] = []
@@ -119,4 +121,6 @@ class DraftModelDrafter:
         depth = min(self._growth.limits.depth, context.max_depth)
         if context.max_nodes < 1 or depth < 1:
             return False
-        return self._runner.has_room(context, self._growth.num_rows, depth)
+        has_room = self._runner.has_room(context, self._growth.num_rows, depth)
+        self.num_without_room += not has_room
+        return has_room

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from logging import getLogger
 from typing import Protocol
 
 import numpy as np
@@ -74,6 +75,7 @@ class DraftRunner:
         self._cache = cache
         self._vocab_size = vocab_size
         self._max_batch_tokens = max_batch_tokens
+        self._said: set[str] = set()
 
     def has_room(self, context: DraftContext, num_rows: int, depth: int) -> bool:
         """Whether the draft may run for a request: within its context, and with cache blocks to be had.
@@ -84,6 +86,12 @@ class DraftRunner:
         """
         length, request_id = len(context.token_ids), context.request_id
         if length + depth > self._model.context_length:
+            self._say_once(
+                "draft model's context",
+                f"got {length} tokens and drafts of up to {depth}, expected at most {self._model.context_length} "
+                "in all; longer texts are not drafted for, and slower, not different; use a draft with a longer "
+                "context, or a smaller depth",
+            )
             return False
         if request_id in self._cache and self._cache.num_computed(request_id) >= length:
             self._cache.release(request_id)  # a step failed after the draft had run: start again
@@ -91,6 +99,12 @@ class DraftRunner:
             self._cache.admit(request_id, context.token_ids)
         rows = length - self._cache.num_computed(request_id) + num_rows
         if not self._cache.can_reserve(request_id, rows):
+            self._say_once(
+                "draft model's KV cache",
+                f"got no blocks for {rows} rows of a request, expected room for every request; those without are not "
+                "drafted for while it is full, and slower, not different; raise cache.memory_gb or cache.num_blocks, "
+                "or lower scheduler.max_num_seqs",
+            )
             self.release(request_id)
             return False
         self._cache.reserve(request_id, rows)  # held, so that requests of one step do not count the same blocks
@@ -137,6 +151,11 @@ class DraftRunner:
 
     def check_integrity(self) -> None:
         self._cache.check_integrity()
+
+    def _say_once(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            getLogger("outrider").warning("%s: %s", what, message)
 
     def _read_committed(self, sequences: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
         """Read what is missing of the given tokens, and keep it; logits ``[1, vocab]`` after the last of each."""

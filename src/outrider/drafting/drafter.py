@@ -98,12 +98,15 @@ class Drafter(Protocol):
         max_nodes: the most draft tokens that it proposes for one request.
         returns_probs: True if its trees carry the distributions they were drawn from.
         reads_logits: True if `observe` looks at the target's logits (asked in each step after `propose`).
+        num_without_room: requests that the last `propose` drafted nothing for, because a draft model had no room for
+            them: in its cache or in its context.
     """
 
     name: str
     max_nodes: int
     returns_probs: bool
     reads_logits: bool
+    num_without_room: int
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         """One tree per context, in order, rooted at its last token.

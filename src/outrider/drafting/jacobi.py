@@ -59,6 +59,7 @@ class JacobiDrafter:
 
     name = "jacobi"
     returns_probs = False
+    num_without_room = 0
 
     def __init__(self, config: JacobiConfig, style: DraftStyle, vocab_size: int) -> None:
         self._config = config

@@ -168,6 +168,7 @@ class LookaheadDrafter:
 
     name = "lookahead"
     returns_probs = False
+    num_without_room = 0
 
     def __init__(self, config: LookaheadConfig, style: DraftStyle, vocab_size: int) -> None:
         if style.chains_only and not config.text_ngrams:

@@ -12,6 +12,7 @@ class PlainDrafter:
     name = "none"
     max_nodes = 0
     returns_probs = False
+    num_without_room = 0
     reads_logits = False
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:

@@ -33,6 +33,7 @@ DEPTH_RANK_PROBS = (
 class RecyclingDrafter:
     name = "recycling"
     returns_probs = False
+    num_without_room = 0
     reads_logits = True
 
     def __init__(self, config: RecyclingConfig, style: DraftStyle, vocab_size: int) -> None:

@@ -49,6 +49,7 @@ class SourceDrafter:
     """
 
     returns_probs = False
+    num_without_room = 0
 
     def __init__(
         self, name: str, sources: Sequence[Source], *, max_nodes: int, max_depth: int, style: DraftStyle

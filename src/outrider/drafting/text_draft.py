@@ -84,6 +84,7 @@ class TextDrafter:
         self._depth = depth
         self.max_nodes = max_nodes
         self._texts: dict[str, _Text] = {}
+        self.num_without_room = 0
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         active = [c for c in contexts if min(c.max_nodes, c.max_depth) > 0]
@@ -91,6 +92,7 @@ class TextDrafter:
         chains = (
             {c.request_id: tree for c, tree in zip(inner, self._draft.propose(inner), strict=True)} if inner else {}
         )
+        self.num_without_room = self._draft.num_without_room if inner else 0
         return [
             self._in_target_tokens(context, chains[context.request_id])
             if context.request_id in chains

@@ -74,6 +74,7 @@ class Engine:
             drafting = [scheduled for scheduled in plan if scheduled.yields_token]
             with stats.timed("draft"):
                 trees = self._propose(drafting, sum(scheduled.chunk_size for scheduled in plan))
+            stats.num_without_room += self.drafter.num_without_room if drafting else 0
             batch = self._build_batch(plan, trees)
             with stats.timed("target"):
                 target = self._run_target(drafting, batch)

@@ -24,6 +24,8 @@ class EngineStats:
         num_draft_tokens, num_accepted_tokens: draft tokens verified, and accepted.
         num_output_tokens: tokens that reached an output.
         num_cut_rows: rows for draft tokens that requests did not get because the cache had no block for them.
+        num_without_room: times that a draft model drafted nothing for a request, its own cache being full or its
+            context too short.
         accepted_at_depth: how often a draft token at depth d + 1 was accepted.
     """
 
@@ -39,6 +41,7 @@ class EngineStats:
     num_accepted_tokens: int = 0
     num_output_tokens: int = 0
     num_cut_rows: int = 0
+    num_without_room: int = 0
     accepted_at_depth: list[int] = field(default_factory=list)
 
     @property

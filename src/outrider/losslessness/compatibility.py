@@ -76,11 +76,13 @@ class WatchedDrafter:
         self.max_nodes = drafter.max_nodes
         self.returns_probs = drafter.returns_probs
         self.reads_logits = drafter.reads_logits
+        self.num_without_room = 0
         self.branched = False
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         trees = self._drafter.propose(contexts)
         self.reads_logits = self._drafter.reads_logits
+        self.num_without_room = self._drafter.num_without_room
         self.branched |= any(len(set(tree.parents)) < tree.num_nodes for tree in trees)
         return trees
 

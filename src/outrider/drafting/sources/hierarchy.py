@@ -87,6 +87,7 @@ class HierarchyDrafter:
 
     name = "hierarchy"
     returns_probs = False
+    num_without_room = 0
 
     def __init__(self, levels: Sequence[Source], *, max_nodes: int, max_depth: int, style: DraftStyle) -> None:
         self._levels = tuple(levels)
