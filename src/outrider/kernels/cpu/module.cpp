@@ -118,4 +118,5 @@ NB_MODULE(_native, m) {
         }, nb::call_guard<nb::gil_scoped_release>());
 
     bind_drafting(m);
+    bind_draft_sources(m);
 }

@@ -1,7 +1,6 @@
 // What drafting and its noise compute natively: bound to Python, where drafting/ and sampling/ hold the same in Python.
 #include "bindings.h"
 
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -13,69 +12,13 @@
 #include <vector>
 
 #include "calibration.h"
+#include "convert.h"
 #include "largest.h"
 #include "noise.h"
 #include "paths.h"
 #include "trigrams.h"
 
-namespace nb = nanobind;
-
 namespace outrider {
-namespace {
-
-using Address = uint64_t;
-template <class T>
-using Row = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// The numbers of any sequence; of a list or a tuple without a copy of it.
-template <class T>
-std::vector<T> numbers(nb::handle sequence, int64_t most) {
-    const nb::object fast = nb::steal(PySequence_Fast(sequence.ptr(), "a sequence of numbers"));
-    if (!fast.is_valid()) throw nb::python_error();
-    const int64_t size = std::clamp<int64_t>(PySequence_Fast_GET_SIZE(fast.ptr()), 0, std::max<int64_t>(most, 0));
-    PyObject** items = PySequence_Fast_ITEMS(fast.ptr());
-    std::vector<T> found(size);
-    for (int64_t i = 0; i < size; ++i) found[i] = nb::cast<T>(nb::handle(items[i]));
-    return found;
-}
-
-template <class T>
-nb::list as_list(const std::vector<T>& values) {
-    nb::object made = nb::steal(PyList_New(static_cast<Py_ssize_t>(values.size())));
-    for (size_t i = 0; i < values.size(); ++i) PyList_SET_ITEM(made.ptr(), i, nb::cast(values[i]).release().ptr());
-    return nb::borrow<nb::list>(made);
-}
-
-template <class T>
-nb::tuple as_tuple(const std::vector<T>& values) {
-    nb::object made = nb::steal(PyTuple_New(static_cast<Py_ssize_t>(values.size())));
-    for (size_t i = 0; i < values.size(); ++i) PyTuple_SET_ITEM(made.ptr(), i, nb::cast(values[i]).release().ptr());
-    return nb::borrow<nb::tuple>(made);
-}
-
-std::vector<WeightedPath> read_paths(nb::handle paths, int64_t most) {
-    std::vector<WeightedPath> found;
-    for (nb::handle path : paths) {
-        WeightedPath& made = found.emplace_back();
-        made.tokens = numbers<int64_t>(path[0], most);
-        made.confidences = numbers<double>(path[1], static_cast<int64_t>(made.tokens.size()));
-        if (made.confidences.size() < made.tokens.size()) throw std::invalid_argument("a path with too few confidences");
-    }
-    return found;
-}
-
-nb::list as_pairs(const std::vector<WeightedPath>& paths) {
-    nb::list pairs;
-    for (const WeightedPath& path : paths) pairs.append(nb::make_tuple(as_list(path.tokens), as_list(path.confidences)));
-    return pairs;
-}
-
-}  // namespace
 
 void bind_drafting(nb::module_& m) {
     m.def("largest", [](Address rows, int64_t num_rows, int64_t size, int64_t count, Address tokens, Address values) {

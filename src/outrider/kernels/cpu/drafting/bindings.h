@@ -6,5 +6,6 @@
 namespace outrider {
 
 void bind_drafting(nanobind::module_& m);
+void bind_draft_sources(nanobind::module_& m);  // bindings_sources.cpp
 
 }  // namespace outrider

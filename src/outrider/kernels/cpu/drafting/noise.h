@@ -11,6 +11,8 @@ namespace outrider {
 
 __extension__ typedef unsigned __int128 uint128_t;
 
+constexpr uint64_t kTargetPurpose = 0;  // Purpose.TARGET
+
 struct PhiloxStream {
     uint64_t seed, position, purpose, trial;
 
