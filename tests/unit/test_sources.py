@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,17 +19,10 @@ from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, Draft
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.sources.anpd import NgramModel
 from outrider.drafting.sources.calibration import CalibratedSource
-from outrider.drafting.sources.hash_index import HashIndex
+from outrider.drafting.sources.hash_index import PythonIndex, new_index
 from outrider.drafting.sources.hierarchy import HierarchyDrafter
 from outrider.drafting.sources.history import HistorySource, HistoryStore
-from outrider.drafting.sources.matches import (
-    DISCOUNTS,
-    END_OF_TEXT,
-    MAX_LENGTH,
-    NgramIndex,
-    match_length,
-    weighted_paths,
-)
+from outrider.drafting.sources.matches import DISCOUNTS, MAX_LENGTH, match_length, weighted_paths
 from outrider.drafting.sources.ngram import NgramSource
 from outrider.drafting.sources.trigrams import PythonMatrix, SearchLimits, new_matrix, predict, search
 from outrider.drafting.tree_merge import WeightedPath
@@ -70,21 +64,6 @@ def paths(tree: TokenTree) -> set[tuple[int, ...]]:
 
 
 # Matches and their confidences
-
-
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
-def test_an_index_grown_in_pieces_equals_a_scan(tokens: list[int], data: st.DataObject) -> None:
-    index = NgramIndex(1, 3)
-    length = 0
-    while length < len(tokens):
-        length = data.draw(st.integers(length + 1, len(tokens)))
-        index.extend(tokens[:length])
-    expected: list[tuple[int, int]] = []
-    for n in (3, 2, 1):
-        suffix = tokens[-n:] if n <= len(tokens) else None
-        ends = [e for e in range(len(tokens) - 1, n - 1, -1) if tokens[e - n : e] == suffix]
-        expected += [(end, n) for end in ends if end not in [seen for seen, _ in expected]]
-    assert list(index.matches(tokens)) == expected
 
 
 @given(st.lists(st.integers(0, 1), min_size=2, max_size=40), st.data())
@@ -305,19 +284,22 @@ def test_aded_begins_with_a_corpus() -> None:
 # Copying
 
 
+@pytest.mark.parametrize("new", [new_index, PythonIndex])
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
-def test_a_hash_index_grown_in_pieces_equals_a_scan(tokens: list[int], data: st.DataObject) -> None:
-    index = HashIndex((3, 1))
-    length = 0
-    while length < len(tokens):
-        length = data.draw(st.integers(length + 1, len(tokens)))
-        index.extend(tokens[:length])
-    expected: list[tuple[int, int]] = []
-    for n in (3, 1):
+def test_an_index_grown_in_pieces_equals_a_scan(new, tokens: list[int], data: st.DataObject) -> None:
+    lengths = data.draw(st.sampled_from([(3, 1), (3, 2, 1), (20, 2)]))
+    index = new(lengths)
+    while len(index) < len(tokens):
+        length = data.draw(st.integers(len(index) + 1, len(tokens)))
+        index.append(tokens[len(index) : length])
+    ends: list[int] = []
+    for n in lengths:
         suffix = tokens[-n:] if n <= len(tokens) else None
-        ends = [e for e in range(len(tokens) - 1, n - 1, -1) if tokens[e - n : e] == suffix]
-        expected += [(end, n) for end in ends if end not in [seen for seen, _ in expected]]
-    assert list(index.ends(index.suffix_hashes(), 100)) == expected
+        new_ends = [e for e in range(len(tokens) - 1, n - 1, -1) if tokens[e - n : e] == suffix]
+        ends += [end for end in new_ends if end not in ends]
+    expected = [(tokens[end : end + 4], match_length(tokens, end, tokens, 0)) for end in ends]
+    found = index.copies(tokens, 4, per_length=100, most=1000, periodic=False)
+    assert [(list(path), length) for path, length in found] == expected
 
 
 def test_copy_takes_a_block_from_a_reference() -> None:
@@ -337,6 +319,7 @@ def test_copy_takes_a_block_from_the_history() -> None:
 
 def test_copy_is_not_fooled_by_equal_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("outrider.drafting.sources.hash_index.MODULUS", 2)
+    monkeypatch.setattr("outrider.drafting.sources.hash_index.compiled", lambda: None)
     drafter = drafter_of({"method": "copy", "gammas": [2], "depth": 2, "num_candidates": 64})
     assert paths(propose(drafter, [1, 2, 9, 9, 3, 4, 5, 1, 2])) == {(9, 9)}
 
@@ -438,11 +421,11 @@ def test_history_knows_every_place_of_an_output_however_rarely_it_was_asked(
 ) -> None:
     source = HistorySource(HistoryConfig(lengths=(2,), segment=segment, depth=3))
     text = list(range(100))
-    for length in sorted(step for step in steps if step >= prompt):
-        source.continuations(context(text[:length], prompt=prompt))
-    source.release("r", FinishedText(text, prompt))
-    stored = [token for half, _ in source.store._halves for token in half]
-    assert all(after in (before + 1, END_OF_TEXT) for before, after in pairwise(stored) if before != END_OF_TEXT)
+    with patch.object(source.store, "add", wraps=source.store.add) as add:
+        for length in sorted(step for step in steps if step >= prompt):
+            source.continuations(context(text[:length], prompt=prompt))
+        source.release("r", FinishedText(text, prompt))
+    assert all(after == before + 1 for call in add.call_args_list for before, after in pairwise(call.args[0]))
     for place in range(prompt, 98):
         found = source.store.candidates(text[: place + 1], 3, 4)
         assert max((list(path) for path, _ in found), key=len) == text[place + 1 : place + 4]

@@ -8,12 +8,11 @@ the last gamma tokens in constant time; a block of fixed length is copied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 
 from outrider.config import CopyConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
-from outrider.drafting.sources.hash_index import HashIndex
-from outrider.drafting.sources.matches import END_OF_TEXT, MAX_LENGTH, continuation, match_length, weighted_paths
+from outrider.drafting.sources.hash_index import HashIndex, new_index
+from outrider.drafting.sources.matches import END_OF_TEXT, weighted_paths
 from outrider.drafting.sources.references import token_references
 from outrider.drafting.tree_merge import WeightedPath
 
@@ -24,36 +23,25 @@ class CopySource:
 
     def __init__(self, config: CopyConfig) -> None:
         self._config = config
-        self._references: list[int] = []
+        self._references = new_index(config.gammas)
         for reference in token_references(config):
-            self._references += [*reference, END_OF_TEXT]
-        self._reference_index = HashIndex(config.gammas)
-        self._reference_index.extend(self._references)
+            self._references.append([*reference, END_OF_TEXT])
         self._histories: dict[str, HashIndex] = {}
 
     def continuations(self, context: DraftContext) -> list[WeightedPath]:
-        tokens = context.token_ids
+        tokens, most = context.token_ids, self._config.num_candidates
         history = self._histories.get(context.request_id)
         if history is None:
-            history = self._histories[context.request_id] = HashIndex(self._config.gammas)
-        history.extend(tokens)
+            history = self._histories[context.request_id] = new_index(self._config.gammas)
+        history.append(tokens[len(history) :])
         depth = min(self._config.depth, context.max_depth, context.max_nodes)
         if depth <= 0:
             return []
-        hashes = history.suffix_hashes()
-        found: list[tuple[Sequence[int], int]] = []
-        for text, index, periodic in (
-            (self._references, self._reference_index, False),
-            (tokens, history, True),
-        ):
-            if text is tokens and not self._config.history:
-                continue
-            for end, gamma in islice(index.ends(hashes, self._config.num_candidates), self._config.num_candidates):
-                length = match_length(text, end, tokens, 0)
-                if length >= min(gamma, MAX_LENGTH):  # else equal hashes of different tokens
-                    found.append((continuation(text, end, depth, periodic=periodic), length))
+        found = self._references.copies(tokens, depth, per_length=most, most=most, periodic=False)
+        if self._config.history:
+            found += history.copies(tokens, depth, per_length=most, most=most, periodic=True)
         found.sort(key=lambda candidate: -candidate[1])
-        return weighted_paths(found, self._config.num_candidates)
+        return weighted_paths(found, most)
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass  # the accepted tokens are read from the next context

@@ -5,9 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from math import prod
-from operator import mul
 from typing import TypeVar
 
 from outrider.drafting.tree_merge import WeightedPath
@@ -44,14 +42,17 @@ class GuessTree:
     def paths(self) -> list[WeightedPath]:
         """From the root to each leaf, the one with the most expected tokens first."""
         inner = set(self.parents)
-        ranked: list[tuple[float, WeightedPath]] = []
-        for leaf in range(len(self.tokens)):
-            if leaf not in inner:
-                nodes = self.path(leaf)
-                path = WeightedPath([self.tokens[n] for n in nodes], [self.probs[n] for n in nodes])
-                ranked.append((sum(accumulate(path.confidences, mul)), path))
-        ranked.sort(key=lambda of: -of[0])
-        return [path for _, path in ranked]
+        products: list[float] = []
+        expected: list[float] = []  # tokens, on the way to each node
+        for parent, prob in zip(self.parents, self.probs, strict=True):
+            products.append(prob if parent < 0 else products[parent] * prob)
+            expected.append(products[-1] if parent < 0 else expected[parent] + products[-1])
+        leaves = [node for node in range(len(self.tokens)) if node not in inner]
+        leaves.sort(key=lambda leaf: -expected[leaf])
+        return [
+            WeightedPath([self.tokens[n] for n in nodes], [self.probs[n] for n in nodes])
+            for nodes in map(self.path, leaves)
+        ]
 
 
 def grow(

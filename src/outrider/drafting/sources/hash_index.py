@@ -1,42 +1,83 @@
-"""Where stretches of tokens stand in a text, by a rolling hash: O(1) per token, however long the stretches."""
+"""Where stretches of tokens stand in a text, by a rolling hash: O(1) per token, however long the stretches.
+
+Compiled where there is a compiler.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Protocol
+
+from outrider.drafting.sources.matches import MAX_LENGTH, continuation, match_length
+from outrider.kernels.drafting import compiled
 
 MODULUS = (1 << 61) - 1
 BASE = 0x1F3D5B79A2C4E681 % MODULUS  # any large odd number; hits are compared with the text, collisions cost nothing
 NOWHERE = -1
 
 
-class HashIndex:
-    """The latest ends of each stretch of `lengths` tokens of a growing text.
+class HashIndex(Protocol):
+    """A growing text, and the latest ends of its stretches of some lengths."""
+
+    def __len__(self) -> int:
+        """Tokens of the text."""
+        ...
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Make the text longer."""
+        ...
+
+    def copies(
+        self, tokens: Sequence[int], depth: int, *, per_length: int, most: int, periodic: bool
+    ) -> list[tuple[Sequence[int], int]]:
+        """What stands behind the places that agree with the end of some tokens: the longest, then the latest first.
+
+        Args:
+            depth: the most tokens of each continuation.
+            per_length: the most places looked at for each length of stretch, by and large.
+            most: the most places looked at.
+            periodic: see `continuation`.
+
+        Returns:
+            Continuations, with the length of agreement.
+        """
+        ...
+
+
+def new_index(lengths: Sequence[int]) -> HashIndex:
+    """An index of an empty text.
 
     Args:
         lengths: of the stretches, the longest first.
     """
+    module = compiled()
+    return PythonIndex(lengths) if module is None else module.HashIndex(lengths)
 
+
+class PythonIndex:
     def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = tuple(lengths)
-        self._powers = tuple(pow(BASE, length, MODULUS) for length in lengths)
-        self._prefix_hashes = array("Q", [0])  # of the text up to each position
-        self._latest: tuple[dict[int, int], ...] = tuple({} for _ in lengths)
-        self._earlier = tuple(array("q", [NOWHERE]) for _ in lengths)  # [position] the end before, of an equal hash
+        self._text = array("q")
+        self._hashes = array("Q", [0])  # of the text up to each position
+        self._levels = [
+            # The length, the power that shifts a hash by it, the latest end of each hash, by position the end before.
+            (length, pow(BASE, length, MODULUS), dict[int, int](), array("q", [NOWHERE]))
+            for length in lengths
+        ]
 
     def __len__(self) -> int:
-        """Tokens indexed."""
-        return len(self._prefix_hashes) - 1
+        return len(self._text)
 
-    def extend(self, text: Sequence[int]) -> None:
-        """Index the tokens that are new since the last call."""
-        hashes = self._prefix_hashes
-        for end in range(len(hashes), len(text) + 1):
-            value = (hashes[end - 1] * BASE + text[end - 1] + 2) % MODULUS
+    def append(self, tokens: Sequence[int]) -> None:
+        text, hashes, levels = self._text, self._hashes, self._levels
+        value, end = hashes[-1], len(text)
+        text.extend(tokens)
+        for token in tokens:
+            end += 1
+            value = (value * BASE + token + 2) % MODULUS
             hashes.append(value)
-            for length, power, latest, earlier in zip(
-                self.lengths, self._powers, self._latest, self._earlier, strict=True
-            ):
+            for length, power, latest, earlier in levels:
                 if length > end:
                     earlier.append(NOWHERE)
                     continue
@@ -44,33 +85,39 @@ class HashIndex:
                 earlier.append(latest.get(window, NOWHERE))
                 latest[window] = end
 
-    def suffix_hashes(self) -> tuple[int | None, ...]:
-        """``[len(lengths)]`` hashes of the text's last tokens; None where it is shorter."""
-        hashes, end = self._prefix_hashes, len(self)
-        return tuple(
-            (hashes[end] - hashes[end - length] * power) % MODULUS if length <= end else None
-            for length, power in zip(self.lengths, self._powers, strict=True)
-        )
+    def copies(
+        self, tokens: Sequence[int], depth: int, *, per_length: int, most: int, periodic: bool
+    ) -> list[tuple[Sequence[int], int]]:
+        found: list[tuple[Sequence[int], int]] = []
+        text = self._text
+        for end, stretch in islice(self._ends(tokens, per_length), most):
+            length = match_length(text, end, tokens, 0)
+            if length >= min(stretch, MAX_LENGTH):  # else equal hashes of different tokens
+                found.append((continuation(text, end, depth, periodic=periodic), length))
+        return found
 
-    def ends(self, suffix_hashes: Sequence[int | None], limit: int) -> Iterator[tuple[int, int]]:
-        """Where a suffix stands in the text with a token behind it: the longest first, then the latest first.
-
-        Args:
-            suffix_hashes: of an index with the same lengths.
-            limit: the most to look at for each length.
-
-        Yields:
-            The position behind an occurrence, and the length whose hash is equal; the tokens may still differ.
-        """
+    def _ends(self, tokens: Sequence[int], per_length: int) -> Iterator[tuple[int, int]]:
+        """The positions behind places with a token behind them, and the length of stretch whose hash is equal."""
         seen: set[int] = set()
-        for length, wanted, latest, earlier in zip(
-            self.lengths, suffix_hashes, self._latest, self._earlier, strict=True
-        ):
-            end = latest.get(wanted, NOWHERE) if wanted is not None else NOWHERE
-            for _ in range(limit + 1):
+        size = len(self._text)
+        for (length, _, latest, earlier), wanted in zip(self._levels, self._suffix_hashes(tokens), strict=True):
+            end = latest.get(wanted, NOWHERE)
+            for _ in range(per_length + 1):
                 if end == NOWHERE:
                     break
-                if end < len(self) and end not in seen:
+                if end < size and end not in seen:
                     seen.add(end)
                     yield end, length
                 end = earlier[end]
+
+    def _suffix_hashes(self, tokens: Sequence[int]) -> list[int]:
+        """Hashes of the last tokens, of each length; `NOWHERE` where there are fewer."""
+        lengths = [length for length, *_ in self._levels]
+        found: dict[int, int] = {}
+        value, power = 0, 1
+        for length in range(1, min(lengths[0], len(tokens)) + 1):
+            value += (tokens[-length] + 2) * power
+            power = power * BASE % MODULUS
+            if length in lengths:
+                found[length] = value % MODULUS
+        return [found.get(length, NOWHERE) for length in lengths]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 from outrider.config import HistoryConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
-from outrider.drafting.sources.hash_index import HashIndex
-from outrider.drafting.sources.matches import END_OF_TEXT, continuation, match_length, weighted_paths
+from outrider.drafting.sources.hash_index import new_index
+from outrider.drafting.sources.matches import END_OF_TEXT, weighted_paths
 from outrider.drafting.tree_merge import WeightedPath
 
 
@@ -21,37 +20,28 @@ class HistoryStore:
 
     def __init__(self, lengths: Sequence[int], capacity: int) -> None:
         self._lengths, self._half = tuple(lengths), capacity // 2
-        self._halves = [self._new(), self._new()]  # the newer first
-
-    def _new(self) -> tuple[array[int], HashIndex]:
-        return array("q"), HashIndex(self._lengths)
+        self._halves = [new_index(self._lengths), new_index(self._lengths)]  # the newer first
 
     def __len__(self) -> int:
-        return sum(len(text) for text, _ in self._halves)
+        return sum(map(len, self._halves))
 
     def add(self, segment: Sequence[int]) -> None:
         """Keep a text; of one longer than half the capacity its end."""
         segment = segment[-(self._half - 1) :]
-        text, index = self._halves[0]
-        if len(text) + len(segment) + 1 > self._half:
-            self._halves = [self._new(), self._halves[0]]
-            text, index = self._halves[0]
-        text.extend(segment)
-        text.append(END_OF_TEXT)
-        index.extend(text)
+        newer = self._halves[0]
+        if len(newer) + len(segment) + 1 > self._half:
+            self._halves = [new_index(self._lengths), newer]
+        self._halves[0].append([*segment, END_OF_TEXT])
 
     def candidates(self, tokens: Sequence[int], depth: int, limit: int) -> list[tuple[Sequence[int], int]]:
         """Continuations of the places that agree with the end of `tokens`, with the length of agreement."""
-        query = HashIndex(self._lengths)
-        query.extend(tokens[-max(self._lengths) :])
-        hashes = query.suffix_hashes()
-        found: list[tuple[Sequence[int], int]] = []
-        for text, index in self._halves:
-            for end, _ in index.ends(hashes, limit):
-                length = match_length(text, end, tokens, 0)
-                path = continuation(text, end, depth, periodic=False)
-                if length >= self._lengths[-1] and path:
-                    found.append((path, length))
+        most = len(self._lengths) * (limit + 1)
+        found = [
+            candidate
+            for half in self._halves
+            for candidate in half.copies(tokens, depth, per_length=limit, most=most, periodic=False)
+            if candidate[0]
+        ]
         found.sort(key=lambda candidate: -candidate[1])
         return found[:limit]
 

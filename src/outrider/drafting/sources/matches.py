@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import starmap
 
 from outrider.drafting.tree_merge import WeightedPath
@@ -38,21 +38,6 @@ class NgramIndex:
                 if length <= end:
                     ends[tuple(text[end - length : end])].append(end)
         self._num_indexed = len(text)
-
-    def matches(self, sequence: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Where suffixes of the sequence stand with a token behind them: the longest, then the latest first.
-
-        Yields:
-            The position behind an occurrence, and how many tokens of the n-gram matched.
-        """
-        seen: set[int] = set()
-        for length in self._lengths:
-            if length > len(sequence):
-                continue
-            for end in reversed(self._ends.get(tuple(sequence[-length:]), ())):
-                if end < self._num_indexed and end not in seen:
-                    seen.add(end)
-                    yield end, length
 
     def nearest(self, sequence: Sequence[int], position: int) -> tuple[int, int] | None:
         """Of the places where the longest suffix stands with a token behind it, the one next to a position.
