@@ -16,8 +16,9 @@ from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
 from outrider.drafting.sources import past_outputs
 from outrider.drafting.sources.guess_tree import ESCAPE
 from outrider.drafting.sources.past_outputs import PastOutputs, read_history, write_history
-from outrider.drafting.sources.suffix_index import Cursor, Node, SuffixTree
-from outrider.drafting.sources.suffix_tree import Place, SuffixSource, speculate
+from outrider.drafting.sources.suffix_guesses import Place, speculate
+from outrider.drafting.sources.suffix_index import Node, PythonCursor, PythonTree
+from outrider.drafting.sources.suffix_tree import SuffixSource
 from outrider.errors import ConfigError, LookupFileError, VocabularyMismatchError
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree, VerifiedPath
@@ -35,7 +36,7 @@ def naive_counts(sequences: list[list[int]], max_depth: int) -> Substrings:
     return counts
 
 
-def counts_in(tree: SuffixTree) -> Substrings:
+def counts_in(tree: PythonTree) -> Substrings:
     """All substrings that a tree knows, with their counts."""
     places = list(zip(*tree.places, strict=True))
     found: Substrings = {}
@@ -74,7 +75,7 @@ operations = st.lists(
 @settings(max_examples=300)
 @given(operations, st.integers(2, 9))
 def test_the_tree_counts_every_substring_of_what_it_has_not_forgotten(steps: list[int | str], max_depth: int) -> None:
-    tree = SuffixTree(max_depth)
+    tree = PythonTree(max_depth)
     ended: list[list[int]] = []
     current: list[int] = []
     for step in steps:
@@ -96,13 +97,13 @@ def test_the_tree_counts_every_substring_of_what_it_has_not_forgotten(steps: lis
         assert len(tree.places[0]) == len(occurred), "the suffixes that occurred before"
         if not current:
             assert num_nodes(tree.root) <= 2 * len(tree) + 1
-    assert list(tree.sequences()) == ended
+    assert tree.sequences() == ended
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), max_size=6), st.lists(st.integers(0, 3)))
 def test_a_cursor_stands_at_every_suffix_that_occurs(outputs: list[list[int]], text: list[int]) -> None:
-    tree = SuffixTree(6)
-    cursor = Cursor(tree)
+    tree = PythonTree(6)
+    cursor = PythonCursor(tree)
     pending = list(outputs)
     for end in range(1, len(text) + 1):
         if pending and end % 3 == 0:  # the tree changes below the cursor
@@ -111,7 +112,7 @@ def test_a_cursor_stands_at_every_suffix_that_occurs(outputs: list[list[int]], t
         elif end % 7 == 0 and len(tree):
             tree.forget_oldest()
         cursor.follow(text[:end], 1)
-        known = naive_counts(list(tree.sequences()), 6)
+        known = naive_counts(tree.sequences(), 6)
         lengths = [n for n in range(min(5, end), 0, -1) if tuple(text[end - n : end]) in known]
         assert len(cursor.places[0]) == len(lengths)
         for node, offset, length in zip(*cursor.places, lengths, strict=True):
@@ -126,7 +127,7 @@ def test_a_cursor_stands_at_every_suffix_that_occurs(outputs: list[list[int]], t
 
 def test_forgetting_frees_memory() -> None:
     alive = num_alive()
-    tree = SuffixTree(16)
+    tree = PythonTree(16)
     for output in range(20):
         tree.extend([(output * 7 + i * i) % 11 for i in range(200)])
         tree.end_sequence()

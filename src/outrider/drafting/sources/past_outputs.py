@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from outrider.config import SuffixConfig
-from outrider.drafting.sources.suffix_index import SuffixTree
+from outrider.drafting.sources.suffix_index import SuffixTree, new_tree
 from outrider.errors import LookupFileError, VocabularyMismatchError
 
 MAGIC = b"outrider-history"
@@ -41,7 +41,7 @@ class PastOutputs:
     """
 
     def __init__(self, config: SuffixConfig, *, vocab_size: int, vocab_fingerprint: Callable[[], bytes]) -> None:
-        self.tree = SuffixTree(config.max_match)
+        self.tree = new_tree(config.max_match)
         self._capacity = config.history_tokens
         self._file: _HistoryFile | None = None
         self._num_unsaved = 0
@@ -83,7 +83,7 @@ class _HistoryFile:
         if self._tree.version == self._saved_version:
             return
         try:
-            write_history(self._path, list(self._tree.sequences()), fingerprint=self._fingerprint)
+            write_history(self._path, self._tree.sequences(), fingerprint=self._fingerprint)
         except OSError as error:
             getLogger("outrider").warning("cannot write the history of outputs to %s: %s", self._path, error)
         self._saved_version = self._tree.version

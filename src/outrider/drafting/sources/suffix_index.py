@@ -2,13 +2,70 @@
 
 An edge's label is a piece of the text. Suffixes that are still unique cost nothing more: their leaf's label grows
 with the text. Suffixes that occurred before are followed, each by a place of its own, and those places are just what
-a drafter asks for: where the text's own suffixes stand among their earlier occurrences.
+a drafter asks for: where the text's own suffixes stand among their earlier occurrences. Compiled where there is a
+compiler.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+from outrider.kernels.drafting import compiled
+
+
+class SuffixTree(Protocol):
+    """What `PythonTree` is, in Python or compiled; a compiled one also knows the guesses of `suffix_guesses.py`.
+
+    Attributes:
+        version: changes whenever a place (a node and an offset) that somebody else holds may have become invalid.
+    """
+
+    @property
+    def version(self) -> int: ...
+    def __len__(self) -> int:
+        """Tokens of the text."""
+        ...
+
+    def sequences(self) -> Sequence[Sequence[int]]:
+        """The ended sequences, the oldest first."""
+        ...
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Append tokens to the current sequence."""
+        ...
+
+    def end_sequence(self) -> None:
+        """Nothing follows the current sequence; the next token begins another one."""
+        ...
+
+    def forget_oldest(self) -> None:
+        """Take the oldest ended sequence out; only between sequences."""
+        ...
+
+
+class SuffixCursor(Protocol):
+    """Where the suffixes of a text that grows outside of a tree stand in the tree's ended sequences."""
+
+    def follow(self, token_ids: Sequence[int], num_new: int) -> None:
+        """Take up the last `num_new` tokens of a text, or as many as it takes if the tree has changed."""
+        ...
+
+
+def new_tree(max_depth: int) -> SuffixTree:
+    """An empty tree; see `PythonTree`."""
+    module = compiled()
+    return PythonTree(max_depth) if module is None else module.SuffixTree(max_depth)
+
+
+def new_cursor(tree: SuffixTree) -> SuffixCursor:
+    """A cursor at the beginning of a text."""
+    if isinstance(tree, PythonTree):
+        return PythonCursor(tree)
+    module: Any = compiled()
+    return module.SuffixCursor(tree)
 
 
 class Node:
@@ -33,7 +90,7 @@ class Node:
 NO_CHILDREN: dict[int, Node] = {}  # of every leaf; never written to
 
 
-class SuffixTree:
+class PythonTree:
     """All substrings of some sequences up to a length, with the number of their occurrences.
 
     Extending costs time in proportion to the longest suffix that occurred before, at most `max_depth`, whatever the
@@ -41,9 +98,6 @@ class SuffixTree:
 
     Args:
         max_depth: the longest substring that is told from others, in tokens; at least 2.
-
-    Attributes:
-        version: changes whenever a place (a node and an offset) that somebody else holds may have become invalid.
     """
 
     def __init__(self, max_depth: int) -> None:
@@ -61,12 +115,10 @@ class SuffixTree:
         """Tokens of the text."""
         return len(self._text)
 
-    def sequences(self) -> Iterator[list[int]]:
+    def sequences(self) -> list[list[int]]:
         """The ended sequences, the oldest first."""
-        start = 0
-        for length in self._sequence_lengths:
-            yield self._text[start : start + length]
-            start += length
+        ends = list(accumulate(self._sequence_lengths, initial=0))
+        return [self._text[start:end] for start, end in pairwise(ends)]
 
     @property
     def places(self) -> tuple[Sequence[Node], Sequence[int]]:
@@ -212,22 +264,19 @@ class SuffixTree:
         return True
 
 
-class Cursor:
-    """Where the suffixes of a text that grows outside of a tree stand in the tree's ended sequences."""
-
-    def __init__(self, tree: SuffixTree) -> None:
-        self._tree = tree
+class PythonCursor:
+    def __init__(self, tree: PythonTree) -> None:
+        self.tree = tree
         self._version = tree.version
         self._nodes: list[Node] = []
         self._offsets: list[int] = []
 
     def follow(self, token_ids: Sequence[int], num_new: int) -> None:
-        """Take up the last `num_new` tokens of a text, or as many as it takes if the tree has changed."""
-        if self._version != self._tree.version:
-            self._version = self._tree.version
+        if self._version != self.tree.version:
+            self._version = self.tree.version
             self._nodes, self._offsets = [], []
             num_new = len(token_ids)
-        num_new = min(num_new, self._tree.max_depth - 1)
+        num_new = min(num_new, self.tree.max_depth - 1)
         for token in token_ids[len(token_ids) - num_new :]:
             self._advance(token)
 
@@ -241,15 +290,15 @@ class Cursor:
         offsets: list[int] = []
         for node, offset in zip(self._nodes, self._offsets, strict=True):
             if offset < node.length:
-                if self._tree.token_at(node, offset) == token:
+                if self.tree.token_at(node, offset) == token:
                     nodes.append(node)
                     offsets.append(offset + 1)
             elif (child := node.children.get(token)) is not None:
                 nodes.append(child)
                 offsets.append(1)
-        child = self._tree.root.children.get(token)
+        child = self.tree.root.children.get(token)
         if child is not None:
             nodes.append(child)
             offsets.append(1)
-        surplus = max(0, len(nodes) - self._tree.max_depth + 1)
+        surplus = max(0, len(nodes) - self.tree.max_depth + 1)
         self._nodes, self._offsets = nodes[surplus:], offsets[surplus:]
