@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -20,7 +21,7 @@ from outrider.drafting.context_recycling import (
     ContextRecyclingDrafter,
     Rates,
 )
-from outrider.drafting.context_table import Candidates, ContextTable, learn_chosen
+from outrider.drafting.context_table import PythonTable, learn_chosen
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
 from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
@@ -58,7 +59,13 @@ def show(drafter: ContextRecyclingDrafter, tokens: list[int], *candidates: int, 
     drafter.observe([DraftOutcome(request_id, TokenTree.root_only(tokens[-1]), path, logits_of(candidates))])
 
 
-def tokens_after(table: ContextTable, context: tuple[int, ...]) -> Sequence[int]:
+def learn(tables: Sequence[PythonTable], place: Sequence[int], number: int) -> None:
+    """One candidate after a place."""
+    root = TokenTree.root_only(place[-1])
+    learn_chosen(tables, tuple(place), root, np.array([[number]]), np.zeros((1, 1), dtype=np.float32))
+
+
+def tokens_after(table: PythonTable, context: tuple[int, ...]) -> Sequence[int]:
     found = table.get(context)
     return found.tokens if found else ()
 
@@ -218,9 +225,9 @@ def test_steps_that_were_not_shown_do_no_harm() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), max_size=60), st.integers(6, 20))
 def test_a_table_is_bounded_and_keeps_the_newest(places: list[list[int]], capacity: int) -> None:
-    table = ContextTable(3, 2, capacity)
+    table = PythonTable(3, 2, capacity)
     for number, place in enumerate(places):
-        learn_chosen([table], [tuple(place)], [Candidates([number])])
+        learn([table], place, number)
         assert len(table) <= capacity
     newest = {tuple(place)[-length:]: number for number, place in enumerate(places) for length in (1, 2, 3)}
     for place in places[len(places) - capacity // 2 // 3 :]:
@@ -230,23 +237,23 @@ def test_a_table_is_bounded_and_keeps_the_newest(places: list[list[int]], capaci
         assert table.get((token,)), "single tokens are kept"
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=60), st.integers(6, 20))
-def test_places_learnt_together_are_learnt_in_their_order(places: list[list[int]], capacity: int) -> None:
-    apart, together = (
-        [ContextTable(3, 2, capacity) for _ in range(2)],
-        [ContextTable(3, 2, capacity) for _ in range(2)],
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60)), min_size=1, max_size=60), st.integers(6, 20))
+def test_places_learnt_together_are_learnt_in_their_order(nodes: list[tuple[int, int]], capacity: int) -> None:
+    apart = [PythonTable(3, 2, capacity) for _ in range(2)]
+    together = [PythonTable(3, 2, capacity) for _ in range(2)]
+    tree = TokenTree(
+        tuple(token for token, _ in nodes), (-1, *[parent % node for node, (_, parent) in enumerate(nodes) if node])
     )
-    candidates = [Candidates([number]) for number in range(len(places))]
-    contexts = [tuple(place) for place in places]
-    for place, of_place in zip(contexts, candidates, strict=True):
-        learn_chosen(apart, [place], [of_place])
-    learn_chosen(together, contexts, candidates)
+    places = [tuple(tree.tokens[n] for n in (0, *tree.path(node)))[-3:] for node in range(tree.num_nodes)]
+    for number, place in enumerate(places):
+        learn(apart, place, number)
+    numbers = np.arange(len(places))[:, None]
+    learn_chosen(together, places[0], tree, numbers, np.zeros(numbers.shape, dtype=np.float32))
     for table in together:
         assert len(table) <= capacity
-        for context in {
-            context for place in contexts[len(contexts) - capacity // 2 // 3 :] for context in (place[-1:], place)
-        }:
-            assert tokens_after(table, context) == tokens_after(apart[0], context)
+        for place in places[len(places) - capacity // 2 // 3 :]:
+            for context in (place[-1:], place):
+                assert tokens_after(table, context) == tokens_after(apart[0], context)
 
 
 def test_limits_and_chains() -> None:

@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 
 from outrider.config import RecyclingConfig
-from outrider.drafting.context_table import Candidates, Context, ContextTable, learn_chosen
+from outrider.drafting.context_table import Context, ContextTable, Origin, PlaceNoise, learn_chosen, new_table
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.sources.guess_tree import GuessTree, grow
 from outrider.drafting.top_tokens import top_tokens
-from outrider.sampling.noise import Purpose, rank_with_noise
 from outrider.token_tree import TokenTree
 
 MIN_PATH_PROB = 0.01  # less likely nodes are not worth looking for
@@ -77,15 +76,16 @@ class RateTable:
     """Rates by where candidates are from and by the length of the context, for greedy or for sampled requests.
 
     Attributes:
-        own_chosen, own_seen, shared: by the index of the context's length.
+        by_origin: lists by the index of the context's length.
     """
 
     def __init__(
         self, chosen: Mapping[int, float], seen: Mapping[int, float], lengths: Sequence[int], num_ranks: int
     ) -> None:
-        self.own_chosen, self.own_seen, self.shared = (
-            [Rates(_prior(first, length)[:num_ranks]) for length in lengths] for first in (chosen, seen, chosen)
-        )
+        first_of = {Origin.OWN_CHOSEN: chosen, Origin.OWN_SEEN: seen, Origin.SHARED: chosen}
+        self.by_origin = [
+            [Rates(_prior(first_of[origin], length)[:num_ranks]) for length in lengths] for origin in Origin
+        ]
 
 
 def _prior(first: Mapping[int, float], length: int) -> list[float]:
@@ -148,13 +148,13 @@ class ContextRecyclingDrafter:
         self.max_nodes = min(config.max_nodes, config.depth) if style.chains_only else config.max_nodes
         self.table = self._new_table()
         lengths = self.table.lengths
-        self._longest = lengths[-1]
+        self._num_lengths, self._longest = len(lengths), lengths[-1]
         self._greedy = RateTable(GREEDY_CHOSEN, GREEDY_SEEN, lengths, self._num_candidates)
         self._sampled = RateTable(SAMPLED_CHOSEN, SAMPLED_SEEN, lengths, self._num_candidates)
         self._requests: dict[str, _Request] = {}
 
     def _new_table(self) -> ContextTable:
-        return ContextTable(self._config.max_context, self._num_candidates, self._config.capacity)
+        return new_table(self._config.max_context, self._num_candidates, self._config.capacity)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
         return [self._propose(context) for context in contexts]
@@ -184,7 +184,7 @@ class ContextRecyclingDrafter:
             ]
 
         made = grow(
-            (request.tail, tokens[-1], 1.0, len(self.table.lengths)),
+            (request.tail, tokens[-1], 1.0, self._num_lengths),
             successors,
             max_nodes=min(self.max_nodes, context.max_nodes),
             max_depth=min(self._config.depth, context.max_depth),
@@ -204,56 +204,15 @@ class ContextRecyclingDrafter:
             num_lengths: how many lengths of context may be known there.
 
         Returns:
-            The prediction, and how many lengths may be known one token later: what a context there begins with was
-            learnt one token before it was.
+            The prediction, and how many lengths may be known one token later.
         """
-        count, own, shared, rates = self._num_candidates, step.request.table, self.table, step.rates
-        found: Prediction = []
-        proposed: set[int] = set()
-        last: Candidates | None = None
-        num_known = 0
-        contexts = own.contexts_at(place)
-        for index in range(min(num_lengths, len(contexts)) - 1, -1, -1):
-            of_length = rates.own_chosen
-            candidates = own.get(contexts[index])
-            if candidates is None:
-                of_length = rates.shared
-                candidates = shared.get(contexts[index])
-                if candidates is None:
-                    continue
-            elif candidates.logits is None:
-                of_length = rates.own_seen
-            num_known = num_known or index + 1
-            if candidates is last:
-                continue
-            last = candidates
-            if candidates.logits is None or not step.noisy:
-                tokens = candidates.tokens
-            else:
-                tokens = self._ranked(step, candidates, depth)
-            new = [token for token in tokens if token not in proposed][:count] if proposed else tokens[:count]
-            if new:
-                found.append((of_length[index], new))
-                proposed.update(new)
-                if len(proposed) >= count:
-                    break
-        return found, num_known + 1
-
-    def _ranked(self, step: _Step, candidates: Candidates, depth: int) -> list[int]:
-        """Candidates as the target will rank them after a place `depth` tokens behind the root."""
-        assert candidates.token_row is not None, "what was only seen has no logits"
-        assert candidates.logits is not None, "what was only seen has no logits"
-        context = step.context
-        return rank_with_noise(
-            candidates.token_row,
-            candidates.logits,
-            self._num_candidates,
-            temperature=context.params.temperature,
-            seed=context.seed,
-            position=len(context.token_ids) + depth,
-            purpose=Purpose.TARGET,
-            vocab_size=self._vocab_size,
-        )
+        context, noise = step.context, None
+        if step.noisy:
+            position = len(context.token_ids) + depth
+            noise = PlaceNoise(context.seed, position, context.params.temperature, self._vocab_size)
+        own, by_origin = step.request.table, step.rates.by_origin
+        proposals, num_lengths = own.predict(self.table, place, num_lengths, self._num_candidates, noise)
+        return [(by_origin[origin][index], tokens) for origin, index, tokens in proposals], num_lengths
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         for outcome in outcomes:
@@ -261,14 +220,11 @@ class ContextRecyclingDrafter:
             request, tree = self._requests.get(outcome.request_id), outcome.tree
             num_kept = request.num_kept if request else self._num_candidates
             token_rows, logits = top_tokens(outcome.target_logits, num_kept)
-            candidates = list(map(Candidates, token_rows.tolist(), token_rows, logits))
             # Of a request whose last steps were not shown here the root is all that is known.
             in_step = request is not None and request.tail[-1:] == tree.tokens[:1]
-            places = [request.tail if request is not None and in_step else tree.tokens[:1]]
-            for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
-                places.append((*places[parent], token)[-self._longest :])
+            tail = request.tail if request is not None and in_step else tree.tokens[:1]
             tables = (self.table,) if request is None else (self.table, request.table)
-            learn_chosen(tables, places, candidates)
+            learn_chosen(tables, tail, tree, token_rows, logits)
             if request is not None and in_step:
                 self._take_in(request, outcome.new_tokens)
 

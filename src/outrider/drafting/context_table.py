@@ -1,17 +1,103 @@
-"""The latest candidates after contexts of several lengths, for Token Recycling (`context_recycling.py`)."""
+"""The latest candidates after contexts of several lengths, for Token Recycling (`context_recycling.py`).
+
+Compiled where there is a compiler.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 from operator import itemgetter
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from outrider.kernels.drafting import compiled
+from outrider.sampling.noise import Purpose, rank_with_noise
+from outrider.token_tree import TokenTree
 
 LENGTHS = (1, 2, 3, 4, 8, 16, 32, 64)  # of contexts, as far as they are allowed
 
 Context = tuple[int, ...]
 Row = NDArray[np.float32]
+
+
+class Origin(IntEnum):
+    """Where predicted tokens are from: the request's own table (of the target, or only seen), or the shared one."""
+
+    OWN_CHOSEN = 0
+    OWN_SEEN = 1
+    SHARED = 2
+
+
+# What contexts propose, the longest first, each without what longer ones have proposed: the origin, the index of the
+# context's length, the tokens.
+Proposals = Sequence[tuple[int, int, Sequence[int]]]
+
+
+@dataclass(slots=True)
+class PlaceNoise:
+    """The noise that the target will choose a token with."""
+
+    seed: int
+    position: int
+    temperature: float
+    vocab_size: int
+
+    def ranked(self, tokens: ArrayLike, logits: ArrayLike, count: int) -> list[int]:
+        """The first `count` tokens as the target will rank them."""
+        return rank_with_noise(
+            np.asarray(tokens, dtype=np.int64),
+            np.asarray(logits, dtype=np.float32),
+            count,
+            temperature=self.temperature,
+            seed=self.seed,
+            position=self.position,
+            purpose=Purpose.TARGET,
+            vocab_size=self.vocab_size,
+        )
+
+
+class ContextTable(Protocol):
+    """What `PythonTable` is, in Python or compiled."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Of contexts, from 1 on."""
+        ...
+
+    def __len__(self) -> int:
+        """Contexts of more than one token; one that stands in both halves counts twice."""
+        ...
+
+    def learn_seen(self, tokens: Sequence[int], start: int) -> None:
+        """A text's tokens from `start` on, each as what follows the contexts before it."""
+        ...
+
+    def predict(
+        self, shared: Any, place: Context, num_lengths: int, count: int, noise: PlaceNoise | None
+    ) -> tuple[Proposals, int]:
+        """What may follow a place of the request whose own table this is; at most `count` tokens.
+
+        Args:
+            shared: the table, of the same kind, that is asked where this one knows nothing.
+            num_lengths: how many lengths of context may be known there.
+            noise: that the target's candidates are ranked with; None goes by their logits.
+
+        Returns:
+            The proposals, and how many lengths may be known one token later: what a context there begins with was
+            learnt one token before it was.
+        """
+        ...
+
+
+def new_table(max_context: int, num_candidates: int, capacity: int) -> ContextTable:
+    """An empty table; see `PythonTable`."""
+    module = compiled()
+    kind = PythonTable if module is None else module.ContextTable
+    return kind(max_context, num_candidates, capacity)
 
 
 class Candidates:
@@ -32,7 +118,7 @@ class Candidates:
         self.logits = logits
 
 
-class ContextTable:
+class PythonTable:
     """The latest candidates after each context.
 
     Those of single tokens are kept for good. Longer contexts are kept in two halves: when the newer is full, the
@@ -58,7 +144,6 @@ class ContextTable:
         self._cuts = [_cut(size, self.lengths) for size in range(self.lengths[-1] + 1)]
 
     def __len__(self) -> int:
-        """Contexts of more than one token; one that stands in both halves counts twice."""
         return len(self._newer) + len(self._older)
 
     def contexts_at(self, place: Context) -> Sequence[Context]:
@@ -81,7 +166,6 @@ class ContextTable:
         self._newer.update(longer)
 
     def learn_seen(self, tokens: Sequence[int], start: int) -> None:
-        """A text's tokens from `start` on, each as what follows the contexts before it."""
         longest = self.lengths[-1]
         for position in range(max(start, 1), len(tokens)):
             self._make_room(len(self.lengths))
@@ -102,16 +186,73 @@ class ContextTable:
                     of_length[context] = made
                 of_length = self._newer
 
+    def predict(
+        self, shared: PythonTable, place: Context, num_lengths: int, count: int, noise: PlaceNoise | None
+    ) -> tuple[Proposals, int]:
+        found: list[tuple[int, int, Sequence[int]]] = []
+        proposed: set[int] = set()
+        last: Candidates | None = None
+        num_known = 0
+        contexts = self.contexts_at(place)
+        for index in range(min(num_lengths, len(contexts)) - 1, -1, -1):
+            origin = Origin.OWN_CHOSEN
+            candidates = self.get(contexts[index])
+            if candidates is None:
+                origin = Origin.SHARED
+                candidates = shared.get(contexts[index])
+                if candidates is None:
+                    continue
+            elif candidates.logits is None:
+                origin = Origin.OWN_SEEN
+            num_known = num_known or index + 1
+            if candidates is last:
+                continue
+            last = candidates
+            if noise is None or candidates.token_row is None or candidates.logits is None:
+                tokens = candidates.tokens
+            else:
+                tokens = noise.ranked(candidates.token_row, candidates.logits, count)
+            new = [token for token in tokens if token not in proposed][:count] if proposed else tokens[:count]
+            if new:
+                found.append((origin, index, new))
+                proposed.update(new)
+                if len(proposed) >= count:
+                    break
+        return found, num_known + 1
+
     def _make_room(self, num_contexts: int) -> None:
         if len(self._newer) + num_contexts > self.half:
             self._older, self._newer = self._newer, {}
 
 
-def learn_chosen(tables: Sequence[ContextTable], places: Sequence[Context], candidates: Sequence[Candidates]) -> None:
-    """Let tables of one kind learn the target's candidates after places; of equal contexts the last place's.
+def learn_chosen(
+    tables: Sequence[ContextTable],
+    tail: Context,
+    tree: TokenTree,
+    token_rows: NDArray[np.int64],
+    logits: NDArray[np.float32],
+) -> None:
+    """Let tables of one kind learn the target's candidates after a tree's nodes; of equal contexts the last node's.
 
-    Contexts are collected before: what a dictionary takes over from another one is not hashed again.
+    Args:
+        tail: the text up to the root, the root included, as far as it is known.
+        token_rows, logits: ``[num_nodes, num_candidates]`` of the candidates, the likeliest first.
     """
+    python = [table for table in tables if isinstance(table, PythonTable)]
+    if not python:
+        module = compiled()
+        assert module is not None, "a compiled table without compiled code"
+        module.learn_chosen(tables, tail, tree.tokens, tree.parents, token_rows, logits)
+        return
+    longest = python[0].lengths[-1]
+    places = [tail[-longest:]]
+    for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
+        places.append((*places[parent], token)[-longest:])
+    _learn_places(python, places, list(map(Candidates, token_rows.tolist(), token_rows, logits)))
+
+
+def _learn_places(tables: Sequence[PythonTable], places: Sequence[Context], candidates: Sequence[Candidates]) -> None:
+    """Contexts are collected before: what a dictionary takes over from another one is not hashed again."""
     first = tables[0]
     single: dict[Context, Candidates] = {}
     longer: dict[Context, Candidates] = {}
