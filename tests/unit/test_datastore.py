@@ -158,7 +158,7 @@ def test_nothing_is_looked_for_where_nothing_is_wanted(tmp_path: Path, monkeypat
     for length in range(1, 5):
         asked.continuations(context([1, 2, 3, 4, 5, 6][:length]))
         with monkeypatch.context() as patch:
-            patch.setattr(unasked, "_indexes", ())
+            patch.setattr(unasked, "_search", None)
             assert not unasked.continuations(replace(context([1, 2, 3, 4, 5, 6][:length]), max_nodes=0))
     later = context([1, 2, 3, 4, 5, 6])
     assert unasked.continuations(later) == asked.continuations(later) != []
