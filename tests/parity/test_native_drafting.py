@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from outrider.bench.replay import Recording, SyntheticTarget, replay
+from outrider.config import drafter_config
+from outrider.drafting.build import TargetParts, build_drafter
+from outrider.drafting.context_table import PlaceNoise, PythonTable, learn_chosen, new_table
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
+from outrider.drafting.forward_cost import ForwardCost
+from outrider.drafting.sources import datastore_build
 from outrider.drafting.sources.calibration import Calibration, PythonBins
-from outrider.drafting.sources.matches import MAX_LENGTH, weighted_paths
+from outrider.drafting.sources.datastore import PythonSearch, new_search
+from outrider.drafting.sources.datastore import SearchLimits as DatastoreLimits
+from outrider.drafting.sources.datastore_build import SORT_BYTES_PER_TOKEN, DatastoreWriter
+from outrider.drafting.sources.datastore_file import open_datastore
+from outrider.drafting.sources.hash_index import PythonIndex, new_index
+from outrider.drafting.sources.matches import END_OF_TEXT, MAX_LENGTH, weighted_paths
+from outrider.drafting.sources.suffix_guesses import SuffixLimits, SuffixSearch, best_guesses
+from outrider.drafting.sources.suffix_index import PythonCursor, PythonTree, new_cursor, new_tree
 from outrider.drafting.sources.trigrams import PythonMatrix, SearchLimits, new_matrix, search
 from outrider.drafting.top_tokens import top_tokens
 from outrider.drafting.tree_merge import WeightedPath, merge_paths
 from outrider.kernels.drafting import compiled, largest
 from outrider.kernels.native import REFERENCE
 from outrider.sampling.noise import Purpose, gumbel_noise, rank_with_noise
+from outrider.token_tree import TokenTree
 from tests.parity.kernel_levels import LEVELS, use_level
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="outrider was built without a compiler")
@@ -149,6 +167,290 @@ def test_corrections(steps: list[tuple[list[list[tuple[int, float]]], list[int]]
         for bins in (compiled_bins, python):
             bins.observe("r", new_tokens)
             bins.observe("other", new_tokens)
+
+
+@given(
+    pieces=st.lists(st.lists(st.sampled_from([0, 1, 2, END_OF_TEXT]), max_size=12), max_size=6),
+    tokens=st.lists(TOKENS, max_size=24),
+    lengths=st.sampled_from([(3, 1), (4, 3, 2, 1), (20, 17, 2), (1,)]),
+    depth=st.integers(0, 6),
+    per_length=st.integers(0, 5),
+    most=st.integers(0, 12),
+    periodic=st.booleans(),
+)
+def test_copies(
+    *,
+    pieces: list[list[int]],
+    tokens: list[int],
+    lengths: tuple[int, ...],
+    depth: int,
+    per_length: int,
+    most: int,
+    periodic: bool,
+) -> None:
+    """Of a text that grows by pieces, behind other tokens and behind its own end."""
+    indexes = new_index(lengths), PythonIndex(lengths)
+    assert not isinstance(indexes[0], PythonIndex)
+    text: list[int] = []
+    for piece in pieces:
+        text += piece
+        for index in indexes:
+            index.append(piece)
+        for end in (tokens, text):
+            found, python = (
+                [
+                    (list(path), length)
+                    for path, length in index.copies(end, depth, per_length=per_length, most=most, periodic=periodic)
+                ]
+                for index in indexes
+            )
+            assert found == python
+    assert len(indexes[0]) == len(indexes[1]) == len(text)
+
+
+# Mostly repeats, so that edges are split, joined and followed for long.
+STEPS = st.lists(st.one_of(TOKENS, st.sampled_from(["repeat", "repeat", "end", "forget"])), max_size=100)
+
+
+@given(
+    STEPS,
+    st.lists(TOKENS, min_size=1, max_size=40),
+    st.integers(2, 9),
+    st.builds(
+        SuffixSearch,
+        num_pending=st.just(1),
+        escape=st.sampled_from([2.0, 12.0]),
+        deepest=st.integers(1, 8),
+        num_matches=st.integers(1, 4),
+        max_spec_factor=st.sampled_from([0.7, 1.0, 16.0]),
+    ),
+    st.builds(
+        SuffixLimits,
+        max_nodes=st.integers(0, 12),
+        max_depth=st.integers(0, 8),
+        min_path_prob=st.sampled_from([0.0, 0.05, 0.4]),
+    ),
+)
+def test_suffix_trees(
+    steps: list[int | str], other: list[int], max_depth: int, search: SuffixSearch, limits: SuffixLimits
+) -> None:
+    """Behind the text of the tree itself, and behind another one that grows beside it."""
+    trees = new_tree(max_depth), PythonTree(max_depth)
+    assert not isinstance(trees[0], PythonTree)
+    cursors = new_cursor(trees[0]), PythonCursor(trees[1])
+    current: list[int] = []
+    for number, step in enumerate(steps):
+        if step == "end":
+            current = []
+        elif step != "forget":
+            current.append(step if isinstance(step, int) else current[-3] if len(current) > 2 else 0)
+        is_between = not current and bool(trees[1].sequences())
+        for tree in trees:
+            if step == "end":
+                tree.end_sequence()
+            elif step != "forget":
+                tree.extend(current[-1:])
+            elif is_between:
+                tree.forget_oldest()
+        assert trees[0].version == trees[1].version
+        assert len(trees[0]) == len(trees[1])
+        assert plain(best_guesses(trees[0], search, limits)) == plain(best_guesses(trees[1], search, limits))
+        if current:
+            continue  # cursors look up ended sequences
+        text = other[: 1 + number % len(other)]
+        for cursor in cursors:
+            cursor.follow(text, 1)
+        past = SuffixSearch(0, search.escape, search.deepest, search.num_matches, search.max_spec_factor)
+        assert plain(best_guesses(cursors[0], past, limits)) == plain(best_guesses(cursors[1], past, limits))
+    assert trees[0].sequences() == trees[1].sequences()
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7, 1e-7], ids=["greedy", "noisy", "with ties"])
+@given(
+    steps=st.lists(
+        st.tuples(st.lists(TOKENS, max_size=6), st.lists(st.tuples(TOKENS, st.integers(0, 9)), max_size=8)),
+        min_size=1,
+        max_size=8,
+    ),
+    max_context=st.integers(1, 9),
+    num_candidates=st.integers(1, 3),
+    capacity=st.sampled_from([64, 80, 10_000]),
+    seed=st.integers(0, MASK),
+)
+def test_context_tables(
+    *,
+    temperature: float | None,
+    steps: list[tuple[list[int], list[tuple[int, int]]]],
+    max_context: int,
+    num_candidates: int,
+    capacity: int,
+    seed: int,
+) -> None:
+    """A request's own table and a shared one, of which the first learns a text too."""
+    kinds = [[new(max_context, num_candidates, capacity) for _ in range(2)] for new in (new_table, PythonTable)]
+    assert not isinstance(kinds[0][0], PythonTable)
+    longest = kinds[0][0].lengths[-1]
+    generator = np.random.default_rng(seed)
+    text = [0]
+    for seen, below in steps:
+        tree = TokenTree(
+            (text[-1], *(token for token, _ in below)), (-1, *(above % (n + 1) for n, (_, above) in enumerate(below)))
+        )
+        token_rows = np.array([generator.permutation(5) for _ in tree.tokens])
+        logits = generator.integers(0, 3, token_rows.shape).astype(np.float32)
+        start = len(text)
+        tail = tuple(text[-longest:])
+        text += seen
+        for own, shared in kinds:
+            learn_chosen([shared, own] if seed % 3 else [shared], tail, tree, token_rows, logits)
+            own.learn_seen(text, start)
+        for place in (tail, tuple(text[-longest:])):
+            noise = None if temperature is None else PlaceNoise(seed, len(text), temperature, 8)
+            for num_lengths in (1, 3, 9):
+                found, python = (
+                    own.predict(shared, place, num_lengths, num_candidates, noise) for own, shared in kinds
+                )
+                assert found[1] == python[1]
+                assert [(of, at, list(tokens)) for of, at, tokens in found[0]] == [
+                    (of, at, list(tokens)) for of, at, tokens in python[0]
+                ]
+    assert list(map(len, kinds[0])) == list(map(len, kinds[1]))
+
+
+def test_trees_that_do_not_fit_are_refused() -> None:
+    module = compiled()
+    assert module is not None
+    table = module.ContextTable(4, 2, 100)
+    tokens, logits = np.zeros((2, 3), dtype=np.int64), np.zeros((2, 3), dtype=np.float32)
+    for tail, parents, rows, scores in (
+        ([], [-1, 0], tokens, logits),
+        ([1], [-1, 1], tokens, logits),
+        ([1], [-1], tokens, logits),
+        ([1], [-1, 0], tokens[:1], logits),
+        ([1], [-1, 0], tokens, logits[:, :2]),
+    ):
+        with pytest.raises(ValueError, match=r"expected|tree without|parents"):
+            module.learn_chosen([table], tail, [1, 2], parents, rows, scores)
+    assert len(table) == 0
+    tree = module.SuffixTree(4)
+    cursor = module.SuffixCursor(tree)
+    with pytest.raises(RuntimeError, match="not ended"):
+        tree.forget_oldest()
+    tree.extend([1, 2])
+    tree.end_sequence()
+    with pytest.raises(RuntimeError, match="changed"):
+        cursor.guesses(0, 2.0, (3, 1), 1.0, 4, 4, 0.0)
+
+
+FINGERPRINT = bytes(32)
+
+
+@pytest.fixture(scope="module", params=[100, 2**16], ids=["2 bytes", "4 bytes"])
+def datastore(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of several chunks."""
+    path = tmp_path_factory.mktemp("datastore") / "store"
+    rng = np.random.default_rng(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datastore_build, "MIN_CHUNK_TOKENS", 1)
+        memory = 300 * SORT_BYTES_PER_TOKEN
+        with DatastoreWriter(
+            path, vocab_size=request.param, fingerprint=FINGERPRINT, max_memory_bytes=memory
+        ) as writer:
+            for size in (200, 1, 90, 300, 40):
+                writer.add(rng.integers(0, 4, size).tolist())
+                writer.end_document()
+    return path
+
+
+@given(
+    st.lists(TOKENS, max_size=16),
+    st.integers(2, 100),
+    st.builds(
+        DatastoreLimits,
+        num_lengths=st.integers(1, 4),
+        num_samples=st.sampled_from([1, 3, 32]),
+        max_nodes=st.integers(1, 24),
+        max_depth=st.integers(1, 12),
+        min_path_prob=st.sampled_from([0.0, 0.05]),
+    ),
+)
+def test_datastores(datastore: Path, query: list[int], num_proposed: int, limits: DatastoreLimits) -> None:
+    store = open_datastore(datastore, fingerprint=FINGERPRINT)
+    searches = new_search(store, num_proposed), PythonSearch(store, num_proposed)
+    assert not isinstance(searches[0], PythonSearch)
+    (length, found), (python_length, python) = (search(query, limits) for search in searches)
+    assert length == python_length
+    assert plain(found) == plain(python)
+
+
+class _Recorded:
+    """A drafter whose trees are kept."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        self.name, self.max_nodes = drafter.name, drafter.max_nodes
+        self.returns_probs, self.reads_logits = drafter.returns_probs, drafter.reads_logits
+        self.trees: list[tuple[object, ...]] = []
+
+    def propose(self, contexts: list[DraftContext]) -> list[TokenTree]:
+        trees = self._drafter.propose(contexts)
+        self.trees += [(list(tree.tokens), list(tree.parents), list(tree.confidences or ())) for tree in trees]
+        return trees
+
+    def observe(self, outcomes: list[DraftOutcome]) -> None:
+        self._drafter.observe(outcomes)
+
+    def release(self, request_id: str) -> None:
+        self._drafter.release(request_id)
+
+
+def texts(vocab_size: int) -> Iterator[Recording]:
+    """That repeat themselves with changes, and one another."""
+    rng = np.random.default_rng(1)
+    source = rng.integers(0, vocab_size, 150)
+    for _ in range(3):
+        changed = np.where(rng.random(150) < 0.05, rng.integers(0, vocab_size, 150), source)
+        yield Recording([*source[20:].tolist(), *source[:90].tolist()], changed.tolist())
+
+
+SOURCES = ["ngram", "anpd", "aded", "copy", "suffix", "history", "edit"]
+SPECS: list[dict[str, object]] = [
+    *({"method": method} for method in (*SOURCES, "recycling")),
+    {"method": "ngram", "max_ngram": 20, "min_ngram": 3},
+    {"method": "copy", "references": [[1, 2, 3, 4, 5, 6, 7] * 3], "gammas": [17, 2]},
+    {"method": "suffix", "request_tokens": 100, "max_match": 20, "history_tokens": 200},
+    {"method": "recycling", "max_context": 64, "capacity": 128},
+    {"method": "merge", "sources": SOURCES},
+    {"method": "hierarchy", "levels": ["ngram", "history", "suffix", "copy"]},
+]
+
+
+@pytest.mark.parametrize("vocab_size", [12, 400])
+@pytest.mark.parametrize("max_nodes", [5, 24])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "style", [DraftStyle(), DraftStyle("independent", chains_only=True)], ids=["trees", "chains"]
+)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values()))[:40])
+def test_whole_drafters(
+    spec: Mapping[str, object], style: DraftStyle, temperature: float, max_nodes: int, vocab_size: int
+) -> None:
+    """Node for node, with all that is learnt on the way."""
+
+    def unused(*_: object) -> object:
+        raise AssertionError("no draft model here")
+
+    def trees() -> list[tuple[object, ...]]:
+        parts = TargetParts(vocab_size, lambda: FINGERPRINT, unused, ForwardCost.unknown)  # type: ignore[arg-type]
+        drafter = _Recorded(build_drafter(drafter_config({**spec, "max_nodes": max_nodes}), style, parts))
+        target = SyntheticTarget(vocab_size)
+        replay(drafter, list(texts(vocab_size)), max_nodes=max_nodes, target=target, temperature=temperature)  # type: ignore[arg-type]
+        return drafter.trees
+
+    found = trees()
+    with use_level(REFERENCE):
+        assert found == trees()
+    assert len(found) > 3
 
 
 def test_near_ties_are_left_to_numpy() -> None:
