@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -115,22 +116,24 @@ public:
     static void learn_chosen(const std::vector<ContextTable*>& tables, const std::vector<ContextPlace>& places,
                              const std::vector<SharedCandidates>& candidates) {
         const ContextTable& first = *tables[0];
-        std::unordered_map<Context, size_t, ContextHash> longer;  // the last place of each
+        std::vector<std::vector<Context>> contexts;
+        std::unordered_set<Context, ContextHash> longer;
         size_t first_place = 0;
-        const auto learn = [&](size_t end_place) {
+        const auto learn = [&]() {
             for (ContextTable* table : tables) {
                 table->make_room(static_cast<int64_t>(longer.size()));
-                for (size_t i = first_place; i < end_place; ++i) table->learn_at(places[i], candidates[i]);
+                for (size_t i = first_place; i < contexts.size(); ++i) table->learn_at(places[i], contexts[i], candidates[i]);
             }
             longer.clear();
-            first_place = end_place;
+            first_place = contexts.size();
         };
-        for (size_t i = 0; i < places.size(); ++i) {
-            const std::vector<Context> contexts = first.contexts_at(places[i]);
-            if (static_cast<int64_t>(longer.size() + contexts.size()) - 1 > first.half_) learn(i);
-            for (size_t of = 1; of < contexts.size(); ++of) longer[contexts[of]] = i;
+        for (const ContextPlace& place : places) {
+            std::vector<Context> at = first.contexts_at(place);
+            if (static_cast<int64_t>(longer.size() + at.size()) - 1 > first.half_) learn();
+            longer.insert(at.begin() + 1, at.end());
+            contexts.push_back(std::move(at));
         }
-        learn(places.size());
+        learn();
     }
 
 private:
@@ -174,6 +177,7 @@ private:
     // What ends at a place, from one token on.
     std::vector<Context> contexts_at(const ContextPlace& place) const {
         std::vector<Context> found;
+        found.reserve(lengths_.size());
         uint64_t hash = 0;
         int64_t length = 0;
         const int64_t size = static_cast<int64_t>(place.size());
@@ -212,9 +216,9 @@ private:
         }
     }
 
-    void learn_at(const ContextPlace& place, const SharedCandidates& candidates) {
+    void learn_at(const ContextPlace& place, const std::vector<Context>& contexts, const SharedCandidates& candidates) {
         Keeper keeper(newer_, place);
-        for (const Context& context : contexts_at(place)) put(context, candidates, keeper);
+        for (const Context& context : contexts) put(context, candidates, keeper);
     }
 
     void make_room(int64_t num_contexts) {
