@@ -58,7 +58,7 @@ def new_index(lengths: Sequence[int]) -> HashIndex:
 
 class PythonIndex:
     def __init__(self, lengths: Sequence[int]) -> None:
-        self._text = array("q")
+        self._text: list[int] = []
         self._hashes = array("Q", [0])  # of the text up to each position
         self._levels = [
             # The length, the power that shifts a hash by it, the latest end of each hash, by position the end before.
