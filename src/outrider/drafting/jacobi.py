@@ -10,6 +10,9 @@ block of guesses behind the root and reads the choice after each: one parallel i
 
 The guesses that are right are the accepted path, so an iteration fixes at least one token, and the fixed point is
 plain decoding's output. With the request's keyed noise the same holds for sampling (2002.03629: fixed noise).
+
+The papers' Jacobi mode iterates all positions of an output at once, which begin as padding; here a window slides over
+them, and what positions begin with is a setting. Gauss-Seidel over blocks and the hybrid are Santilli et al.'s.
 """
 
 from __future__ import annotations

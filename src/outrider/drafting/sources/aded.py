@@ -3,7 +3,8 @@
 All requests share a matrix of statistics (`trigrams.py`), which is updated with every token, and with the target's
 choices at rejected nodes too. Requests that run together would overwrite each other's latest, so each also has one
 of its own, which is asked first. How the matrix is updated (rates, forgetting, a row for single tokens, rejected
-nodes) is ours.
+nodes) is ours, and so is that it may begin empty: the authors begin with the tri-grams of a corpus (`references`
+here).
 """
 
 from __future__ import annotations

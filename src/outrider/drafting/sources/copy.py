@@ -3,6 +3,9 @@
 Inference with reference (LLMA; Yang et al., arXiv 2304.04487): where the last tokens stand in a given reference, what
 follows there is the draft. CopySpec (Dumitru et al., arXiv 2502.08923): the same for the history, found by a hash of
 the last gamma tokens in constant time; a block of fixed length is copied.
+
+Both authors' codes copy one block, from the first place that matches, CopySpec's after one length of match. Several
+lengths, several places in one tree and confidences by the length of the match are ours.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Input-guided drafting for edits (aggressive decoding; Ge et al., arXiv 2205.10350; Sun et al., arXiv 2106.04970).
 
 The output is taken to be its input, copied from where the two are aligned. At the first difference the copy is lost;
-it goes on where a suffix of the output stands in the input again, next to where it was lost. Ours is that until then
-what a replacement or an insertion would go on with is guessed, and that a change that was made once is drafted
-wherever the input has the same tokens again.
+it goes on where a suffix of the output stands in the input again. The authors' code takes a suffix of one to three
+tokens that stands there only once, and decodes plainly until there is one. Ours is to take the place next to where
+the copy was lost, to guess until then what a replacement or an insertion would go on with, and to draft a change that
+was made once wherever the input has the same tokens again.
 """
 
 from __future__ import annotations

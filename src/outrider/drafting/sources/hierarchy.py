@@ -1,7 +1,12 @@
 """Hierarchy drafting (Cho et al., arXiv 2502.05609): databases asked in the order of their locality.
 
 What is near in time is asked first: the request's own context, then what the model generated before, then statistics
-of a corpus. A level is asked only while the levels before it have not filled the tree; it learns in every step.
+of a corpus (the paper's context-, model- and statistics-dependent databases). A level is asked only while the levels
+before it have not filled the tree; it learns in every step.
+
+The authors' code keeps what followed single tokens in the first two, the second one made beforehand from the model's
+outputs, and has REST's datastore as the third, which is the level `datastore` here. Which sources stand here is a
+setting; by default all of them see more than one token and learn while decoding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What the model generated before, in any request: a level of hierarchy drafting (Cho et al., arXiv 2502.05609)."""
+"""What the model generated before, in any request: a level of hierarchy drafting (Cho et al., arXiv 2502.05609).
+
+There this database is made before decoding, from outputs of the model; here it grows with every request.
+"""
 
 from __future__ import annotations
 
