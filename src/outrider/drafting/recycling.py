@@ -1,8 +1,8 @@
 """Token Recycling as in the paper (Luo et al., arXiv 2408.08696): yesterday's candidates are today's draft.
 
 An adjacency matrix keeps, for every token, the target's top candidates when that token was last verified; a static
-tree is filled from it, breadth first. The matrix is shared by all requests. The tree's shape is ours, and what we
-made of the idea is in `context_recycling.py`.
+tree is filled from it, breadth first. The matrix is shared by all requests. The tree's shape is ours (the authors'
+has 80 nodes on 6 levels), and what we made of the idea is in `context_recycling.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """REST (He et al., arXiv 2311.08252): what followed the longest suffix of the context in a corpus on disk.
 
-REST looks at the longest suffix alone. Here a shorter one with several times as many matches is looked at too: where
-the longest occurs once or twice it is right less often than what is common after fewer tokens.
+REST looks at the longest suffix alone (algorithm 1), and its trees have 64 nodes. Here a shorter suffix with several
+times as many matches is looked at too: where the longest occurs once or twice it is right less often than what is
+common after fewer tokens.
 """
 
 from __future__ import annotations

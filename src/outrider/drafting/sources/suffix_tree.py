@@ -48,6 +48,9 @@ class SuffixSource:
     The paper takes the better one of the two. A score is what a tree promises, and past outputs promise too much in
     one text and too little in another, so both are corrected by what they have kept, and go into one tree.
 
+    The authors' code tries all lengths of match, here a few of the longest are tried; and its trees have one node for
+    each token that matches unless told otherwise, here up to 16, since the escape makes short matches promise little.
+
     Raises:
         LookupFileError: the history file is damaged or is something else.
         VocabularyMismatchError: it was written with another vocabulary.
