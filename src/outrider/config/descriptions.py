@@ -93,12 +93,12 @@ DRAFTER_DESCRIPTIONS: dict[str, DrafterDescription] = {
     ),
     "self_draft": DrafterDescription(
         proposes="what the target itself says with its linear layers in fewer bits, as a chain or tree",
-        source="QuantSpec, arXiv 2502.10424",
+        source="QuantSpec, arXiv 2502.10424 (its weights, not its cache)",
         needs="nothing",
     ),
     "universal_draft": DrafterDescription(
         proposes="what a smaller model with another tokenizer says, by shared tokens or by its text",
-        source="arXiv 2502.05202",
+        source="arXiv 2502.05202, algorithms 2 and 4",
         needs="a second model with any tokenizer (model)",
     ),
     "staged": DrafterDescription(

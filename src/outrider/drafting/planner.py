@@ -16,8 +16,9 @@ def choose_nodes(
     A node is worth the probability that it is reached and accepted; it costs what one more row of the one forward
     takes, in tokens that could be had in that time. Probabilities fall along paths, so the best set of any size
     consists of the most probable nodes, and comparing all sizes finds the best set of all, whatever the shape of the
-    cost. Over a batch this is TETRIS (arXiv 2502.15197), over one tree the choice of size of Sequoia (arXiv
-    2402.12374) and the dynamic trees of OPT-Tree (2406.17276) and DySpec (2410.11744).
+    cost. Over a batch of chains and a fixed number of rows this is TETRIS (arXiv 2502.15197), over one tree the
+    choice of size of Sequoia (arXiv 2402.12374) and the dynamic trees of OPT-Tree (2406.17276) and DySpec
+    (2410.11744).
 
     Args:
         path_probs: of each tree ``[num_nodes]``; the root's 1 is always taken.

@@ -1,8 +1,8 @@
 """Optimal static trees (Sequoia, arXiv 2402.12374): the dynamic programme, and size and depth for a machine.
 
-Section 3.1 gives the expected tokens of a tree under positional acceptance and the recursion for its maximum;
-appendix F.1.1 (of version 3) bounds the depth and lets acceptance depend on it. Here a node's children need not be
-the first ranks (where acceptance falls with the rank, as it does in the paper, they are).
+Section 3.1 (of version 3) gives the expected tokens of a tree under positional acceptance and the recursion for its
+maximum, section 4.1 the tokens per time, and appendix F.1.1 bounds the depth and lets acceptance depend on it. Here a
+node's children need not be the first ranks (where acceptance falls with the rank, as it does in the paper, they are).
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _largest(values: Values, count: int) -> Values:
 def hardware_aware_shape(
     acceptance: Acceptance, target: LatencyTable, draft_ms: float, *, max_nodes: int, max_depth: int
 ) -> ShapeChoice:
-    """Size and depth with the most expected tokens per time (arXiv 2402.12374v2, hardware-aware tree optimizer).
+    """Size and depth with the most expected tokens per time (arXiv 2402.12374v3, section 4.1).
 
     A step of a tree of n nodes and depth d takes ``target(1 + n) + d * draft_ms``. The empty tree, which is plain
     decoding, is among the choices.

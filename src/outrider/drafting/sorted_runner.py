@@ -1,10 +1,11 @@
 """A nested draft model: each token is read by the smallest sub-model that is confident about what follows.
 
 Sorted speculative decoding (S2D; Kavehzadeh et al., arXiv 2407.01955): one draft whose first layers are drafts of
-their own serves several targets, and its confidence says how many layers a token takes. The rule is ours in detail:
-one threshold for all sub-models and targets, on the probability of the likeliest token. Here a sub-model is a model
-of its own over shared weights, with its own cache: a token that a smaller one is unsure about is read again from the
-first layer on, together with those that the larger one has not seen.
+their own serves several targets, and its confidence, the probability of the likeliest token, says how many layers a
+token takes. The authors' code has a threshold for each sub-model (0.5 behind 6 and 9 of 12 layers), and a larger one
+goes on from the hidden states of the smaller. Here one threshold is for all, and a sub-model is a model of its own
+over shared weights, with its own cache: a token that a smaller one is unsure about is read again from the first layer
+on, together with those that the larger one has not seen.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def merge_paths(
 
     Where sources agree on a node the most confident one counts. Products fall along a path, so taking the best node
     next gives the tree of `max_nodes` with the greatest expected accepted length that these confidences allow
-    (multi-candidate merging by expected acceptance; OPT-Tree, arXiv 2406.17276, theorem 3.1).
+    (multi-candidate merging by expected acceptance; OPT-Tree, arXiv 2406.17276, section 3).
 
     Args:
         max_nodes: the most draft tokens, root not counted.

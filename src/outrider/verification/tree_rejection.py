@@ -1,9 +1,9 @@
 """Recursive rejection sampling of trees: siblings are tried in the order drawn, each against what p has left.
 
 Siblings drawn with replacement: SpecInfer (Miao et al., arXiv 2305.09781), multi-candidate sampling (Yang et
-al., 2401.06706). Without: recursive rejection sampling (Jeon et al., 2402.14160), Sequoia (Chen et al.,
-2402.12374, algorithm 2). Where the draft gives no other token any probability, Sequoia goes on with tokens drawn
-uniformly; here there is no further sibling, and the last token comes from what p has left.
+al., 2401.06706, which has a form without too). Without: recursive rejection sampling (Jeon et al., 2402.14160),
+Sequoia (Chen et al., 2402.12374v3, algorithm 2). Where the draft gives no other token any probability, Sequoia goes
+on with tokens drawn uniformly; here there is no further sibling, and the last token comes from what p has left.
 """
 
 from __future__ import annotations

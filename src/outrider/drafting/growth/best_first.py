@@ -22,10 +22,12 @@ class MostProbable:
 
     The authors' code of SpecExec also takes 5% off a path's probability per level and bounds the children of a node;
     neither is done here. OPT-Tree reads the best `num_nodes` of a layer; here only those of them that are in the best
-    tree so far, since nothing below the others can enter it.
+    tree so far, since nothing below the others can enter it. Its threshold is to lie between the time of a forward of
+    the draft, in forwards of the target, and 1.
 
     Attributes:
-        max_expanded: the most nodes read in one forward; None reads all that may still have a child in the tree.
+        max_expanded: the most nodes read in one forward (32 in the authors' code of SpecExec); None reads all that
+            may still have a child in the tree.
         min_gain: growth ends when a forward raises the expected accepted length by less.
     """
 
@@ -80,10 +82,10 @@ class MostProbable:
 
 @dataclass(frozen=True)
 class Greedy:
-    """The place that is most likely to be reached gets the next node (DySpec, Xiong et al., arXiv 2410.11744).
+    """The place that is most likely to be reached gets the next node (DySpec, Xiong et al., arXiv 2410.11744v1).
 
     Under independent noise a place is judged before its token is known: by the probability of its parent's path times
-    what the siblings before have left of q (section 4.1); so the tree is exact under recursive rejection. The paper
+    what the siblings before have left of q (algorithm 1); so the tree is exact under recursive rejection. The paper
     reads a node as soon as it is drawn; here it is read when a child of it would be next, together with others.
 
     Attributes:
@@ -120,7 +122,8 @@ class Threshold:
     """Every place that is likely enough to be reached gets a node, depth by depth (DySpec, section 4.4).
 
     Attributes:
-        threshold: probability of being reached, before the place's token is known.
+        threshold: probability of being reached, before the place's token is known; in the paper about 1/n for a tree
+            of n nodes.
     """
 
     limits: GrowthLimits

@@ -11,8 +11,8 @@ def best_nodes(scores: Sequence[float], num_nodes: int) -> list[int]:
     """The nodes that make the expected accepted length greatest.
 
     A tree's expected accepted length is the sum of its nodes' path probabilities, which fall along every path; so the
-    most probable nodes are the optimum, and closed under parents (OPT-Tree, arXiv 2406.17276, theorem 3.1; for drawn
-    trees DySpec, 2410.11744, appendix D).
+    most probable nodes are the optimum, and closed under parents (OPT-Tree, arXiv 2406.17276, equation 3 and theorem
+    3.1; for drawn trees DySpec, 2410.11744v1, appendix D).
 
     Args:
         scores: log of each node's path probability, at most its parent's; parents before children.

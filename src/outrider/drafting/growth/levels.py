@@ -141,7 +141,7 @@ class Static:
 
 @dataclass(frozen=True)
 class Planned:
-    """The shape that is best by what was accepted so far, on this machine (Sequoia, arXiv 2402.12374, section 3)."""
+    """The best shape by what was accepted so far, on this machine (Sequoia, arXiv 2402.12374v3, section 4.1)."""
 
     limits: GrowthLimits
     draws: Draws

@@ -189,8 +189,8 @@ class GrowingTree:
     def next_score(self, node: int) -> float:
         """How likely the next child of a read node is reached, before its token is known if it is to be sampled.
 
-        With independent noise that is the estimate of DySpec (arXiv 2410.11744, section 4.2): the path's probability
-        times what the siblings before have left of q.
+        With independent noise that is the estimate of DySpec (arXiv 2410.11744v1, section 4.2): the path's
+        probability times what the siblings before have left of q.
         """
         below = self._below[node]
         if self.is_sampled:
