@@ -254,7 +254,7 @@ def test_cape_widens_a_chain_where_it_is_not_sure() -> None:
     for _ in range(4):
         row = confidences(path)
         count = next(number for border, number in CAPE_CANDIDATES if row.max() <= border or number == 1)
-        counts.append(min(count, VOCAB))
+        counts.append(min(1 + count, VOCAB))
         path = (*path, int(row.argmax()))
     assert len(set(counts)) > 1, "a case in which nothing varies"
     made = tree.finished()

@@ -73,8 +73,7 @@ class Branching:
             yield level
 
 
-# Confidence-aware proposal expansion: candidates at a position by the draft's confidence in its own token there.
-# Borders and numbers are CaPE's; that the chain's token is one of the candidates is ours.
+# Confidence-aware proposal expansion: candidates beside the chain's token, by the draft's confidence in that.
 CAPE_CANDIDATES = ((0.3, 7), (0.6, 5), (0.8, 3), (1.0, 1))
 
 
@@ -83,8 +82,9 @@ class ExpandedChain:
     """A chain, and other candidates where the draft is not sure of it (CaPE, Du et al., arXiv 2402.02082).
 
     The chain comes first, then the others from the root on, as far as there is room. How many they are depends on the
-    chain's token at their position, which was drawn before them. CaPE takes the draft's likeliest tokens for both,
-    and its draft (GliDe) attends to the target's cache; here any draft model draws them as the rule asks.
+    chain's token at their position, which was drawn before them. CaPE takes the draft's likeliest tokens for both, a
+    chain of fixed length, and a draft (GliDe) that attends to the target's cache; here any draft model draws them as
+    the rule asks, and the chain ends where it is no longer likely.
     """
 
     limits: GrowthLimits
@@ -104,7 +104,7 @@ class ExpandedChain:
         for parent, node in pairwise(chain):
             confidence = math.exp(tree.scores[node] - tree.scores[parent])
             num_candidates = next(number for border, number in CAPE_CANDIDATES if confidence <= border or number == 1)
-            tree.draw(parent, num_candidates - 1)
+            tree.draw(parent, num_candidates)
 
 
 @dataclass(frozen=True)
