@@ -15,7 +15,7 @@ from outrider.bench.replay import Recording, SyntheticTarget, replay
 from outrider.config import drafter_config
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.context_table import PlaceNoise, PythonTable, learn_chosen, new_table
-from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle
+from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.sources import datastore_build
 from outrider.drafting.sources.calibration import Calibration, PythonBins
@@ -400,8 +400,8 @@ class _Recorded:
     def observe(self, outcomes: list[DraftOutcome]) -> None:
         self._drafter.observe(outcomes)
 
-    def release(self, request_id: str) -> None:
-        self._drafter.release(request_id)
+    def release(self, request_id: str, finished: FinishedText | None = None) -> None:
+        self._drafter.release(request_id, finished)
 
 
 def texts(vocab_size: int) -> Iterator[Recording]:
