@@ -6,8 +6,7 @@ Compiled where there is a compiler.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from typing import Protocol
 
 from outrider.drafting.sources.matches import MAX_LENGTH, continuation, match_length
@@ -89,26 +88,24 @@ class PythonIndex:
         self, tokens: Sequence[int], depth: int, *, per_length: int, most: int, periodic: bool
     ) -> list[tuple[Sequence[int], int]]:
         found: list[tuple[Sequence[int], int]] = []
-        text = self._text
-        for end, stretch in islice(self._ends(tokens, per_length), most):
-            length = match_length(text, end, tokens, 0)
-            if length >= min(stretch, MAX_LENGTH):  # else equal hashes of different tokens
-                found.append((continuation(text, end, depth, periodic=periodic), length))
-        return found
-
-    def _ends(self, tokens: Sequence[int], per_length: int) -> Iterator[tuple[int, int]]:
-        """The positions behind places with a token behind them, and the length of stretch whose hash is equal."""
-        seen: set[int] = set()
-        size = len(self._text)
+        text, size, seen, last = self._text, len(self._text), set[int](), list(tokens[-MAX_LENGTH:])
         for (length, _, latest, earlier), wanted in zip(self._levels, self._suffix_hashes(tokens), strict=True):
             end = latest.get(wanted, NOWHERE)
+            known = min(length, MAX_LENGTH)
+            stretch = last[-known:]
             for _ in range(per_length + 1):
                 if end == NOWHERE:
                     break
                 if end < size and end not in seen:
+                    if len(seen) == most:
+                        return found
                     seen.add(end)
-                    yield end, length
+                    if text[end - known : end] == stretch:  # else equal hashes of different tokens
+                        found.append(
+                            (continuation(text, end, depth, periodic=periodic), _agreement(text, end, last, known))
+                        )
                 end = earlier[end]
+        return found
 
     def _suffix_hashes(self, tokens: Sequence[int]) -> list[int]:
         """Hashes of the last tokens, of each length; `NOWHERE` where there are fewer."""
@@ -121,3 +118,12 @@ class PythonIndex:
             if length in lengths:
                 found[length] = value % MODULUS
         return [found.get(length, NOWHERE) for length in lengths]
+
+
+def _agreement(text: list[int], end: int, last: list[int], known: int) -> int:
+    """`match_length`, faster where all or no more than the known agrees."""
+    if known == min(end, len(last)) or text[end - 1 - known] != last[-1 - known]:
+        return known
+    if text[max(end - len(last), 0) : end] == last:
+        return len(last)
+    return match_length(text, end, last, known + 1)
