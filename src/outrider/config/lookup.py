@@ -244,8 +244,8 @@ class RecyclingConfig:
         num_candidates: children of a node; of sampled requests four times as many are kept, to be ranked by noise.
         max_context: the longest context that candidates are kept for, in tokens (1, 2, 3, 4, 8, 16, 32 and 64 up to
             it); static shapes take the last token alone.
-        capacity: the most contexts of more than one token in a table, 160 to 600 bytes each; of more the older half
-            is forgotten. Each request has a table, and all share one.
+        capacity: the most contexts of more than one token in a table, 120 to 270 bytes each (200 to 900 without
+            compiled code); of more the older half is forgotten. Each request has a table, and all share one.
         depth: longest path of the tree.
         max_nodes: draft tokens in a tree.
         shape: of the tree: "grown" best-first by measured acceptance, over contexts of several lengths; or the
@@ -280,8 +280,9 @@ class SuffixConfig:
         num_matches: how many lengths of match are tried in each of the two trees.
         depth: longest path of the tree.
         max_nodes: the most draft tokens in a tree.
-        request_tokens: of a longer request only this many of the newest tokens are searched; about 230 bytes each.
-        history_tokens: the most tokens of past outputs that are kept, about 230 bytes each; 0 keeps none.
+        request_tokens: of a longer request only this many of the newest tokens are searched; 110 to 195 bytes each
+            (150 to 235 without compiled code).
+        history_tokens: the most tokens of past outputs that are kept, as many bytes each; 0 keeps none.
         history_file: where past outputs are kept between runs; None forgets them.
     """
 
