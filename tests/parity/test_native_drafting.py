@@ -18,6 +18,7 @@ from outrider.drafting.context_table import PlaceNoise, PythonTable, learn_chose
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.drafting.sources import datastore_build
+from outrider.drafting.sources.anpd import PythonModel, new_model
 from outrider.drafting.sources.calibration import Calibration, PythonBins
 from outrider.drafting.sources.datastore import PythonSearch, new_search
 from outrider.drafting.sources.datastore import SearchLimits as DatastoreLimits
@@ -206,6 +207,34 @@ def test_copies(
             )
             assert found == python
     assert len(indexes[0]) == len(indexes[1]) == len(text)
+
+
+@given(
+    seed=st.integers(0, MASK),
+    levels=st.sampled_from([(3, 1), (16, 8, 4, 3, 2, 1), (2,), (20, 4)]),
+    num_candidates=st.integers(1, 5),
+    limits=st.tuples(st.integers(0, 20), st.integers(0, 6), st.sampled_from([0.001, 0.01, 0.4])),
+)
+def test_ngram_models(
+    seed: int, levels: tuple[int, ...], num_candidates: int, limits: tuple[int, int, float]
+) -> None:
+    """Of a text that grows by pieces and repeats itself; of paths that are equally likely, the order too."""
+    rng = np.random.default_rng(seed)
+    vocab_size, repeats = rng.integers(2, 12), rng.random()
+    models = new_model(levels), PythonModel(levels)
+    assert not isinstance(models[0], PythonModel)
+    text: list[int] = []
+    for size in rng.integers(0, 12, 8):
+        for _ in range(size):
+            is_repeat = len(text) > 17 and rng.random() < repeats
+            text.append(text[-17] if is_repeat else int(rng.integers(vocab_size)))
+        for model in models:
+            model.extend(text)
+        found, python = (
+            [(list(tokens), list(probs)) for tokens, probs in model.paths(num_candidates, *limits)]
+            for model in models
+        )
+        assert found == python
 
 
 # Mostly repeats, so that edges are split, joined and followed for long.
@@ -417,6 +446,7 @@ SOURCES = ["ngram", "anpd", "aded", "copy", "suffix", "history", "edit"]
 SPECS: list[dict[str, object]] = [
     *({"method": method} for method in (*SOURCES, "recycling")),
     {"method": "ngram", "max_ngram": 20, "min_ngram": 3},
+    {"method": "anpd", "levels": [20, 5, 1], "num_candidates": 2, "depth": 5},
     {"method": "copy", "references": [[1, 2, 3, 4, 5, 6, 7] * 3], "gammas": [17, 2]},
     {"method": "suffix", "request_tokens": 100, "max_match": 20, "history_tokens": 200},
     {"method": "recycling", "max_context": 64, "capacity": 128},

@@ -17,7 +17,7 @@ from outrider.config import HistoryConfig, NgramConfig, drafter_config
 from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
-from outrider.drafting.sources.anpd import NgramModel
+from outrider.drafting.sources.anpd import PythonModel
 from outrider.drafting.sources.calibration import CalibratedSource
 from outrider.drafting.sources.hash_index import PythonIndex, new_index
 from outrider.drafting.sources.hierarchy import HierarchyDrafter
@@ -146,7 +146,7 @@ def naive_prediction(text: Sequence[int], suffix: Sequence[int], levels: Sequenc
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
 def test_anpd_predicts_by_the_longest_known_level(tokens: list[int], data: st.DataObject) -> None:
-    model, levels = NgramModel((3, 2, 1)), (3, 2, 1)
+    model, levels = PythonModel((3, 2, 1)), (3, 2, 1)
     model.extend(tokens[: data.draw(st.integers(0, len(tokens)))])
     model.extend(tokens)
     predicted = model.predict(tuple(tokens[-3:]), 8)
@@ -157,7 +157,7 @@ def test_anpd_predicts_by_the_longest_known_level(tokens: list[int], data: st.Da
 
 
 def test_anpd_backs_off_with_the_discount() -> None:
-    model = NgramModel((2, 1))
+    model = PythonModel((2, 1))
     model.extend([1, 2, 5, 3, 2, 6, 1, 2])
     assert model.predict((1, 2), 8) == [
         (5, pytest.approx(1 - DISCOUNTS[2])),

@@ -3,31 +3,63 @@
 The table starts with the prompt and takes in every generated token. Unlike prompt lookup it does not copy one span:
 each draft token is predicted anew from the tokens before it, by the longest level that knows them, and by shorter
 ones for what is left (the multi-level n-gram). That the counts also give the branches of a tree is ours.
+Compiled where there is a compiler.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import starmap
+from typing import Protocol
 
 from outrider.config import AnpdConfig
 from outrider.drafting.drafter import DraftContext, DraftOutcome, FinishedText
+from outrider.drafting.sources.guess_tree import GuessTree, grow
 from outrider.drafting.sources.matches import DISCOUNTS, MAX_LENGTH
 from outrider.drafting.tree_merge import WeightedPath
+from outrider.kernels.drafting import compiled
 
 MIN_PATH_PROB = 0.01  # less likely nodes are not worth looking for
 
 
-class NgramModel:
+class NgramModel(Protocol):
     """Counts of what followed each n-gram of one growing text: O(levels) per new token."""
 
+    def extend(self, text: Sequence[int]) -> None:
+        """Count the tokens that are new since the last call."""
+        ...
+
+    def paths(
+        self, num_candidates: int, max_nodes: int, max_depth: int, min_path_prob: float
+    ) -> Sequence[tuple[Sequence[int], Sequence[float]]]:
+        """What may follow the text: tokens and confidences on the way to each leaf of the most likely tree.
+
+        Args:
+            num_candidates: the most children of a node.
+            max_nodes, max_depth: of the tree.
+            min_path_prob: nodes with a smaller product are left out.
+        """
+        ...
+
+
+def new_model(lengths: Sequence[int]) -> NgramModel:
+    """Of an empty text.
+
+    Args:
+        lengths: of the n-grams, the longest first.
+    """
+    module = compiled()
+    return PythonModel(lengths) if module is None else module.NgramCounts(lengths)
+
+
+class PythonModel:
     def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = tuple(lengths)
         self._counts: dict[tuple[int, ...], dict[int, int]] = {}
         self._num_learnt = 0
+        self._last: tuple[int, ...] = ()
 
     def extend(self, text: Sequence[int]) -> None:
-        """Count the tokens that are new since the last call."""
         counts = self._counts
         for position in range(self._num_learnt, len(text)):
             token = text[position]
@@ -36,6 +68,7 @@ class NgramModel:
                     row = counts.setdefault(tuple(text[position - length : position]), {})
                     row[token] = row.pop(token, 0) + 1  # the latest is the last entry
         self._num_learnt = len(text)
+        self._last = tuple(text[-self._lengths[0] :])
 
     def predict(self, suffix: tuple[int, ...], limit: int) -> list[tuple[int, float]]:
         """What may follow, the most likely first, with its probability.
@@ -61,6 +94,20 @@ class NgramModel:
                 break
         return sorted(found.items(), key=lambda item: -item[1])[:limit]
 
+    def paths(
+        self, num_candidates: int, max_nodes: int, max_depth: int, min_path_prob: float
+    ) -> list[tuple[Sequence[int], Sequence[float]]]:
+        longest = self._lengths[0]
+
+        def successors(
+            _tree: GuessTree, _node: int, _depth: int, suffix: tuple[int, ...]
+        ) -> Iterator[tuple[int, float, tuple[int, ...]]]:
+            for token, confidence in self.predict(suffix, num_candidates):
+                yield token, confidence, (*suffix, token)[-longest:]
+
+        tree = grow(self._last, successors, max_nodes=max_nodes, max_depth=max_depth, min_path_prob=min_path_prob)
+        return [tree.path_to(leaf) for leaf in tree.leaves()]
+
 
 class AnpdSource:
     name = "anpd"
@@ -74,28 +121,11 @@ class AnpdSource:
         config = self._config
         model = self._models.get(context.request_id)
         if model is None:
-            model = self._models[context.request_id] = NgramModel(config.levels)
+            model = self._models[context.request_id] = new_model(config.levels)
         model.extend(context.token_ids)
         max_nodes, max_depth = min(config.max_nodes, context.max_nodes), min(config.depth, context.max_depth)
         threshold = max(MIN_PATH_PROB, context.min_path_prob)
-        taken: dict[tuple[int, ...], tuple[float, ...]] = {}
-        # (-probability, order of discovery, path, confidences): the most likely node is expanded next.
-        heap: list[tuple[float, int, tuple[int, ...], tuple[float, ...]]] = [(-1.0, 0, (), ())]
-        longest = config.levels[0]
-        suffix = tuple(context.token_ids[-longest:])
-        num_found = 0
-        while heap and len(taken) <= max_nodes and max_depth > 0:
-            negative, _, path, confidences = heapq.heappop(heap)
-            taken[path] = confidences
-            if len(path) == max_depth:
-                continue
-            for token, confidence in model.predict((suffix + path)[-longest:], config.num_candidates):
-                if -negative * confidence >= threshold:
-                    num_found += 1
-                    entry = (negative * confidence, num_found, (*path, token), (*confidences, confidence))
-                    heapq.heappush(heap, entry)
-        inner = {path[:-1] for path in taken}
-        return [WeightedPath(path, confidences) for path, confidences in taken.items() if path not in inner]
+        return list(starmap(WeightedPath, model.paths(config.num_candidates, max_nodes, max_depth, threshold)))
 
     def observe(self, outcomes: Sequence[DraftOutcome]) -> None:
         pass  # the accepted tokens are read from the next context

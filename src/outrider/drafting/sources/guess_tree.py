@@ -39,20 +39,25 @@ class GuessTree:
         nodes.reverse()
         return nodes
 
+    def leaves(self) -> list[int]:
+        """In the order in which they were taken."""
+        inner = set(self.parents)
+        return [node for node in range(len(self.tokens)) if node not in inner]
+
+    def path_to(self, node: int) -> WeightedPath:
+        """Tokens and probs from the root to a node."""
+        nodes = self.path(node)
+        return WeightedPath([self.tokens[n] for n in nodes], [self.probs[n] for n in nodes])
+
     def paths(self) -> list[WeightedPath]:
         """From the root to each leaf, the one with the most expected tokens first."""
-        inner = set(self.parents)
         products: list[float] = []
         expected: list[float] = []  # tokens, on the way to each node
         for parent, prob in zip(self.parents, self.probs, strict=True):
             products.append(prob if parent < 0 else products[parent] * prob)
             expected.append(products[-1] if parent < 0 else expected[parent] + products[-1])
-        leaves = [node for node in range(len(self.tokens)) if node not in inner]
-        leaves.sort(key=lambda leaf: -expected[leaf])
-        return [
-            WeightedPath([self.tokens[n] for n in nodes], [self.probs[n] for n in nodes])
-            for nodes in map(self.path, leaves)
-        ]
+        leaves = sorted(self.leaves(), key=lambda leaf: -expected[leaf])
+        return [self.path_to(leaf) for leaf in leaves]
 
 
 def grow(

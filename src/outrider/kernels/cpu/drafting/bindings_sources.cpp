@@ -2,6 +2,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -13,6 +14,7 @@
 #include "convert.h"
 #include "datastore.h"
 #include "hash_index.h"
+#include "ngram_counts.h"
 #include "noise.h"
 #include "suffix_tree.h"
 
@@ -36,6 +38,21 @@ void bind_hash_index(nb::module_& m) {
             }
             return found;
         }, nb::arg("tokens"), nb::arg("depth"), nb::kw_only(), nb::arg("per_length"), nb::arg("most"), nb::arg("periodic"));
+}
+
+void bind_ngram_counts(nb::module_& m) {
+    nb::class_<NgramCounts>(m, "NgramCounts")
+        .def("__init__", [](NgramCounts* self, const std::vector<int64_t>& levels) {
+            if (levels.empty() || levels.back() < 1) throw std::invalid_argument("levels: expected at least 1 each");
+            if (!std::is_sorted(levels.rbegin(), levels.rend())) throw std::invalid_argument("levels: expected the longest first");
+            new (self) NgramCounts(levels);
+        })
+        .def("extend", [](NgramCounts& self, nb::sequence text) {
+            for (const int32_t token : tokens_from(text, self.size())) self.append(token);
+        })
+        .def("paths", [](NgramCounts& self, int64_t num_candidates, int64_t max_nodes, int64_t max_depth, double min_path_prob) {
+            return as_pairs(self.paths(std::max<int64_t>(num_candidates, 1), {max_nodes, max_depth, min_path_prob}));
+        });
 }
 
 template <class Suffixes>
@@ -167,6 +184,7 @@ void bind_datastore(nb::module_& m) {
 
 void bind_draft_sources(nb::module_& m) {
     bind_hash_index(m);
+    bind_ngram_counts(m);
     bind_suffix_tree(m);
     bind_context_table(m);
     bind_datastore(m);

@@ -32,29 +32,40 @@ struct GuessTree {
         return tokens[nodes[depth]];
     }
 
+    // In the order in which they were taken.
+    std::vector<int64_t> leaves() const {
+        std::vector<bool> is_inner(tokens.size());
+        for (const int64_t parent : parents) {
+            if (parent >= 0) is_inner[parent] = true;
+        }
+        std::vector<int64_t> found;
+        for (int64_t node = 0; node < size(); ++node) {
+            if (!is_inner[node]) found.push_back(node);
+        }
+        return found;
+    }
+
+    WeightedPath path_to(int64_t node) const {
+        WeightedPath made;
+        for (const int64_t on_path : path(node)) {
+            made.tokens.push_back(tokens[on_path]);
+            made.confidences.push_back(probs[on_path]);
+        }
+        return made;
+    }
+
     // From the root to each leaf, the one with the most expected tokens first.
     std::vector<WeightedPath> paths() const {
-        std::vector<bool> is_inner(tokens.size());
         std::vector<double> products(tokens.size()), expected(tokens.size());
         for (int64_t node = 0; node < size(); ++node) {
             const int64_t parent = parents[node];
-            if (parent >= 0) is_inner[parent] = true;
             products[node] = parent < 0 ? probs[node] : products[parent] * probs[node];
             expected[node] = parent < 0 ? products[node] : expected[parent] + products[node];
         }
-        std::vector<int64_t> leaves;
-        for (int64_t node = 0; node < size(); ++node) {
-            if (!is_inner[node]) leaves.push_back(node);
-        }
-        std::stable_sort(leaves.begin(), leaves.end(), [&](int64_t a, int64_t b) { return expected[a] > expected[b]; });
+        std::vector<int64_t> ends = leaves();
+        std::stable_sort(ends.begin(), ends.end(), [&](int64_t a, int64_t b) { return expected[a] > expected[b]; });
         std::vector<WeightedPath> found;
-        for (const int64_t leaf : leaves) {
-            WeightedPath& made = found.emplace_back();
-            for (const int64_t node : path(leaf)) {
-                made.tokens.push_back(tokens[node]);
-                made.confidences.push_back(probs[node]);
-            }
-        }
+        for (const int64_t leaf : ends) found.push_back(path_to(leaf));
         return found;
     }
 
