@@ -41,9 +41,8 @@ def recall(path: Path, take: Callable[[Any], T]) -> T | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[
-            :200
-        ]  # the error itself would keep what `take` holds alive in whatever keeps log records
+        # As text: the error itself would keep what `take` holds alive in whatever keeps log records.
+        reason = " ".join(str(error).split())[:200]
         _say_once(f"cache file {path}: got {reason}; expected what an earlier start kept; it is ignored; delete it")
         return None
     with suppress(OSError):
