@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,27 @@ def test_a_draft_model_contends_where_there_is_one() -> None:
     assert never_slower.arguments(["--model", "m", "--draft-model", "d"]).contenders == never_slower.CONTENDERS
 
 
-def test_a_record_carries_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_chosen_is_run_and_the_record_carries_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(plain: object, name: str, spec: dict, cases: list[never_slower.Case]) -> Iterator[dict]:
+        for case in cases:
+            measured.append((name, case.name, case.num_pairs))
+            yield {"case": case.name}
+
+    monkeypatch.setattr(never_slower, "LLM", lambda *args, **settings: settings["device"])
+    monkeypatch.setattr(never_slower, "measure", measure)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    monkeypatch.setattr(sys, "argv", ["benchmarks/never_slower.py", "--model", "my model"])
-    assert never_slower.command_line() == "OMP_NUM_THREADS=2 python benchmarks/never_slower.py --model 'my model'"
+    output = str(tmp_path / "a record.json")
+    chosen = ["--contenders", "draft-model", "--cases", "code-1.0-b16", "random-1.5-b1", "--pairs", "9"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/never_slower.py", *chosen, "--output", output])
+    never_slower.main()
+    assert measured == [("draft-model", "code-1.0-b16", 9), ("draft-model", "random-1.5-b1", 9)]
+    record = json.loads(Path(output).read_text())
+    assert record["rows"] == [{"case": "code-1.0-b16"}, {"case": "random-1.5-b1"}]
+    assert (
+        record["command"]
+        == f"OMP_NUM_THREADS=2 python benchmarks/never_slower.py {' '.join(chosen)} --output '{output}'"
+    )
