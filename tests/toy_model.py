@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from outrider.cache.kv_cache import KVCache, LayerShape
-from outrider.models.model import Choices, ForwardBatch
+from outrider.models.batch import ForwardBatch
+from outrider.models.model import Choices
 
 
 class ToyModel:
@@ -63,9 +64,12 @@ class ToyModel:
         logits = torch.stack(rows)
         return logits if batch.logits_rows is None else logits[batch.logits_rows]
 
-    def choose(self, batch: ForwardBatch, cache: KVCache) -> Choices | None:
+    def choose(self, batch: ForwardBatch, cache: KVCache, *, with_logits: bool = False) -> Choices | None:
+        if any(rows.draw is not None for rows in batch.sequences):
+            return None
         logits = self.forward(batch, cache)
-        return Choices(torch.from_numpy(logits.numpy().argmax(-1)), logits.amax(-1))
+        best = logits.numpy().argmax(-1).tolist()
+        return Choices(best, logits.amax(-1).tolist(), logits if with_logits else None)
 
     def _logits(self, seen: tuple[int, ...]) -> np.ndarray:
         near = _hashed(seen[-2:], self.vocab_size) * 3.0

@@ -48,6 +48,7 @@ class Mutant:
     def __post_init__(self) -> None:
         base = build_rule(self.base)
         self.lossless = base.lossless
+        self.follows_choices = False  # what is mutated must be asked
         self.draft_noise: DraftNoise = base.draft_noise
         self.sibling_draws: SiblingDraws = base.sibling_draws
         self.chains_only = base.chains_only

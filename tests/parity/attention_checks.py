@@ -15,7 +15,8 @@ from torch import Tensor
 
 from outrider.kernels import native, reference_linear
 from outrider.kernels.attention import AttentionParams, FlatSequences
-from outrider.models.batch import SequenceRows, build_forward_batch
+from outrider.kernels.rows import SequenceRows
+from outrider.models.batch import ForwardBatch
 from tests.parity.kernel_levels import ROUNDING, assert_same_bits, assert_within, use_threads
 
 Attend = Callable[[Tensor, Tensor, Tensor, FlatSequences, AttentionParams], Tensor]
@@ -62,7 +63,7 @@ class Step:
 
 
 def flat_of(sequences: Sequence[SequenceRows]) -> FlatSequences:
-    return build_forward_batch(sequences).attention.flat
+    return ForwardBatch(sequences).attention.flat
 
 
 def sequence_of(parents: Sequence[int], num_context: int, slots: np.ndarray) -> SequenceRows:

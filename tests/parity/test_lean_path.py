@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from outrider import LLM, SamplingParams
@@ -18,9 +19,9 @@ from outrider.cache.kv_cache import KVCache
 from outrider.errors import UnsupportedModelError
 from outrider.kernels import native
 from outrider.kernels.packed import WeightFormat, dequantize
-from outrider.models import batch as batch_module
+from outrider.kernels.rows import SequenceRows
 from outrider.models import llama as llama_module
-from outrider.models.batch import SequenceRows, build_forward_batch
+from outrider.models.batch import ForwardBatch
 from outrider.models.llama import LEAN_MODEL_TYPES, LlamaModel, load_llama, why_not_lean
 from outrider.models.probe import CachedRun, probe_lean_path
 from outrider.models.row_invariance import check_row_invariance
@@ -197,18 +198,18 @@ def test_choices_are_the_argmax_of_the_logits(head: str, threads: int, tmp_path:
     cache = KVCache(model.layer_shapes, num_blocks=8, block_size=8, dtype=model.cache_dtype, prefix_caching=False)
     cache.admit("a", [])
     rows = SequenceRows(list(range(3, 33)), range(-1, 29), 0, cache.reserve("a", 30), (0, 3, 29))
-    batch = build_forward_batch([rows])
+    batch = ForwardBatch([rows])
     native.set_num_threads(threads)
     try:
         logits, choices = model.forward(batch, cache), model.choose(batch, cache)
     finally:
         native.set_num_threads(None)
     assert choices is not None
-    assert torch.equal(choices.logits, logits.amax(-1)) or head == "nan"
+    assert choices.log_weights == logits.amax(-1).tolist() or head == "nan"
     sound = 2 if head == "nan" else 3  # the last row has seen token 20
-    assert choices.token_ids[:sound].tolist() == logits.numpy().argmax(-1)[:sound].tolist()
-    assert choices.logits[:sound].isfinite().all()
-    assert choices.logits[2].isnan() == (head == "nan")
+    assert choices.token_ids[:sound] == logits.numpy().argmax(-1)[:sound].tolist()
+    assert all(map(math.isfinite, choices.log_weights[:sound]))
+    assert math.isnan(choices.log_weights[2]) == (head == "nan")
 
 
 def test_bits_do_not_depend_on_threads(tmp_path: Path) -> None:
@@ -289,21 +290,25 @@ def windows_off_by_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def siblings_seen(patch: pytest.MonkeyPatch) -> None:
-    true = batch_module.FlatSequences
-    patch.setattr(
-        batch_module, "FlatSequences", lambda is_chain, **rest: true(is_chain=np.ones_like(is_chain), **rest)
-    )
-
-
-def later_positions(patch: pytest.MonkeyPatch) -> None:
     true = LlamaModel.forward
-    patch.setattr(
-        LlamaModel,
-        "forward",
-        lambda self, batch, cache: true(
-            self, replace(batch, positions=batch.positions + (batch.positions > 4)), cache
-        ),
-    )
+
+    def chained(self: LlamaModel, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        return true(
+            self, ForwardBatch([replace(s, parents=range(-1, len(s.token_ids) - 1)) for s in batch.sequences]), cache
+        )
+
+    patch.setattr(LlamaModel, "forward", chained)
+
+
+def slower_rotation(patch: pytest.MonkeyPatch) -> None:
+    true = llama_module._rotary_embedding
+
+    def slower(config: PretrainedConfig) -> Any:
+        rope = true(config)
+        rope.inv_freq = rope.inv_freq * 0.9
+        return rope
+
+    patch.setattr(llama_module, "_rotary_embedding", slower)
 
 
 def head_norms_dropped(patch: pytest.MonkeyPatch) -> None:
@@ -325,7 +330,7 @@ MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (windows_ignored, "mistral"),
     (windows_off_by_one, "mistral"),
     (siblings_seen, "llama"),
-    (later_positions, "llama"),
+    (slower_rotation, "llama"),
     (head_norms_dropped, "qwen3"),
     (values_for_keys, "llama"),
 ]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from outrider.kernels import native, ops
 from outrider.kernels.attention import AttentionBatch, AttentionParams
-from outrider.models.batch import SequenceRows, build_forward_batch
+from outrider.kernels.rows import SequenceRows
+from outrider.models.batch import ForwardBatch
 from tests.parity.attention_checks import dense_attention, sequence_of
 from tests.parity.kernel_levels import use_level
 
@@ -60,7 +61,7 @@ def build(name: str, row_invariant: bool) -> tuple[tuple[SequenceRows, ...], Att
         slots, regions[consecutive] = np.split(regions[consecutive], [num_keys])
         assert len(slots) == num_keys
         sequences.append(sequence_of(parents, context, slots))
-    return tuple(sequences), build_forward_batch(sequences, row_invariant=row_invariant).attention
+    return tuple(sequences), ForwardBatch(sequences, row_invariant=row_invariant).attention
 
 
 @pytest.mark.parametrize("row_invariant", [False, True], ids=["numerical", "bitwise"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +15,7 @@ from outrider.errors import ExactnessError
 from outrider.kernels import native, reference
 from outrider.kernels.attention import AttentionParams, RowBucket
 from outrider.kernels.native import ISA_VARIABLE, REFERENCE
-from outrider.models.model import ForwardBatch
+from outrider.models.batch import ForwardBatch
 from outrider.models.probe import probe_model
 from outrider.models.row_invariance import check_row_invariance
 from outrider.models.transformers_model import TransformersModel
@@ -60,7 +59,7 @@ class WithoutBuckets(TransformersModel):
     """A mutant: the bitwise mode is asked for and ignored."""
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        return super().forward(replace(batch, attention=replace(batch.attention, row_invariant=False)), cache)
+        return super().forward(ForwardBatch(batch.sequences, batch.device), cache)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from outrider.errors import UnsupportedModelError
 from outrider.kernels import reference
 from outrider.kernels.attention import SequenceAttention
 from outrider.kernels.native import ISA_VARIABLE, REFERENCE
+from outrider.kernels.rows import SequenceRows
 from outrider.models import transformers_model
-from outrider.models.batch import SequenceRows, build_forward_batch, rows_of
+from outrider.models.batch import ForwardBatch, rows_of
 from outrider.models.loader import load_model
 from outrider.models.probe import CachedRun, probe_model
 from outrider.models.transformers_model import TransformersModel
@@ -213,7 +214,7 @@ def test_forward_returns_the_wanted_rows_only(row_invariant: bool) -> None:
 
     def forward(wanted: Sequence[int]) -> Tensor:
         rows = SequenceRows(tokens, range(-1, 39), 0, np.arange(40), wanted)
-        return model.forward(build_forward_batch([rows], row_invariant=row_invariant), cache)
+        return model.forward(ForwardBatch([rows], row_invariant=row_invariant), cache)
 
     everything = forward(range(40))
     assert everything.shape == (40, VOCAB)

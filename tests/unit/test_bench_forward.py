@@ -40,7 +40,7 @@ from outrider.bench.target import (
 from outrider.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from outrider.kernels import native
 from outrider.kernels.packed import dequantize
-from outrider.models.model import ForwardBatch
+from outrider.models.batch import ForwardBatch
 from outrider.quantization.weights import WeightSource
 from tests.tiny_models import make_tiny
 

@@ -27,7 +27,7 @@ from outrider.engine.cache_files import MAX_FILES, keep, recall
 from outrider.engine.calibration import forward_cost_of, measure
 from outrider.engine.planner_memory import remember
 from outrider.errors import ConfigError
-from outrider.models.model import ForwardBatch
+from outrider.models.batch import ForwardBatch
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import DraftDistribution, TokenTree
 from outrider.verification.coupled import follow_choices
@@ -700,7 +700,7 @@ def test_a_planner_leaves_a_file_and_a_spoilt_one_is_written_anew(tmp_path, capl
 class BlankModel(ToyModel):
     """Does not mind that the context was never computed."""
 
-    def choose(self, batch: ForwardBatch, cache: KVCache) -> None:
+    def choose(self, batch: ForwardBatch, cache: KVCache, *, with_logits: bool = False) -> None:
         return None
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:

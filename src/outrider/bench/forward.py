@@ -21,7 +21,8 @@ import torch
 from outrider.cache.kv_cache import KVCache, SequenceCommit
 from outrider.kernels import native
 from outrider.kernels.packed import WeightFormat
-from outrider.models.batch import SequenceRows, build_forward_batch
+from outrider.kernels.rows import SequenceRows
+from outrider.models.batch import ForwardBatch
 from outrider.models.llama import LlamaModel
 
 AGREEMENT = 0.15
@@ -266,7 +267,7 @@ class ForwardRuns:
             )
             for sequence in sequences
         ]
-        self._model.forward(build_forward_batch(rows, row_invariant=True), self._cache)
+        self._model.forward(ForwardBatch(rows, row_invariant=True), self._cache)
         return self._model.kernel_seconds
 
 

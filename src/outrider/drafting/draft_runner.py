@@ -20,7 +20,8 @@ from torch import Tensor
 from outrider.cache.kv_cache import KVCache, SequenceCommit
 from outrider.drafting.drafter import DraftContext, FinishedText
 from outrider.drafting.growth.tree import GrowingTree, Row
-from outrider.models.batch import SequenceRows, build_forward_batch
+from outrider.kernels.rows import SequenceRows
+from outrider.models.batch import ForwardBatch
 from outrider.models.model import Model
 from outrider.sampling.params import SamplingParams
 from outrider.sampling.processors import RowContext, process_logits
@@ -205,7 +206,7 @@ class DraftRunner:
 
     def _forward(self, sequences: Sequence[SequenceRows]) -> Tensor:
         """The draft's logits, as wide as the target's: embeddings may be padded differently."""
-        logits = self._model.forward(build_forward_batch(sequences, self._model.device), self._cache)
+        logits = self._model.forward(ForwardBatch(sequences, self._model.device), self._cache)
         missing = self._vocab_size - logits.shape[-1]
         if missing > 0:
             return torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))

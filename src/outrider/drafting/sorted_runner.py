@@ -18,7 +18,7 @@ import numpy as np
 from outrider.drafting.draft_runner import DraftRunner, TreeRows, accepted_rows, log_weights_of
 from outrider.drafting.drafter import DraftContext, FinishedText
 from outrider.drafting.growth.tree import GrowingTree, Row
-from outrider.models.batch import SequenceRows
+from outrider.kernels.rows import SequenceRows
 from outrider.models.model import Model
 
 

@@ -19,7 +19,8 @@ from outrider.drafting.draft_runner import DraftRunner, TreeRows, log_weights_of
 from outrider.drafting.drafter import DraftContext, FinishedText
 from outrider.drafting.growth.tree import GrowingTree, Row
 from outrider.drafting.guesser import Guess, Guesser
-from outrider.models.batch import SequenceRows, rows_of
+from outrider.kernels.rows import SequenceRows
+from outrider.models.batch import rows_of
 from outrider.models.model import Model
 
 MIN_CHUNK = 8  # committed tokens that are always read together with guesses, however many requests there are

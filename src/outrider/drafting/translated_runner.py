@@ -18,7 +18,8 @@ from outrider.cache.kv_cache import KVCache
 from outrider.drafting.draft_runner import DraftRunner, TreeRows, log_weights_of, sibling_rows
 from outrider.drafting.drafter import DraftContext, FinishedText
 from outrider.drafting.growth.tree import GrowingTree, Row
-from outrider.models.batch import SequenceRows, build_forward_batch
+from outrider.kernels.rows import SequenceRows
+from outrider.models.batch import ForwardBatch
 from outrider.models.model import Model
 
 
@@ -80,7 +81,7 @@ class TranslatedRunner(DraftRunner):
 
     def _forward(self, sequences: Sequence[SequenceRows]) -> Tensor:
         """The draft's logits at the target's ids; -inf for tokens that the draft does not have."""
-        own = self._model.forward(build_forward_batch(sequences, self._model.device), self._cache)
+        own = self._model.forward(ForwardBatch(sequences, self._model.device), self._cache)
         logits = own.new_full((own.shape[0], self._vocab_size), float("-inf"))
         logits[:, self._target_ids] = own[:, self._draft_ids]
         return logits

@@ -15,7 +15,8 @@ from outrider.cache.kv_cache import KVCache, SequenceCommit
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine.cache_files import cache_file, keep, recall
 from outrider.kernels import native
-from outrider.models.batch import SequenceRows, build_forward_batch
+from outrider.kernels.rows import SequenceRows
+from outrider.models.batch import ForwardBatch
 from outrider.models.model import Model
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -134,7 +135,7 @@ def _forward(model: Model, cache: KVCache, context: int, num_rows: int, row_inva
     rows = SequenceRows(
         [0] * num_rows, range(-1, num_rows - 1), context, cache.reserve(SEQUENCE, num_rows), range(num_rows)
     )
-    batch = build_forward_batch([rows], model.device, row_invariant=row_invariant)
+    batch = ForwardBatch([rows], model.device, row_invariant=row_invariant)
     if model.choose(batch, cache) is None:
         model.forward(batch, cache)
     if model.device.type == "cuda":

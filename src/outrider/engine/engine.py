@@ -17,10 +17,12 @@ from outrider.engine.stats import EngineStats
 from outrider.engine.stopping import append_tokens
 from outrider.errors import NumericsError
 from outrider.kernels import native
-from outrider.models.batch import SequenceRows, build_forward_batch, rows_of
-from outrider.models.model import Choices, ForwardBatch, Model
+from outrider.kernels.rows import KeyedDraw, SequenceRows
+from outrider.models.batch import ForwardBatch, rows_of
+from outrider.models.model import Choices, Model
 from outrider.request import Request
 from outrider.sampling.logprobs import token_logprobs
+from outrider.sampling.params import SamplingParams
 from outrider.sampling.processors import RowContext, process_logits
 from outrider.sampling.sampler import KeyedDecisions, check_finite
 from outrider.token_tree import TokenTree, TokenTreeBatch, VerifiedPath
@@ -65,26 +67,31 @@ class Engine:
     def step(self) -> list[Request]:
         """Run one step; returns the requests that got tokens or ended."""
         stats = self.stats
-        stats.num_steps += 1
-        with native.cores_for_kernels(self.model.runs_on_kernels), stats.timed("step"):
+        stats.begin_step()
+        with native.cores_for_kernels(self.model.runs_on_kernels):
             plan = self.scheduler.schedule()
             stats.num_cut_rows += self.scheduler.num_cut_rows
             if not plan:
                 return []
             drafting = [scheduled for scheduled in plan if scheduled.yields_token]
-            with stats.timed("draft"):
-                trees = self._propose(drafting, sum(scheduled.chunk_size for scheduled in plan))
+            stats.lap("other")
+            trees = self._propose(drafting, sum(scheduled.chunk_size for scheduled in plan))
             stats.num_without_room += self.drafter.num_without_room if drafting else 0
+            stats.lap("draft")
             batch = self._build_batch(plan, trees)
-            with stats.timed("target"):
-                target = self._run_target(drafting, batch)
+            stats.lap("other")
+            target = self._run_target(drafting, batch)
             stats.kernel_s += self.model.kernel_seconds
-            with stats.timed("verify"):
-                verified = self._verify(drafting, trees, target)
+            stats.lap("target")
+            verified = self._verify(drafting, trees, target)
+            stats.lap("verify")
             self._commit(plan, verified)
-            with stats.timed("draft"):
-                self._observe(verified)
-            return self._update(verified)
+            stats.lap("other")
+            self._observe(verified)
+            stats.lap("draft")
+            requests = self._update(verified)
+        stats.lap("other")
+        return requests
 
     def _propose(self, drafting: Sequence[ScheduledSequence], num_step_rows: int) -> TokenTreeBatch:
         for request_id in self.scheduler.preempted:
@@ -118,16 +125,21 @@ class Engine:
             else:
                 token_ids, parents, logits_rows = chunk, range(-1, len(chunk) - 1), ()
             slots = self.cache.reserve(request.request_id, len(token_ids))
-            sequences.append(SequenceRows(token_ids, parents, start, slots, logits_rows))
-        return build_forward_batch(sequences, self.model.device, row_invariant=self._row_invariant)
+            params = request.params
+            draw = KeyedDraw(params.temperature, request.seed) if params.samples_raw_logits else None
+            sequences.append(SequenceRows(token_ids, parents, start, slots, logits_rows, draw))
+        return ForwardBatch(sequences, self.model.device, row_invariant=self._row_invariant)
 
     def _run_target(self, drafting: Sequence[ScheduledSequence], batch: ForwardBatch) -> Tensor | Choices:
-        """The one forward: whole rows of logits, or their argmax where no one needs more."""
-        if not self.drafter.reads_logits and all(s.request.params.takes_argmax for s in drafting):
-            choices = self.model.choose(batch, self.cache)
+        """The one forward: whole rows of logits, or what follows each where choices are all that the rule needs."""
+        if all(self._takes_choices(scheduled.request.params) for scheduled in drafting):
+            choices = self.model.choose(batch, self.cache, with_logits=self.drafter.reads_logits)
             if choices is not None:
                 return choices
         return self.model.forward(batch, self.cache)
+
+    def _takes_choices(self, params: SamplingParams) -> bool:
+        return params.takes_argmax or (params.samples_raw_logits and self.rule.follows_choices)
 
     def _verify(
         self, drafting: Sequence[ScheduledSequence], trees: TokenTreeBatch, target: Tensor | Choices
@@ -240,7 +252,7 @@ class _Verified:
 
     Attributes:
         choices: ``[tree.num_nodes]`` the target's choices; None where the rule made them along the path alone.
-        logits: ``[tree.num_nodes, vocab]`` raw logits; None where only their argmax was computed.
+        logits: ``[tree.num_nodes, vocab]`` raw logits; None where only choices were computed.
         sound: False if any of the tree's rows had NaN or infinite logits, or no token to choose.
     """
 
@@ -257,12 +269,12 @@ class _Verified:
 
 
 def _follow(drafting: Sequence[ScheduledSequence], trees: TokenTreeBatch, choices: Choices) -> list[_Verified]:
-    """What every rule does with greedy requests: walk along the target's choices."""
-    tokens, logits = choices.token_ids.tolist(), choices.logits.tolist()
+    """What rules do with choices that are made: walk along them."""
     verified = []
     for index, (scheduled, tree) in enumerate(zip(drafting, trees.trees, strict=True)):
         rows = trees.rows(index)
-        sound = all(math.isfinite(logit) for logit in logits[rows])
-        chosen = tokens[rows]
-        verified.append(_Verified(scheduled.request, tree, follow_choices(tree, chosen), chosen, None, sound))
+        chosen = choices.token_ids[rows]
+        logits = None if choices.logits is None else choices.logits[rows]
+        sound = all(map(math.isfinite, choices.log_weights[rows]))
+        verified.append(_Verified(scheduled.request, tree, follow_choices(tree, chosen), chosen, logits, sound))
     return verified

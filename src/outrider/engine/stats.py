@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
@@ -17,7 +15,7 @@ class EngineStats:
         target_s: in the target's forward.
         kernel_s: of that in compiled kernels; 0 for a model that is not one call of them.
         verify_s: in processors and the verification rule.
-        step_s: whole steps; what is in none of the three is the engine's own time.
+        other_s: in the rest of a step, the engine's own time.
         num_steps: steps run.
         num_verifications: trees verified (a request's decode steps).
         num_drafts: trees with at least one draft token.
@@ -33,7 +31,7 @@ class EngineStats:
     target_s: float = 0.0
     kernel_s: float = 0.0
     verify_s: float = 0.0
-    step_s: float = 0.0
+    other_s: float = 0.0
     num_steps: int = 0
     num_verifications: int = 0
     num_drafts: int = 0
@@ -43,6 +41,7 @@ class EngineStats:
     num_cut_rows: int = 0
     num_without_room: int = 0
     accepted_at_depth: list[int] = field(default_factory=list)
+    _last: float = field(default=0.0, repr=False)
 
     @property
     def acceptance_length(self) -> float:
@@ -50,8 +49,9 @@ class EngineStats:
         return 1.0 + self.num_accepted_tokens / max(1, self.num_verifications)
 
     @property
-    def other_s(self) -> float:
-        return self.step_s - self.draft_s - self.target_s - self.verify_s
+    def step_s(self) -> float:
+        """Whole steps."""
+        return self.draft_s + self.target_s + self.verify_s + self.other_s
 
     @property
     def own_ms_per_step(self) -> float:
@@ -76,12 +76,13 @@ class EngineStats:
         for depth in range(num_accepted):
             self.accepted_at_depth[depth] += 1
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the block's wall time to ``<phase>_s``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            name = f"{phase}_s"
-            setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+    def begin_step(self) -> None:
+        self.num_steps += 1
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the wall time since the last lap, or since the step began, to ``<phase>_s``."""
+        now = time.perf_counter()
+        name = f"{phase}_s"
+        setattr(self, name, getattr(self, name) + now - self._last)
+        self._last = now

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from outrider.kernels.attention import AttentionParams, FlatSequences
 from outrider.kernels.packed import PackedWeight
+from outrider.kernels.rows import SequenceRows
 
 try:
     from outrider.kernels import _native  # pyright: ignore[reportAttributeAccessIssue]
@@ -96,24 +97,30 @@ def num_threads() -> int:
     return _threads_wanted or _threads_of_torch or torch.get_num_threads()
 
 
-@contextmanager
-def cores_for_kernels(wanted: bool = True) -> Iterator[None]:
+class cores_for_kernels:
     """Keep torch to one thread where the kernels do the work.
 
     What torch has left to do is small, and its other threads spin for milliseconds after every parallel operation,
     on the very cores that the kernels' threads need.
     """
-    global _threads_of_torch  # noqa: PLW0603 - torch's number is one for the process, too
-    if not wanted or _threads_of_torch is not None:
-        yield
-        return
-    _threads_of_torch = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(_threads_of_torch)
-        _threads_of_torch = None
+
+    __slots__ = ("_wanted",)
+
+    def __init__(self, wanted: bool = True) -> None:
+        self._wanted = wanted and _threads_of_torch is None
+
+    def __enter__(self) -> None:
+        global _threads_of_torch  # noqa: PLW0603 - torch's number is one for the process, too
+        if self._wanted:
+            _threads_of_torch = torch.get_num_threads()
+            torch.set_num_threads(1)
+
+    def __exit__(self, *raised: object) -> None:
+        global _threads_of_torch  # noqa: PLW0603
+        if self._wanted:
+            assert _threads_of_torch is not None
+            torch.set_num_threads(_threads_of_torch)
+            _threads_of_torch = None
 
 
 def set_num_threads(number: int | None) -> None:
@@ -334,37 +341,25 @@ class LlamaLayerWeights:
         return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
 
 
-@dataclass(frozen=True, eq=False)
-class LlamaStep:
-    """What `Llama.forward` computes; R wanted rows.
-
-    Attributes:
-        token_ids, positions, write_slots: ``[M]`` int64.
-        logits_rows: ``[R]`` int64.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    write_slots: Tensor
-    sequences: FlatSequences
-    logits_rows: Tensor
-    caches: LlamaCaches
+UNDECIDED = -1
+"""A token that `Llama.forward` leaves to whoever takes logarithms as the noise is defined."""
 
 
-class LlamaCaches:
+def llama_caches(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Any:
     """The keys and values of all layers, as a forward finds them; good for as long as the tensors live.
 
     Args:
-        keys, values: the cache of each layer, all of one dtype.
+        keys, values: ``[slots, heads, width]`` of each layer, all of one dtype and number of slots.
     """
-
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        _require(len(keys) == len(values), "caches of values", len(values), len(keys))
-        self.num_layers, self.type = len(keys), _CACHE_TYPES[keys[0].dtype]
-        self._tensors = (tuple(keys), tuple(values))
-        self.addresses = [
-            np.array([cache.data_ptr() for cache in caches], dtype=np.uint64) for caches in self._tensors
-        ]
+    _require(len(keys) == len(values), "caches of values", len(values), len(keys))
+    tensors = (*keys, *values)
+    first = tensors[0]
+    for tensor in tensors:
+        same = tensor.dtype == first.dtype and len(tensor) == len(first)
+        _require(same and can_attend(tensor), "cache", f"{tensor.dtype} {list(tensor.shape)}", "caches of one kind")
+        _require(tensor.is_contiguous() and tensor.ndim == 3, "cache", "gaps", "[slots, heads, width]")
+    addresses = ([tensor.data_ptr() for tensor in layer] for layer in (keys, values))
+    return _module().LlamaCaches(*addresses, _CACHE_TYPES[first.dtype], len(first))
 
 
 class Llama:
@@ -409,6 +404,7 @@ class Llama:
             norm_eps,
             rope_scaling,
             inverse_frequencies.tolist(),
+            len(embedding),
             self.embedding.data_ptr(),
             _CACHE_TYPES[embedding.dtype],
             self._final_norm.data_ptr(),
@@ -429,41 +425,29 @@ class Llama:
         return self._handle.last_seconds
 
     def forward(
-        self,
-        step: LlamaStep,
-        *,
-        logits: Tensor | None = None,
-        best_tokens: Tensor | None = None,
-        best_logits: Tensor | None = None,
-    ) -> None:
-        """Write ``[R, vocab]`` float32 logits, or else of each row its argmax and that logit (``[R]`` each)."""
-        caches = step.caches
-        outputs = (logits, best_tokens, best_logits)
-        num_rows, num_logits = len(step.token_ids), len(step.logits_rows)
-        _require(num_rows == step.sequences.cu_rows[-1], "rows", num_rows, int(step.sequences.cu_rows[-1]))
-        for name, indices in (("positions", step.positions), ("slots", step.write_slots), ("tokens", step.token_ids)):
-            _require_indices(name, indices, num_rows)
-        _require_indices("logits_rows", step.logits_rows, num_logits)
-        tokens = step.token_ids.numpy()
-        in_vocabulary = num_rows > 0 and tokens.min() >= 0 and tokens.max() < len(self.embedding)
-        _require(in_vocabulary, "token ids", "others", f"0 to {len(self.embedding) - 1}")
-        _require(caches.num_layers == len(self.layers), "caches", caches.num_layers, len(self.layers))
-        _require(
-            (logits is None) != (best_tokens is None or best_logits is None), "outputs", "none", "logits or choices"
-        )
+        self, sequences: Sequence[SequenceRows], caches: Any, *, logits: Tensor | None = None, chooses: bool = True
+    ) -> tuple[list[int], list[float]]:
+        """Run the rows of a step; R of them are wanted.
+
+        Args:
+            caches: what `llama_caches` gives, for as many layers.
+            logits: ``[R, vocab]`` contiguous float32 to be filled, or None.
+            chooses: whether each wanted row's successor is chosen.
+
+        Returns:
+            Of each wanted row the token, `UNDECIDED` where rounding could decide, and the greatest log-weight; neither
+            means anything if nothing is chosen.
+
+        Raises:
+            ValueError: rows that hang together wrongly, tokens or slots that are none, caches of another model.
+        """
         _module()
-        self._handle.forward(
-            len(step.token_ids),
-            step.token_ids.data_ptr(),
-            step.positions.data_ptr(),
-            step.write_slots.data_ptr(),
-            *addresses_of(step.sequences),
-            step.logits_rows.data_ptr(),
-            len(step.logits_rows),
-            caches.type,
-            *map(_address, caches.addresses),
-            *(0 if output is None else output.data_ptr() for output in outputs),
-        )
+        return self._handle.forward(sequences, caches, 0 if logits is None else logits.data_ptr(), chooses)
+
+
+def noise_bounds(half: int) -> tuple[float, float]:
+    """Between what the Gumbel noise of a random number of 32 bits is taken to lie before logarithms are taken."""
+    return _module().noise_bounds(half)
 
 
 def read_bandwidth(buffer: Tensor) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -17,29 +17,94 @@ import torch
 from torch import Tensor
 
 from outrider.kernels.attention import AttentionBatch, FlatSequences, SequenceAttention
-from outrider.models.model import ForwardBatch
+from outrider.kernels.rows import SequenceRows
 from outrider.token_tree import TokenTree, ancestor_mask
 
 _MAX_REMEMBERED_ROWS = 128  # layouts of longer steps (prefill) hardly recur, and their masks are large
 
 
-@dataclass(frozen=True, eq=False)
-class SequenceRows:
-    """One sequence's rows of a step.
+class ForwardBatch:
+    """Rows of many sequences in one flattened forward; no padding.
 
-    Attributes:
-        token_ids: ``[num_rows]``.
-        parents: ``[num_rows]`` parent row, -1 where a row hangs off the cached context.
-        num_context: cached positions.
-        slots: ``[num_context + num_rows]`` int64, context first (what `KVCache.reserve` returns).
-        logits_rows: offsets of the rows whose logits are wanted, increasing.
+    Kernels that run a whole forward take the `sequences`; the tensors are made for models that run in Python.
+
+    Args:
+        sequences: at least one, each with at least one row; in the order of the rows.
+        row_invariant: ask for the bitwise mode's attention.
     """
 
-    token_ids: Sequence[int]
-    parents: Sequence[int]
-    num_context: int
-    slots: np.ndarray
-    logits_rows: Sequence[int]
+    def __init__(
+        self,
+        sequences: Sequence[SequenceRows],
+        device: torch.device | str = "cpu",
+        *,
+        row_invariant: bool = False,
+    ) -> None:
+        self.sequences = sequences
+        self.device = device
+        self.row_invariant = row_invariant
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        """``[N]`` int64."""
+        return self._on_device(
+            np.array([token for rows in self.sequences for token in rows.token_ids], dtype=np.int64)
+        )
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """``[N]`` int64 positions in their sequences."""
+        return self._on_device(
+            _joined(
+                [layout.depths + rows.num_context for rows, layout in zip(self.sequences, self._layouts, strict=True)]
+            )
+        )
+
+    @cached_property
+    def attention(self) -> AttentionBatch:
+        """Who attends to whom, and where keys and values go."""
+        flat = FlatSequences(
+            cu_rows=_offsets(len(rows.token_ids) for rows in self.sequences),
+            num_context=np.array([rows.num_context for rows in self.sequences], dtype=np.int64),
+            slots=_joined([rows.slots for rows in self.sequences]),
+            cu_slots=_offsets(len(rows.slots) for rows in self.sequences),
+            parents=_joined([layout.parents for layout in self._layouts]),
+            is_chain=np.array([layout.is_chain for layout in self._layouts], dtype=np.uint8),
+        )
+        write_slots = self._on_device(_joined([rows.slots[rows.num_context :] for rows in self.sequences]))
+        return AttentionBatch(flat, write_slots, self._describe_sequences, self.row_invariant)
+
+    @cached_property
+    def logits_rows(self) -> Tensor | None:
+        """``[R]`` int64 rows whose logits are wanted; None for all rows."""
+        rows = [
+            start + row
+            for sequence, start in zip(self.sequences, self._starts, strict=False)
+            for row in sequence.logits_rows
+        ]
+        return None if len(rows) == self._starts[-1] else self._on_device(np.array(rows, dtype=np.int64))
+
+    @cached_property
+    def _layouts(self) -> list[_Layout]:
+        layouts = [_layout_of(tuple(rows.parents)) for rows in self.sequences]
+        for rows, layout in zip(self.sequences, layouts, strict=True):
+            assert len(rows.token_ids) == len(layout.depths), "token ids and parents differ"
+            assert len(rows.slots) == rows.num_context + len(rows.token_ids), "rows and slots differ"
+        return layouts
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(len(rows.token_ids) for rows in self.sequences)]
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if torch.device(self.device).type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+    def _describe_sequences(self) -> tuple[SequenceAttention, ...]:
+        return tuple(
+            _sequence_attention(rows, layout, start, self.device)
+            for rows, layout, start in zip(self.sequences, self._layouts, self._starts, strict=False)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,56 +127,6 @@ def rows_of(tree: TokenTree, chunk: Sequence[int] = ()) -> tuple[tuple[int, ...]
         return tree.tokens, tree.parents
     shift = len(chunk)
     return (*chunk, *tree.tokens), (*range(-1, shift - 1), *(parent + shift for parent in tree.parents))
-
-
-def build_forward_batch(
-    sequences: Sequence[SequenceRows], device: torch.device | str = "cpu", row_invariant: bool = False
-) -> ForwardBatch:
-    """Flatten the rows of all sequences, in order.
-
-    Args:
-        sequences: at least one, each with at least one row.
-        row_invariant: ask for the bitwise mode's attention.
-    """
-    layouts = [_layout_of(tuple(rows.parents)) for rows in sequences]
-    for rows, layout in zip(sequences, layouts, strict=True):
-        assert len(rows.token_ids) == len(layout.depths), "token ids and parents differ"
-        assert len(rows.slots) == rows.num_context + len(rows.token_ids), "rows and slots differ"
-    flat = FlatSequences(
-        cu_rows=_offsets(len(rows.token_ids) for rows in sequences),
-        num_context=np.array([rows.num_context for rows in sequences], dtype=np.int64),
-        slots=_joined([rows.slots for rows in sequences]),
-        cu_slots=_offsets(len(rows.slots) for rows in sequences),
-        parents=_joined([layout.parents for layout in layouts]),
-        is_chain=np.array([layout.is_chain for layout in layouts], dtype=np.uint8),
-    )
-    starts: list[int] = flat.cu_rows.tolist()
-    logits_rows = [start + row for rows, start in zip(sequences, starts, strict=False) for row in rows.logits_rows]
-    tensors = [
-        torch.from_numpy(array)
-        for array in (
-            np.array([token for rows in sequences for token in rows.token_ids], dtype=np.int64),
-            _joined([layout.depths + rows.num_context for rows, layout in zip(sequences, layouts, strict=True)]),
-            _joined([rows.slots[rows.num_context :] for rows in sequences]),
-        )
-    ]
-    wanted = None if len(logits_rows) == starts[-1] else torch.tensor(logits_rows, dtype=torch.int64)
-    if torch.device(device).type != "cpu":
-        tensors = [tensor.to(device, non_blocking=True) for tensor in tensors]
-        wanted = None if wanted is None else wanted.to(device, non_blocking=True)
-
-    def describe_sequences() -> tuple[SequenceAttention, ...]:
-        return tuple(
-            _sequence_attention(rows, layout, start, device)
-            for rows, layout, start in zip(sequences, layouts, starts, strict=False)
-        )
-
-    return ForwardBatch(
-        token_ids=tensors[0],
-        positions=tensors[1],
-        attention=AttentionBatch(flat, tensors[2], describe_sequences, row_invariant),
-        logits_rows=wanted,
-    )
 
 
 def _offsets(lengths: Iterable[int]) -> np.ndarray:

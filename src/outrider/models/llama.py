@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +21,8 @@ from outrider.cache.kv_cache import KVCache, LayerShape
 from outrider.errors import ModelLoadError, UnsupportedModelError
 from outrider.kernels import native
 from outrider.kernels.packed import WeightFormat
-from outrider.models.model import Choices, ForwardBatch
+from outrider.models.batch import ForwardBatch
+from outrider.models.model import Choices
 from outrider.models.model_config import context_length_of, eos_token_ids_of
 from outrider.quantization.tensor_files import first_line
 from outrider.quantization.weights import WeightSource, lm_head_format
@@ -90,7 +90,7 @@ class LlamaModel:
         self._final_norm = reader.tensor("model.norm.weight")
         layers = [reader.layer(index) for index in range(config.num_hidden_layers)]
         self._llama = self._assemble(layers, reader.embedding(), reader.lm_head())
-        self._caches: WeakKeyDictionary[KVCache, native.LlamaCaches] = WeakKeyDictionary()
+        self._caches: WeakKeyDictionary[KVCache, Any] = WeakKeyDictionary()
 
     def with_layers(self, num_layers: int) -> LlamaModel:
         """The sub-model of the first layers, with the same final norm and output layer, over the same weights."""
@@ -137,38 +137,25 @@ class LlamaModel:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits ``[R, vocab]`` float32 of the wanted rows; writes the rows' keys and values into `cache`."""
-        step = self._kernel_step(batch, cache)
-        logits = torch.empty(len(step.logits_rows), self.vocab_size)
-        self._llama.forward(step, logits=logits)
+        logits = self._room_for_logits(batch)
+        self._llama.forward(batch.sequences, self._caches_of(cache), logits=logits, chooses=False)
         return logits
 
     @torch.inference_mode()
-    def choose(self, batch: ForwardBatch, cache: KVCache) -> Choices | None:
-        """The argmax of each wanted row, whose logits never leave the processor's caches."""
-        step = self._kernel_step(batch, cache)
-        num_rows = len(step.logits_rows)
-        choices = Choices(torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows))
-        self._llama.forward(step, best_tokens=choices.token_ids, best_logits=choices.logits)
-        return choices
+    def choose(self, batch: ForwardBatch, cache: KVCache, *, with_logits: bool = False) -> Choices | None:
+        """What follows each wanted row, whose logits need never leave the processor's caches."""
+        logits = self._room_for_logits(batch) if with_logits else None
+        tokens, log_weights = self._llama.forward(batch.sequences, self._caches_of(cache), logits=logits)
+        return None if native.UNDECIDED in tokens else Choices(tokens, log_weights, logits)
 
-    def _kernel_step(self, batch: ForwardBatch, cache: KVCache) -> native.LlamaStep:
+    def _room_for_logits(self, batch: ForwardBatch) -> Tensor:
+        return torch.empty(sum(len(rows.logits_rows) for rows in batch.sequences), self.vocab_size)
+
+    def _caches_of(self, cache: KVCache) -> Any:
         caches = self._caches.get(cache)
         if caches is None:
-            caches = self._caches[cache] = native.LlamaCaches(cache.keys, cache.values)
-        wanted = batch.logits_rows
-        return native.LlamaStep(
-            token_ids=batch.token_ids,
-            positions=batch.positions,
-            write_slots=batch.attention.write_slots,
-            sequences=batch.attention.flat,
-            logits_rows=_all_rows(len(batch.token_ids)) if wanted is None else wanted,
-            caches=caches,
-        )
-
-
-@lru_cache(maxsize=128)
-def _all_rows(num_rows: int) -> Tensor:
-    return torch.arange(num_rows)
+            caches = self._caches[cache] = native.llama_caches(cache.keys, cache.values)
+        return caches
 
 
 def load_llama(

@@ -9,37 +9,22 @@ import torch
 from torch import Tensor
 
 from outrider.cache.kv_cache import KVCache, LayerShape
-from outrider.kernels.attention import AttentionBatch
-
-
-@dataclass(frozen=True, eq=False)
-class ForwardBatch:
-    """Rows of many sequences in one flattened forward; no padding.
-
-    Attributes:
-        token_ids: ``[N]`` int64.
-        positions: ``[N]`` int64 positions in their sequences.
-        attention: who attends to whom, and where keys and values go.
-        logits_rows: ``[R]`` int64 rows whose logits are wanted; None for all rows.
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    attention: AttentionBatch
-    logits_rows: Tensor | None
+from outrider.models.batch import ForwardBatch
 
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """The argmax of the wanted rows.
+    """What follows each of the wanted rows: of equal logits the lowest token.
 
     Attributes:
-        token_ids: ``[R]`` int64, the lowest of equals.
-        logits: ``[R]`` float32 of those tokens; NaN where any of a row's logits is.
+        token_ids: ``[R]``.
+        log_weights: ``[R]`` the greatest of each row, its logits divided by the draw's temperature; NaN where any is.
+        logits: ``[R, vocab]`` float32 raw logits; None where they were not asked for.
     """
 
-    token_ids: Tensor
-    logits: Tensor
+    token_ids: list[int]
+    log_weights: list[float]
+    logits: Tensor | None
 
 
 class Model(Protocol):
@@ -71,6 +56,9 @@ class Model(Protocol):
         """Logits ``[R, vocab]`` float32 of the wanted rows; writes the rows' keys and values into `cache`."""
         ...
 
-    def choose(self, batch: ForwardBatch, cache: KVCache) -> Choices | None:
-        """As `forward`, but only each row's argmax; None, and nothing done, if that would save no work."""
+    def choose(self, batch: ForwardBatch, cache: KVCache, *, with_logits: bool = False) -> Choices | None:
+        """As `forward`, but what follows each row, as its sequence's draw says; None where `forward` has to be asked.
+
+        A model may do so always, because whole rows are what it computes, or where rounding could decide.
+        """
         ...

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from outrider.cache.kv_cache import KVCache, SequenceCommit
 from outrider.errors import ModelLoadError, UnsupportedModelError
-from outrider.models.batch import SequenceRows, build_forward_batch, rows_of
+from outrider.kernels.rows import SequenceRows
+from outrider.models.batch import ForwardBatch, rows_of
 from outrider.models.llama import LlamaModel, head_dim_of
 from outrider.models.model import Model
 from outrider.models.packed_linear import packed_formats
@@ -63,7 +64,7 @@ class CachedRun:
             context = self._cache.num_computed(sequence_id)
             slots = self._cache.reserve(sequence_id, len(token_ids))
             sequences.append(SequenceRows(token_ids, parents, context, slots, range(len(token_ids))))
-        batch = build_forward_batch(sequences, self._model.device, self._row_invariant)
+        batch = ForwardBatch(sequences, self._model.device, row_invariant=self._row_invariant)
         logits = self._model.forward(batch, self._cache)
         return dict(zip(rows, logits.split([len(sequence.token_ids) for sequence in sequences]), strict=True))
 

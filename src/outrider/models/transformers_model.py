@@ -23,7 +23,8 @@ from outrider.cache.kv_cache import KVCache, LayerShape
 from outrider.errors import UnsupportedModelError
 from outrider.kernels import native, ops
 from outrider.kernels.attention import ROW_BUCKET, AttentionBatch, AttentionParams, RowBucket
-from outrider.models.model import Choices, ForwardBatch
+from outrider.models.batch import ForwardBatch
+from outrider.models.model import Choices
 from outrider.models.model_config import context_length_of, eos_token_ids_of
 
 ATTENTION_NAME = "outrider"
@@ -224,7 +225,7 @@ class TransformersModel:
         step = _Step(self._layers, cache, batch.attention)
         return self._run(batch.token_ids, batch.positions, batch.logits_rows, step)
 
-    def choose(self, batch: ForwardBatch, cache: KVCache) -> Choices | None:
+    def choose(self, batch: ForwardBatch, cache: KVCache, *, with_logits: bool = False) -> Choices | None:
         """None: the module writes whole rows."""
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from outrider.errors import SamplingParamsError
 
@@ -15,6 +16,9 @@ MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
+
+# Below this, logits divided by the temperature may overflow: measured from the row's maximum, they cannot.
+COLD_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,21 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    @property
+    @cached_property
     def takes_argmax(self) -> bool:
         """Whether every token is the argmax of the model's raw logits, and nothing else of them is asked for."""
+        return self.greedy and self._takes_raw_logits
+
+    @cached_property
+    def samples_raw_logits(self) -> bool:
+        """Whether every token is drawn from all the model's raw logits, and nothing else of them is asked for."""
+        keeps_all = self.top_k <= 0 and self.top_p == 1.0 and self.min_p == 0.0
+        return self.temperature >= COLD_TEMPERATURE and keeps_all and self._takes_raw_logits
+
+    @property
+    def _takes_raw_logits(self) -> bool:
         edits = self.has_penalties or self.logit_bias or self.min_tokens
-        return self.greedy and not edits and self.logprobs is None
+        return not edits and self.logprobs is None
 
     @property
     def has_penalties(self) -> bool:

@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.sampling.params import SamplingParams
+from outrider.sampling.params import COLD_TEMPERATURE, SamplingParams
 from outrider.token_tree import TokenTree
 
-# Below this, logits divided by the temperature may overflow: measured from the row's maximum, they cannot.
-COLD_TEMPERATURE = 1e-3
 COLDEST_TEMPERATURE = 1e-30  # smaller ones round to 0 in float32
 
 _Filter = tuple[float, float, int, float]  # temperature, min_p, top_k, top_p

@@ -27,6 +27,7 @@ class CoupledRule:
 
     name = "coupled"
     lossless = True
+    follows_choices = True
     draft_noise: DraftNoise = "shared"
     sibling_draws: SiblingDraws = "without_replacement"
     chains_only = False

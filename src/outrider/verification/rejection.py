@@ -36,6 +36,7 @@ class RejectionRule:
 
     name = "rejection"
     lossless = True
+    follows_choices = False
     draft_noise: DraftNoise = "independent"
     sibling_draws: SiblingDraws = "without_replacement"
     chains_only = True

@@ -37,6 +37,7 @@ class VerificationRule(Protocol):
     """Attributes:
     name: as users spell it.
     lossless: False where the output's distribution differs from the target's; results say so.
+    follows_choices: True if it walks along the target's own choices, drawn as `Decisions.sample` draws them.
     draft_noise: "shared" if drafters should draw with the target's own noise, "independent" if they must not.
     sibling_draws: how a drafter with probabilities must draw the children of one node.
     chains_only: True if a tree of width above one is refused.
@@ -44,6 +45,7 @@ class VerificationRule(Protocol):
 
     name: str
     lossless: bool
+    follows_choices: bool
     draft_noise: DraftNoise
     sibling_draws: SiblingDraws
     chains_only: bool

@@ -27,6 +27,7 @@ class TreeRejectionRule:
     """
 
     lossless = True
+    follows_choices = False
     draft_noise: DraftNoise = "independent"
     chains_only = False
 

@@ -40,8 +40,8 @@ struct Llama::Step {
     const LlamaOutput& output;
     const KernelTable& kernels;
     Barrier& barrier;
-    float *hidden, *qkv, *attended, *inner, *largest, *cos, *sin, *rows, *scratch, *strip, *best;
-    int64_t* best_tokens;
+    float *hidden, *qkv, *attended, *inner, *largest, *cos, *sin, *rows, *scratch, *strip;
+    RowChoice* choices;
     int64_t row_width;
     PackedRows packed[3];
     AttentionPlan plan;
@@ -67,6 +67,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
     attention.num_heads = spec_.num_heads;
     attention.keys = attention.values = {nullptr, batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
     AttentionPlan plan = plan_attention(kernels, attention, batch.sequences, turn.num_threads());
+    if (choices_.size() < static_cast<size_t>(threads * batch.num_logits)) choices_.resize(threads * batch.num_logits);
     Step step{batch,
               output,
               kernels,
@@ -81,8 +82,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
               rows_.at_least(row_width * threads),
               scratch_.at_least(plan.scratch_size * threads),
               strip_.at_least(output.logits == nullptr ? threads * batch.num_logits * kStrip * kPanel : 0),
-              best_.at_least(threads * batch.num_logits),
-              best_tokens_.at_least(threads * batch.num_logits),
+              choices_.data(),
               row_width,
               {},
               std::move(plan),
@@ -311,44 +311,31 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     step.wait(num_threads);
     const Share panels = share_of(spec_.lm_head.num_panels(), thread, num_threads);
     if (thread == 0) step.lm_head_trial.start();
-    if (output.logits != nullptr) {
+    if (output.tokens == nullptr) {
         kernels.linear(spec_.lm_head, step.packed[0], output.logits + panels.begin * kPanel, vocab, Epilogue::kStore,
                        panels.begin, panels.end);
         if (thread == 0) step.lm_head_trial.stop();
         return;
     }
-    float* best = step.best + thread * num_logits;
-    int64_t* tokens = step.best_tokens + thread * num_logits;
-    float* strip = step.strip + thread * num_logits * kStrip * kPanel;
-    std::fill(best, best + num_logits, -INFINITY);
-    std::fill(tokens, tokens + num_logits, std::min(panels.begin * kPanel, vocab - 1));
+    RowChoice* choices = step.choices + thread * num_logits;
+    const int64_t first = std::min(panels.begin * kPanel, vocab - 1);
+    for (int64_t i = 0; i < num_logits; ++i) choices[i].begin(batch.draws[i], first);
+    const bool writes = output.logits != nullptr;
+    const int64_t width = writes ? vocab : kStrip * kPanel;
     for (int64_t p = panels.begin; p < panels.end; p += kStrip) {
-        const int64_t end = std::min(p + kStrip, panels.end), width = kStrip * kPanel;
+        const int64_t end = std::min(p + kStrip, panels.end), count = std::min(end * kPanel, vocab) - p * kPanel;
+        float* strip = writes ? output.logits + p * kPanel : step.strip + thread * num_logits * width;
         kernels.linear(spec_.lm_head, step.packed[0], strip, width, Epilogue::kStore, p, end);
-        const int64_t count = std::min(end * kPanel, vocab) - p * kPanel;
-        for (int64_t i = 0; i < num_logits; ++i) {
-            for (int64_t c = 0; c < count; ++c) {
-                const float logit = strip[i * width + c];
-                if (!(logit <= best[i]) && best[i] == best[i]) {  // NaN, once met, stays
-                    best[i] = logit;
-                    tokens[i] = p * kPanel + c;
-                }
-            }
-        }
+        for (int64_t i = 0; i < num_logits; ++i) choices[i].see(strip + i * width, p * kPanel, count);
     }
     if (thread == 0) step.lm_head_trial.stop();
     step.wait(num_threads);
     const Share mine = share_of(num_logits, thread, num_threads);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
-        output.best_logits[i] = step.best[i];
-        output.best_tokens[i] = step.best_tokens[i];
-        for (int other = 1; other < num_threads; ++other) {  // threads hold ascending tokens: the first of equals stays
-            const float logit = step.best[other * num_logits + i];
-            if (!(logit <= output.best_logits[i]) && output.best_logits[i] == output.best_logits[i]) {
-                output.best_logits[i] = logit;
-                output.best_tokens[i] = step.best_tokens[other * num_logits + i];
-            }
-        }
+        RowChoice& choice = step.choices[i];
+        for (int other = 1; other < num_threads; ++other) choice.merge(step.choices[other * num_logits + i]);
+        output.tokens[i] = choice.token();
+        output.log_weights[i] = choice.best();
     }
 }
 

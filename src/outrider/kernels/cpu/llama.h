@@ -4,6 +4,7 @@
 #include <atomic>
 #include <vector>
 
+#include "choice.h"
 #include "kernel_table.h"
 #include "tuner.h"
 #include "workspace.h"
@@ -24,7 +25,8 @@ struct LlamaSpec {
     int num_heads, num_kv_heads, head_dim;
     float norm_eps, rope_scaling;
     std::vector<float> inverse_frequencies;  // [head_dim / 2]
-    const void* embedding;                   // [vocab, hidden]
+    int64_t num_tokens;
+    const void* embedding;                   // [num_tokens, hidden]
     KvType embedding_type;
     const float* final_norm;
     PackedLinear lm_head;
@@ -36,19 +38,20 @@ struct LlamaBatch {
     const int64_t* token_ids;
     const int64_t* positions;
     const int64_t* write_slots;
-    std::vector<SequenceView> sequences;
+    const std::vector<SequenceView>& sequences;
     const int64_t* logits_rows;  // [num_logits]
+    const Draw* draws;           // [num_logits]
     int num_logits;
     KvType kv_type;
     const uint64_t* keys;    // [layers] addresses
     const uint64_t* values;  // likewise
 };
 
-// What a forward leaves: logits [num_logits, vocab], or of each row only its greatest logit and that token.
+// What a forward leaves: logits, or what each row's token is, or both.
 struct LlamaOutput {
-    float* logits;          // or null
-    int64_t* best_tokens;   // [num_logits], if logits is null; the lowest of equals
-    float* best_logits;     // [num_logits]; NaN if any of the row's logits is
+    float* logits;       // [num_logits, vocab] or null
+    int64_t* tokens;     // [num_logits] or null; the lowest of equals, or kUndecided
+    float* log_weights;  // [num_logits] with `tokens`: each row's greatest; NaN if any of the row's is
 };
 
 class Llama {
@@ -56,6 +59,8 @@ public:
     explicit Llama(LlamaSpec spec);
 
     void forward(const LlamaBatch& batch, const LlamaOutput& output);
+    size_t num_layers() const { return spec_.layers.size(); }
+    int64_t num_tokens() const { return spec_.num_tokens; }
     double last_seconds() const { return last_seconds_; }
 
 private:
@@ -70,8 +75,8 @@ private:
 
     LlamaSpec spec_;
     double last_seconds_ = 0.0;
-    Buffer<float> hidden_, qkv_, attended_, inner_, largest_, cos_, sin_, rows_, scratch_, strip_, best_;
-    Buffer<int64_t> best_tokens_;
+    Buffer<float> hidden_, qkv_, attended_, inner_, largest_, cos_, sin_, rows_, scratch_, strip_;
+    std::vector<RowChoice> choices_;  // [threads][num_logits]
     Buffer<uint32_t> words_;
     RowsBuffer packed_[3];
     Tuners tuners_;

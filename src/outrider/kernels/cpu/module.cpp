@@ -12,19 +12,14 @@
 #include "dispatch.h"
 #include "drafting/bindings.h"
 #include "llama.h"
+#include "step_rows.h"
 #include "thread_pool.h"
 #include "tuner.h"
 
 namespace nb = nanobind;
 using namespace outrider;
-using Address = uint64_t;
 
 namespace {
-
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
 
 // Sequences of a batch from flat arrays; a chain is a sequence whose flag says so.
 std::vector<SequenceView> views_of(int num_sequences, Address cu_rows, Address num_context, Address slots, Address cu_slots,
@@ -57,6 +52,10 @@ NB_MODULE(_native, m) {
         ThreadPool::Turn turn;
         Trial::forced() = fetch < 0 ? std::optional<Fetch>() : static_cast<Fetch>(fetch);
     }, nb::call_guard<nb::gil_scoped_release>());
+    m.def("noise_bounds", [](uint32_t half) {  // for tests
+        const uint32_t bin = NoiseBounds::bin(half);
+        return nb::make_tuple(NoiseBounds::instance().least(bin), NoiseBounds::instance().most(bin));
+    });
     m.def("time_reading", [](Address data, int64_t num_bytes) { return time_reading(at<void>(data), num_bytes); },
           nb::call_guard<nb::gil_scoped_release>());
 
@@ -98,24 +97,34 @@ NB_MODULE(_native, m) {
     nb::class_<Llama>(m, "Llama")
         .def("__init__", [](Llama* self, int64_t hidden, int64_t intermediate, int64_t vocab, int num_heads,
                             int num_kv_heads, int head_dim, float norm_eps, float rope_scaling,
-                            std::vector<float> inverse_frequencies, Address embedding, int embedding_type,
+                            std::vector<float> inverse_frequencies, int64_t num_tokens, Address embedding,
+                            int embedding_type,
                             Address final_norm, const PackedLinear& lm_head, std::vector<LlamaLayer> layers) {
             new (self) Llama({hidden, intermediate, vocab, num_heads, num_kv_heads, head_dim, norm_eps, rope_scaling,
-                              std::move(inverse_frequencies), at<const void>(embedding),
+                              std::move(inverse_frequencies), num_tokens, at<const void>(embedding),
                               static_cast<KvType>(embedding_type), at<const float>(final_norm), lm_head, std::move(layers)});
         })
         .def_prop_ro("last_seconds", &Llama::last_seconds)
-        .def("forward", [](Llama& self, int num_rows, Address token_ids, Address positions, Address write_slots,
-                           int num_sequences, Address cu_rows, Address num_context, Address slots, Address cu_slots,
-                           Address parents, Address is_chain, Address logits_rows, int num_logits, int kv_type,
-                           Address keys, Address values, Address logits, Address best_tokens, Address best_logits) {
-            const LlamaBatch batch = {num_rows, at<const int64_t>(token_ids), at<const int64_t>(positions),
-                                      at<const int64_t>(write_slots),
-                                      views_of(num_sequences, cu_rows, num_context, slots, cu_slots, parents, is_chain),
-                                      at<const int64_t>(logits_rows), num_logits, static_cast<KvType>(kv_type),
-                                      at<const uint64_t>(keys), at<const uint64_t>(values)};
-            self.forward(batch, {at<float>(logits), at<int64_t>(best_tokens), at<float>(best_logits)});
-        }, nb::call_guard<nb::gil_scoped_release>());
+        .def("forward", [](Llama& self, nb::handle sequences, const LlamaCaches& caches, Address logits, bool chooses) {
+            if (caches.keys.size() != self.num_layers()) throw nb::value_error("caches: expected one for each layer");
+            const StepRows rows(sequences, self.num_tokens(), caches.num_slots);
+            const size_t num_logits = rows.logits_rows.size();
+            std::vector<int64_t> tokens(num_logits);
+            std::vector<float> log_weights(num_logits);
+            const LlamaBatch batch = {static_cast<int>(rows.size()), rows.token_ids.data(), rows.positions.data(),
+                                      rows.write_slots.data(), rows.sequences, rows.logits_rows.data(), rows.draws.data(),
+                                      static_cast<int>(num_logits), caches.type, caches.keys.data(), caches.values.data()};
+            {
+                const nb::gil_scoped_release released;
+                self.forward(batch, {at<float>(logits), chooses ? tokens.data() : nullptr, log_weights.data()});
+            }
+            return nb::make_tuple(as_list(tokens), as_list(log_weights));
+        });
+    nb::class_<LlamaCaches>(m, "LlamaCaches")
+        .def("__init__", [](LlamaCaches* self, std::vector<Address> keys, std::vector<Address> values, int type,
+                            int64_t num_slots) {
+            new (self) LlamaCaches{std::move(keys), std::move(values), static_cast<KvType>(type), num_slots};
+        });
 
     bind_drafting(m);
     bind_draft_sources(m);

@@ -16,9 +16,9 @@ constexpr uint64_t kTargetPurpose = 0;  // Purpose.TARGET
 struct PhiloxStream {
     uint64_t seed, position, purpose, trial;
 
-    // The half of a word that is a token's: eight tokens have a block, the low 32 bits of a word come first.
-    uint32_t half(int64_t token) const {
-        uint64_t c0 = static_cast<uint64_t>(token) / 8 + 1, c1 = 0, c2 = position, c3 = trial, k0 = seed, k1 = purpose;
+    // The four words of eight tokens.
+    void block(uint64_t index, uint64_t* words) const {
+        uint64_t c0 = index + 1, c1 = 0, c2 = position, c3 = trial, k0 = seed, k1 = purpose;
         for (int round = 0; round < 10; ++round) {
             const uint128_t first = static_cast<uint128_t>(0xD2E7470EE14C6C93) * c0;
             const uint128_t second = static_cast<uint128_t>(0xCA5A826395121157) * c2;
@@ -29,10 +29,20 @@ struct PhiloxStream {
             k0 += 0x9E3779B97F4A7C15;
             k1 += 0xBB67AE8584CAA73B;
         }
-        const uint64_t words[4] = {c0, c1, c2, c3};
+        words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+    }
+
+    // The half of a word that is a token's: the low 32 bits come first.
+    uint32_t half(int64_t token) const {
+        uint64_t words[4];
+        block(static_cast<uint64_t>(token) / 8, words);
         return static_cast<uint32_t>(words[token % 8 / 2] >> (token % 2 ? 32 : 0));
     }
 };
+
+inline float gumbel_of(uint32_t half) {
+    return static_cast<float>(-std::log(-std::log((half + 0.5) * 0x1p-32)));
+}
 
 // A key may differ from NumPy's, whose logarithms may round differently, by less than this share of what it is made of.
 constexpr float kKeyError = 4e-6f;
@@ -48,8 +58,7 @@ inline std::vector<int64_t> rank_with_noise(const PhiloxStream& stream, const in
     std::vector<Ranked> ranked(num_tokens);
     float greatest = 0.0f;
     for (int64_t i = 0; i < num_tokens; ++i) {
-        const double uniform = (stream.half(tokens[i]) + 0.5) * 0x1p-32;
-        const float noise = static_cast<float>(-std::log(-std::log(uniform))) * temperature;
+        const float noise = gumbel_of(stream.half(tokens[i])) * temperature;
         ranked[i] = {noise + logits[i], tokens[i]};
         greatest = std::max(greatest, std::abs(noise) + std::abs(logits[i]));
     }
