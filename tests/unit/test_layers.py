@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "quantization": {"errors", "kernels"},
     "sampling": {"errors", "token_tree", "kernels"},
-    "cache": {"errors"},
+    "cache": {"errors", "kernels"},
     "inputs": {"errors"},
     "models": {"errors", "token_tree", "cache", "kernels", "quantization"},
     "verification": {"errors", "token_tree", "sampling"},

@@ -23,6 +23,7 @@ from torch import Tensor
 from outrider.cache.block_pool import BlockPool
 from outrider.cache.prefix_index import ROOT, PrefixIndex
 from outrider.errors import CacheError
+from outrider.kernels.ops import move_slots
 
 CACHE_LINE = 64
 
@@ -56,7 +57,7 @@ class _Sequence:
     num_reserved: int = 0
     index_entry: int = ROOT
     tail: list[int] = field(default_factory=list)  # tokens of the last block, as long as it is not full
-    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of its blocks, then room
 
 
 class KVCache:
@@ -122,12 +123,13 @@ class KVCache:
         self._sequences[sequence_id] = sequence
         if self._index is None:
             return 0
+        shared: list[int] = []
         for entry, block in self._index.match(token_ids[: len(token_ids) - 1]):
             self.pool.share(block)
-            sequence.blocks.append(block)
+            shared.append(block)
             sequence.index_entry = entry
-        sequence.num_computed = len(sequence.blocks) * self.block_size
-        self._refresh_slots(sequence)
+        self._append_blocks(sequence, shared)
+        sequence.num_computed = len(shared) * self.block_size
         return sequence.num_computed
 
     def num_computed(self, sequence_id: str) -> int:
@@ -150,7 +152,8 @@ class KVCache:
         """Make room for `num_rows` rows after the committed positions, or after none if already reserved.
 
         Returns:
-            ``[num_computed + num_rows]`` int64 slots of all committed and reserved positions.
+            ``[num_computed + num_rows]`` int64 slots of all committed and reserved positions; good until the sequence
+            is next reserved for.
 
         Raises:
             CacheError: the pool has too few blocks (callers ask `can_reserve` first).
@@ -158,27 +161,26 @@ class KVCache:
         sequence = self._sequences[sequence_id]
         new_blocks = self.num_new_blocks(sequence_id, num_rows)
         if new_blocks:
-            sequence.blocks.extend(self.pool.allocate() for _ in range(new_blocks))
-            self._refresh_slots(sequence)
+            self._append_blocks(sequence, [self.pool.allocate() for _ in range(new_blocks)])
         sequence.num_reserved = num_rows
         return sequence.slots[: sequence.num_computed + num_rows]
 
     def commit(self, commits: Mapping[str, SequenceCommit]) -> None:
         """Keep the given rows of each sequence as its next committed positions and drop the others."""
-        sources: list[np.ndarray] = []
-        targets: list[np.ndarray] = []
+        sources: list[int] = []
+        targets: list[int] = []
         for sequence_id, commit in commits.items():
             sequence, kept = self._sequences[sequence_id], commit.kept_rows
             assert len(kept) == len(commit.token_ids), "a row without its token"
             assert len(kept) == 0 or kept[-1] < sequence.num_reserved, "commit of rows that were not reserved"
             if len(kept) and kept[-1] != len(kept) - 1:  # increasing, so equality means that nothing moves
                 base = sequence.num_computed
-                sources.append(sequence.slots[base + np.asarray(kept)])
-                targets.append(sequence.slots[base : base + len(kept)])
+                moves = [(row, target) for target, row in enumerate(kept) if row != target]
+                sources += [self._slot(sequence, base + row) for row, _ in moves]
+                targets += [self._slot(sequence, base + target) for _, target in moves]
         if sources:  # first of all: an interruption here leaves every sequence as it was, and nothing indexed
-            source, target = torch.from_numpy(np.concatenate(sources)), torch.from_numpy(np.concatenate(targets))
             for storage in self._storages.values():
-                storage[:, target] = storage[:, source]
+                move_slots(storage, sources, targets)
         for sequence_id, commit in commits.items():
             sequence = self._sequences[sequence_id]
             sequence.num_computed += len(commit.kept_rows)
@@ -212,16 +214,23 @@ class KVCache:
         if self._index is not None:
             self._index.check_integrity()
 
-    def _refresh_slots(self, sequence: _Sequence) -> None:
-        blocks = np.asarray(sequence.blocks, dtype=np.int64)
-        sequence.slots = (blocks[:, None] * self.block_size + np.arange(self.block_size)).reshape(-1)
+    def _append_blocks(self, sequence: _Sequence, blocks: Sequence[int]) -> None:
+        size, first = self.block_size, len(sequence.blocks)
+        sequence.blocks += blocks
+        if len(sequence.blocks) * size > len(sequence.slots):
+            grown = np.empty(2 * len(sequence.blocks) * size, dtype=np.int64)
+            grown[: first * size] = sequence.slots[: first * size]
+            sequence.slots = grown
+        for index, block in enumerate(blocks, first):
+            sequence.slots[index * size : (index + 1) * size] = np.arange(block * size, (block + 1) * size)
+
+    def _slot(self, sequence: _Sequence, position: int) -> int:
+        return sequence.blocks[position // self.block_size] * self.block_size + position % self.block_size
 
     def _drop_blocks_after(self, sequence: _Sequence) -> None:
         needed = -(-sequence.num_computed // self.block_size)
-        if len(sequence.blocks) > needed:
-            while len(sequence.blocks) > needed:
-                self._release_block(sequence.blocks.pop())
-            sequence.slots = sequence.slots[: needed * self.block_size]
+        while len(sequence.blocks) > needed:
+            self._release_block(sequence.blocks.pop())
 
     def _index_full_blocks(self, sequence: _Sequence, token_ids: Sequence[int]) -> None:
         if self._index is None:

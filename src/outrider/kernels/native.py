@@ -152,10 +152,14 @@ def _module() -> Any:
     """The compiled module, set to the level and the threads that are asked for."""
     level = isa()
     assert level != REFERENCE, "a compiled kernel was called on a machine without"
+    _gather_threads()
+    return _native
+
+
+def _gather_threads() -> None:
     wanted = num_threads()
     if _native.num_threads() != wanted:
         _native.set_num_threads(wanted)
-    return _native
 
 
 def _require(condition: bool, what: str, got: object, expected: object) -> None:
@@ -257,6 +261,21 @@ def write_kv(rows: Tensor, cache: Tensor, slots: Tensor) -> None:
         rows.shape[1:] == (cache.shape[1], target.width), "keys or values", list(rows.shape), "the cache's heads"
     )
     _module().write_kv(rows.data_ptr(), target.handle(), slots.data_ptr(), len(rows))
+
+
+def move_slots(storage: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
+    """Copy slots of every layer of ``[layers, slots, ...]`` to others; all are read before one is written.
+
+    Raises:
+        ValueError: no such slots, or a tensor with gaps.
+    """
+    _require(storage.is_contiguous() and storage.ndim > 2, "cache", "gaps", "[layers, slots, ...]")
+    num_layers, num_slots = storage.shape[:2]
+    slots = (*sources, *targets)
+    _require(len(sources) == len(targets), "slots", len(sources), len(targets))
+    _require(all(0 <= slot < num_slots for slot in slots), "slots", slots, f"0 to {num_slots - 1}")
+    slot_bytes = storage.stride(1) * storage.itemsize
+    _module().move_slots(storage.data_ptr(), num_layers, num_slots, slot_bytes, sources, targets)
 
 
 def attention(
@@ -435,13 +454,13 @@ class Llama:
             chooses: whether each wanted row's successor is chosen.
 
         Returns:
-            Of each wanted row the token, `UNDECIDED` where rounding could decide, and the greatest log-weight; neither
-            means anything if nothing is chosen.
+            Of each wanted row the token, `UNDECIDED` where rounding could decide, and the greatest log-weight;
+            neither means anything if nothing is chosen.
 
         Raises:
             ValueError: rows that hang together wrongly, tokens or slots that are none, caches of another model.
         """
-        _module()
+        _gather_threads()  # the level was selected when the weights were packed; every step comes here
         return self._handle.forward(sequences, caches, 0 if logits is None else logits.data_ptr(), chooses)
 
 

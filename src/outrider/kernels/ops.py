@@ -6,6 +6,8 @@ layer: I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,14 @@ class Linear:
         if self._compiled is None:
             self._compiled = native.Linear(self.weight, self.bias)
         return self._compiled(x)
+
+
+def move_slots(storage: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
+    """Copy slots of every layer of ``[layers, slots, ...]`` to others; all are read before one is written."""
+    if storage.device.type == "cpu" and native.is_available():
+        native.move_slots(storage, sources, targets)
+    else:
+        storage[:, torch.tensor(targets)] = storage[:, torch.tensor(sources)]
 
 
 def attention(

@@ -134,14 +134,12 @@ class LlamaModel:
         linears = [linear for layer in self._llama.layers for linear in layer.linears]
         return sum(linear.weight.data.numel() for linear in [*linears, self._llama.lm_head])
 
-    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits ``[R, vocab]`` float32 of the wanted rows; writes the rows' keys and values into `cache`."""
         logits = self._room_for_logits(batch)
         self._llama.forward(batch.sequences, self._caches_of(cache), logits=logits, chooses=False)
         return logits
 
-    @torch.inference_mode()
     def choose(self, batch: ForwardBatch, cache: KVCache, *, with_logits: bool = False) -> Choices | None:
         """What follows each wanted row, whose logits need never leave the processor's caches."""
         logits = self._room_for_logits(batch) if with_logits else None

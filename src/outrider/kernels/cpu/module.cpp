@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -76,6 +77,17 @@ NB_MODULE(_native, m) {
     m.def("write_kv", [](Address heads, const KvCache& cache, Address slots, int num_rows) {
         run_write_kv(at<const float>(heads), cache, at<const int64_t>(slots), num_rows);
     }, nb::call_guard<nb::gil_scoped_release>());
+    m.def("move_slots", [](Address storage, int64_t num_layers, int64_t num_slots, int64_t slot_bytes,
+                           const std::vector<int64_t>& sources, const std::vector<int64_t>& targets) {
+        std::vector<char> read(sources.size() * slot_bytes);
+        for (int64_t layer = 0; layer < num_layers; ++layer) {
+            char* slots = at<char>(storage) + layer * num_slots * slot_bytes;
+            for (size_t i = 0; i < sources.size(); ++i)
+                std::memcpy(read.data() + i * slot_bytes, slots + sources[i] * slot_bytes, slot_bytes);
+            for (size_t i = 0; i < targets.size(); ++i)
+                std::memcpy(slots + targets[i] * slot_bytes, read.data() + i * slot_bytes, slot_bytes);
+        }
+    });
     m.def("attention", [](Address query, Address out, int num_heads, const KvCache& keys, const KvCache& values,
                           float scaling, float softcap, int64_t window, Address sinks, int num_sequences, Address cu_rows,
                           Address num_context, Address slots, Address cu_slots, Address parents, Address is_chain) {
