@@ -464,9 +464,9 @@ class Llama:
         return self._handle.forward(sequences, caches, 0 if logits is None else logits.data_ptr(), chooses)
 
 
-def noise_bounds(half: int) -> tuple[float, float]:
-    """Between what the Gumbel noise of a random number of 32 bits is taken to lie before logarithms are taken."""
-    return _module().noise_bounds(half)
+def noise_ceiling(half: int) -> float:
+    """What the Gumbel noise of a random number of 32 bits is taken to be at most before logarithms are taken."""
+    return _module().noise_ceiling(half)
 
 
 def read_bandwidth(buffer: Tensor) -> float:

@@ -32,6 +32,8 @@ OUTRIDER_INLINE void prefetch_far(const void* p) {
 #endif
 }
 
+__extension__ typedef unsigned __int128 uint128_t;
+
 constexpr int kPanel = 32;
 constexpr int kKeySplit = 64;  // keys of one split of a row's own key sequence
 constexpr int kPartUnits = 32;  // parts of a packed row begin at its multiples: with whole groups of int4 and whole lines
@@ -168,6 +170,30 @@ OUTRIDER_INLINE void read_first_split(const AttentionArgs& args, const SequenceV
     }
 }
 
+// The random numbers of sampling/noise.py: Philox4x64-10 (Salmon et al., SC 2011).
+struct PhiloxStream {
+    uint64_t seed, position, purpose, trial;
+
+    static constexpr uint64_t kFirst = 0xD2E7470EE14C6C93, kSecond = 0xCA5A826395121157;
+    static constexpr uint64_t kSeedStep = 0x9E3779B97F4A7C15, kPurposeStep = 0xBB67AE8584CAA73B;
+    static constexpr int kRounds = 10;
+
+    // The four words of eight tokens.
+    OUTRIDER_INLINE void block(uint64_t index, uint64_t* words) const {
+        uint64_t c0 = index + 1, c1 = 0, c2 = position, c3 = trial, k0 = seed, k1 = purpose;
+        for (int round = 0; round < kRounds; ++round) {
+            const uint128_t first = static_cast<uint128_t>(kFirst) * c0, second = static_cast<uint128_t>(kSecond) * c2;
+            c0 = static_cast<uint64_t>(second >> 64) ^ c1 ^ k0;
+            c1 = static_cast<uint64_t>(second);
+            c2 = static_cast<uint64_t>(first >> 64) ^ c3 ^ k1;
+            c3 = static_cast<uint64_t>(first);
+            k0 += kSeedStep;
+            k1 += kPurposeStep;
+        }
+        words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+    }
+};
+
 struct KernelTable {
     const char* name;
     int block_rows[kNumFormats];  // most rows of a tile
@@ -199,6 +225,15 @@ struct KernelTable {
                       const AttentionTask* next, float* scratch);
     // The greatest of each of consecutive blocks of `block` floats, a multiple of 16; NaN counts as -inf.
     void (*block_maxima)(const float* x, int64_t num_blocks, int64_t block, float* maxima);
+    // The greatest of x; NaN if there is one.
+    float (*greatest)(const float* x, int64_t count);
+    // The words of Philox blocks [first, first + count): words [count][4].
+    void (*philox)(const PhiloxStream& stream, uint64_t first, int64_t count, uint64_t* words);
+    // Tokens whose logit / temperature and Gumbel noise may add up to `floor` or more; `halves` are their random numbers.
+    // Returns how many there are; their places go into `places`, and of all tokens what they add up to at most into
+    // `ceilings`. Both have room for `count` rounded up to a multiple of 16.
+    int64_t (*noise_hits)(const float* logits, const uint32_t* halves, int64_t count, float temperature, float floor,
+                          float* ceilings, uint16_t* places);
     // Something that depends on every byte.
     uint64_t (*read_memory)(const void* data, size_t num_bytes);
 };

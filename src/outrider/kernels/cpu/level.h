@@ -24,6 +24,9 @@ constexpr outrider::KernelTable table(const char* name) {
             attention_scratch,
             attention,
             block_maxima,
+            greatest,
+            philox,
+            noise_hits,
             read_memory};
 }
 

@@ -326,7 +326,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
         const int64_t end = std::min(p + kStrip, panels.end), count = std::min(end * kPanel, vocab) - p * kPanel;
         float* strip = writes ? output.logits + p * kPanel : step.strip + thread * num_logits * width;
         kernels.linear(spec_.lm_head, step.packed[0], strip, width, Epilogue::kStore, p, end);
-        for (int64_t i = 0; i < num_logits; ++i) choices[i].see(strip + i * width, p * kPanel, count);
+        for (int64_t i = 0; i < num_logits; ++i) choices[i].see(kernels, strip + i * width, p * kPanel, count);
     }
     if (thread == 0) step.lm_head_trial.stop();
     step.wait(num_threads);

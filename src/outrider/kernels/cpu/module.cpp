@@ -53,9 +53,12 @@ NB_MODULE(_native, m) {
         ThreadPool::Turn turn;
         Trial::forced() = fetch < 0 ? std::optional<Fetch>() : static_cast<Fetch>(fetch);
     }, nb::call_guard<nb::gil_scoped_release>());
-    m.def("noise_bounds", [](uint32_t half) {  // for tests
-        const uint32_t bin = NoiseBounds::bin(half);
-        return nb::make_tuple(NoiseBounds::instance().least(bin), NoiseBounds::instance().most(bin));
+    m.def("noise_ceiling", [](uint32_t half) {  // for tests
+        const float logit = 0.0f;
+        float ceilings[16];
+        uint16_t places[16];
+        active_level().noise_hits(&logit, &half, 1, 1.0f, 0.0f, ceilings, places);
+        return ceilings[0];
     });
     m.def("time_reading", [](Address data, int64_t num_bytes) { return time_reading(at<void>(data), num_bytes); },
           nb::call_guard<nb::gil_scoped_release>());

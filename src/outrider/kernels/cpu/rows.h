@@ -294,6 +294,48 @@ inline void block_maxima(const float* x, int64_t num_blocks, int64_t block, floa
     }
 }
 
+inline float greatest(const float* x, int64_t count) {
+    vf most = splat(-INFINITY), magnitude = splat(0.0f);
+    int64_t i = 0;
+    for (; i + W <= count; i += W) {
+        const vf v = load(x + i);
+        most = max(v, most);
+        magnitude = max_magnitude(magnitude, v);
+    }
+    float found = fold(most, max), largest = fold(magnitude, max_magnitude);
+    for (; i < count; ++i) {
+        if (x[i] > found) found = x[i];
+        if (x[i] != x[i]) largest = x[i];
+    }
+    return largest != largest ? largest : found;
+}
+
+// The noise -log(-log(1 - r)) of a random number, r = (complement + 1/2) / 2^32, is at most -log(r), and nearly that where
+// it is large; a logarithm is at least the line between powers of two that a float's bits are.
+inline int64_t noise_hits(const float* __restrict logits, const uint32_t* __restrict halves, int64_t count, float temperature,
+                          float floor, float* __restrict ceilings, uint16_t* __restrict places) {
+    constexpr float kPerBit = 0.69314718f / (1 << 23), kMost = 0.69314718f * (127 + 31) + 1e-4f;  // and what rounding takes
+    constexpr int64_t kGroup = 16;
+    for (int64_t i = 0; i < count; ++i) {
+        const float rest = static_cast<float>(static_cast<int32_t>(~halves[i] >> 1));  // of 0 the logarithm is low enough
+        int32_t bits;
+        __builtin_memcpy(&bits, &rest, sizeof bits);
+        ceilings[i] = logits[i] / temperature + (kMost - static_cast<float>(bits) * kPerBit);
+    }
+    for (int64_t i = count; i % kGroup != 0; ++i) ceilings[i] = -INFINITY;
+    int64_t num_hits = 0;
+    for (int64_t group = 0; group < count; group += kGroup) {
+        vf most = splat(-INFINITY);
+        for (int64_t i = group; i < group + kGroup; i += W) most = max(load(ceilings + i), most);
+        if (fold(most, max) < floor) continue;
+        for (int64_t i = group; i < group + kGroup && i < count; ++i) {
+            places[num_hits] = static_cast<uint16_t>(i);
+            num_hits += ceilings[i] >= floor;
+        }
+    }
+    return num_hits;
+}
+
 // Reads every byte once and returns something that depends on all: the machine's read bandwidth is this, timed.
 inline uint64_t read_memory(const void* data, size_t num_bytes) {
     const char* p = static_cast<const char*>(data);

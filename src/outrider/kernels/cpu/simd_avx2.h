@@ -126,4 +126,8 @@ inline void transpose_block(const char* const* rows, int64_t offset, F take) {
     }
 }
 
+inline void philox(const outrider::PhiloxStream& stream, uint64_t first, int64_t count, uint64_t* words) {
+    for (int64_t i = 0; i < count; ++i) stream.block(first + i, words + 4 * i);
+}
+
 }  // namespace OUTRIDER_LEVEL

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernel_table.h"
+
 namespace OUTRIDER_LEVEL {
 
 constexpr int W = 16;
@@ -115,6 +117,56 @@ inline void transpose_block(const char* const* rows, int64_t offset, F take) {
         take(8 + c, _mm512_shuffle_f32x4(low, high, 0xdd));
         take(12 + c, _mm512_shuffle_f32x4(low2, high2, 0xdd));
     }
+}
+
+// Philox blocks, eight at a time; products of 64 bits from four of 32.
+inline void philox_words(const outrider::PhiloxStream& stream, uint64_t first, uint64_t* words) {
+    using Stream = outrider::PhiloxStream;
+    const __m512i low = _mm512_set1_epi64(0xffffffff);
+    const auto multiply = [&](__m512i c, uint64_t by, __m512i& most, __m512i& least) {
+        const __m512i by_low = _mm512_set1_epi64(static_cast<int64_t>(by & 0xffffffff));
+        const __m512i by_high = _mm512_set1_epi64(static_cast<int64_t>(by >> 32)), c_high = _mm512_srli_epi64(c, 32);
+        const __m512i p = _mm512_mul_epu32(c, by_low);
+        const __m512i q = _mm512_add_epi64(_mm512_mul_epu32(c_high, by_low), _mm512_srli_epi64(p, 32));
+        const __m512i r = _mm512_add_epi64(_mm512_mul_epu32(c, by_high), _mm512_and_si512(q, low));
+        most = _mm512_add_epi64(_mm512_add_epi64(_mm512_mul_epu32(c_high, by_high), _mm512_srli_epi64(q, 32)),
+                                _mm512_srli_epi64(r, 32));
+        least = _mm512_or_si512(_mm512_slli_epi64(r, 32), _mm512_and_si512(p, low));
+    };
+    __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first + 1)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+    __m512i c1 = _mm512_setzero_si512(), c2 = _mm512_set1_epi64(static_cast<int64_t>(stream.position));
+    __m512i c3 = _mm512_set1_epi64(static_cast<int64_t>(stream.trial));
+    uint64_t k0 = stream.seed, k1 = stream.purpose;
+    for (int round = 0; round < Stream::kRounds; ++round, k0 += Stream::kSeedStep, k1 += Stream::kPurposeStep) {
+        __m512i most_first, least_first, most_second, least_second;
+        multiply(c0, Stream::kFirst, most_first, least_first);
+        multiply(c2, Stream::kSecond, most_second, least_second);
+        c0 = _mm512_xor_si512(_mm512_xor_si512(most_second, c1), _mm512_set1_epi64(static_cast<int64_t>(k0)));
+        c2 = _mm512_xor_si512(_mm512_xor_si512(most_first, c3), _mm512_set1_epi64(static_cast<int64_t>(k1)));
+        c1 = least_second;
+        c3 = least_first;
+    }
+    // From words by block to blocks of four words.
+    const __m512i even01 = _mm512_unpacklo_epi64(c0, c1), odd01 = _mm512_unpackhi_epi64(c0, c1);
+    const __m512i even23 = _mm512_unpacklo_epi64(c2, c3), odd23 = _mm512_unpackhi_epi64(c2, c3);
+    const auto put = [&](int pair, __m128i a, __m128i b, __m128i c, __m128i d) {
+        __m128i* to = reinterpret_cast<__m128i*>(words + 8 * pair);
+        _mm_storeu_si128(to, a), _mm_storeu_si128(to + 1, b), _mm_storeu_si128(to + 2, c), _mm_storeu_si128(to + 3, d);
+    };
+#define OUTRIDER_PAIR(i)                                                                        \
+    put(i, _mm512_extracti64x2_epi64(even01, i), _mm512_extracti64x2_epi64(even23, i),          \
+        _mm512_extracti64x2_epi64(odd01, i), _mm512_extracti64x2_epi64(odd23, i))
+    OUTRIDER_PAIR(0);
+    OUTRIDER_PAIR(1);
+    OUTRIDER_PAIR(2);
+    OUTRIDER_PAIR(3);
+#undef OUTRIDER_PAIR
+}
+
+inline void philox(const outrider::PhiloxStream& stream, uint64_t first, int64_t count, uint64_t* words) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) philox_words(stream, first + i, words + 4 * i);
+    for (; i < count; ++i) stream.block(first + i, words + 4 * i);
 }
 
 }  // namespace OUTRIDER_LEVEL

@@ -1,5 +1,4 @@
-// Candidates ranked with the Gumbel noise of sampling/noise.py: Philox4x64-10 (Salmon et al., SC 2011), of which token
-// i has half i of the words.
+// Candidates ranked with the Gumbel noise of sampling/noise.py.
 #pragma once
 
 #include <algorithm>
@@ -7,38 +6,18 @@
 #include <cstdint>
 #include <vector>
 
-namespace outrider {
+#include "../kernel_table.h"
 
-__extension__ typedef unsigned __int128 uint128_t;
+namespace outrider {
 
 constexpr uint64_t kTargetPurpose = 0;  // Purpose.TARGET
 
-struct PhiloxStream {
-    uint64_t seed, position, purpose, trial;
-
-    // The four words of eight tokens.
-    void block(uint64_t index, uint64_t* words) const {
-        uint64_t c0 = index + 1, c1 = 0, c2 = position, c3 = trial, k0 = seed, k1 = purpose;
-        for (int round = 0; round < 10; ++round) {
-            const uint128_t first = static_cast<uint128_t>(0xD2E7470EE14C6C93) * c0;
-            const uint128_t second = static_cast<uint128_t>(0xCA5A826395121157) * c2;
-            c0 = static_cast<uint64_t>(second >> 64) ^ c1 ^ k0;
-            c1 = static_cast<uint64_t>(second);
-            c2 = static_cast<uint64_t>(first >> 64) ^ c3 ^ k1;
-            c3 = static_cast<uint64_t>(first);
-            k0 += 0x9E3779B97F4A7C15;
-            k1 += 0xBB67AE8584CAA73B;
-        }
-        words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
-    }
-
-    // The half of a word that is a token's: the low 32 bits come first.
-    uint32_t half(int64_t token) const {
-        uint64_t words[4];
-        block(static_cast<uint64_t>(token) / 8, words);
-        return static_cast<uint32_t>(words[token % 8 / 2] >> (token % 2 ? 32 : 0));
-    }
-};
+// The half of a word that is a token's: eight tokens have a block, the low 32 bits of a word come first.
+inline uint32_t half_of(const PhiloxStream& stream, int64_t token) {
+    uint64_t words[4];
+    stream.block(static_cast<uint64_t>(token) / 8, words);
+    return static_cast<uint32_t>(words[token % 8 / 2] >> (token % 2 ? 32 : 0));
+}
 
 inline float gumbel_of(uint32_t half) {
     return static_cast<float>(-std::log(-std::log((half + 0.5) * 0x1p-32)));
@@ -58,7 +37,7 @@ inline std::vector<int64_t> rank_with_noise(const PhiloxStream& stream, const in
     std::vector<Ranked> ranked(num_tokens);
     float greatest = 0.0f;
     for (int64_t i = 0; i < num_tokens; ++i) {
-        const float noise = gumbel_of(stream.half(tokens[i])) * temperature;
+        const float noise = gumbel_of(half_of(stream, tokens[i])) * temperature;
         ranked[i] = {noise + logits[i], tokens[i]};
         greatest = std::max(greatest, std::abs(noise) + std::abs(logits[i]));
     }
