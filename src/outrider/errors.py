@@ -23,6 +23,10 @@ class ConfigError(OutriderError, ValueError):
     """A configuration value, or a combination of them, that cannot work."""
 
 
+class QueueFullError(ConfigError):
+    """As many requests wait as may; the same one can be taken later."""
+
+
 class SamplingParamsError(OutriderError, ValueError):
     """A sampling parameter outside its range."""
 

@@ -23,8 +23,8 @@ from outrider.config import (
 from outrider.engine.build import build_engine, load_target
 from outrider.engine.calibration import Progress
 from outrider.engine.detokenizer import IncrementalDetokenizer
-from outrider.errors import NumericsError, PromptError, SamplingParamsError
-from outrider.inputs.prompt import Prompt, check_prompt, check_token_ids, encode_prompt
+from outrider.errors import NumericsError, PromptError, QueueFullError, SamplingParamsError
+from outrider.inputs.prompt import Prompt, chat_prompt, check_prompt, check_token_ids, encode_prompt
 from outrider.outputs import CompletionOutput, RequestOutput
 from outrider.request import Request
 from outrider.sampling.noise import child_seed, fresh_seed
@@ -34,17 +34,29 @@ DETOKENIZER_CONTEXT = 8  # prompt tokens that the first output token's text may 
 
 
 @dataclass(eq=False)
-class _Job:
-    """One prompt and the requests that sample it."""
+class Generation:
+    """One prompt and the requests that sample it; `LLM` makes, runs and reads it."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     requests: list[Request]
 
+    @property
+    def finished(self) -> bool:
+        return all(request.finished for request in self.requests)
+
+    @property
+    def error(self) -> Exception | None:
+        """Why a sample of it ended without a text; None if none did."""
+        return next((request.error for request in self.requests if request.error is not None), None)
+
 
 class LLM:
     """A model with a drafter in front of it; not for use from several threads at once.
+
+    Whoever has a loop of their own, as a server has, takes what `generate` and `stream` are written on: `prepare` a
+    generation, `add` it, `step` while `has_unfinished`, read it with `output` or `sample`, `abort` it.
 
     Args:
         model: a local folder or hub id (safetensors); None is the bundled model.
@@ -98,6 +110,7 @@ class LLM:
         self.config = replace(config, exactness=resolved)
         self.engine = build_engine(self.config, self.model, self.tokenizer, on_calibration=on_calibration)
         self._ids = count()
+        self._owners: dict[Request, Generation] = {}  # of the requests that are in the engine
 
     def with_decoding(
         self, decoding: str | Mapping[str, Any] | DrafterConfig, *, verification: str | None = None
@@ -110,6 +123,7 @@ class LLM:
             verification=verification or self.config.verification,
         )
         other.engine = build_engine(other.config, self.model, self.tokenizer)
+        other._owners = {}
         return other
 
     def generate(
@@ -131,14 +145,13 @@ class LLM:
             NumericsError: the model gave NaN or infinite logits for a prompt; its attribute `outputs` holds all
                 outputs, those of the other prompts complete.
         """
-        jobs = self._jobs(prompts, sampling_params)
-        self._run_jobs(jobs, on_output)
-        outputs = [self._output(job) for job in jobs]
-        for job in jobs:
-            for request in job.requests:
-                if isinstance(request.error, NumericsError):
-                    request.error.outputs = outputs
-                    raise request.error
+        generations = self._prepare_all(prompts, sampling_params)
+        self._run(generations, on_output)
+        outputs = [self.output(generation) for generation in generations]
+        for generation in generations:
+            if isinstance(generation.error, NumericsError):
+                generation.error.outputs = outputs
+                raise generation.error
         return outputs
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
@@ -147,23 +160,22 @@ class LLM:
         The text only ever grows: what may still turn out to be a stop string is held back. Closing the iterator
         aborts the request.
         """
-        (job,) = self._jobs([prompt], sampling_params, streaming=True)
-        shown = [""] * len(job.requests)
-        for request in job.requests:
-            self.engine.add(request)
+        (generation,) = self._prepare_all([prompt], sampling_params, streaming=True)
+        requests = generation.requests
+        shown = [""] * len(requests)
+        self.add(generation)
         try:
-            while not all(request.finished for request in job.requests):
-                self.engine.step()
-                texts = [self._text(request) for request in job.requests]
-                if texts != shown and not all(request.finished for request in job.requests):
+            while not generation.finished:
+                self.step()
+                texts = [self._text(request) for request in requests]
+                if texts != shown and not generation.finished:
                     shown = texts
-                    yield self._output(job)
-            for request in job.requests:
-                if request.error is not None:
-                    raise request.error
-            yield self._output(job)
+                    yield self.output(generation)
+            if generation.error is not None:
+                raise generation.error
+            yield self.output(generation)
         finally:
-            self._abort(job.requests)
+            self.abort(generation)
 
     def chat(
         self,
@@ -175,20 +187,121 @@ class LLM:
         if not messages:
             raise PromptError("chat messages", got="none", expected="at least one")
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        prompts: list[Prompt] = []
-        for conversation in conversations:
-            text = self.tokenizer.render_chat(conversation, **template_variables)  # type: ignore[arg-type]
-            # The template writes the special tokens itself.
-            prompts.append({"prompt": text, "add_special_tokens": False})
+        prompts = [chat_prompt(conversation, self.tokenizer, **template_variables) for conversation in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params)
 
-    def _jobs(
+    @property
+    def has_unfinished(self) -> bool:
+        return self.engine.has_unfinished
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, streaming: bool = False, name: str = "prompt"
+    ) -> Generation:
+        """What generating for a prompt takes, checked; nothing of it is in the engine yet.
+
+        Args:
+            streaming: its text will be asked for while it grows.
+            name: what errors call this prompt.
+
+        Raises:
+            PromptError, SamplingParamsError: the prompt or the parameters cannot be used with this model.
+            CacheError: it may grow beyond the cache.
+        """
+        vocab_size, context_length = self.model.vocab_size, self.model.context_length
+        text, token_ids = encode_prompt(prompt, self.tokenizer, name=name)
+        check_prompt(token_ids, vocab_size=vocab_size, context_length=context_length, name=name)
+        check_token_ids(params.logit_bias, vocab_size, name="logit_bias token id")
+        check_token_ids(params.stop_token_ids, vocab_size, name="stop token id")
+        request_id = f"request-{next(self._ids)}"
+        seed = fresh_seed() if params.seed is None else params.seed
+        if params.max_tokens is None:
+            max_length = min(context_length, max(self.engine.cache.num_positions, len(token_ids) + 1))
+        else:
+            max_length = min(context_length, len(token_ids) + params.max_tokens)
+        eos = () if params.ignore_eos else self.model.eos_token_ids
+        requests = [
+            Request(
+                request_id=f"{request_id}-{i}",
+                token_ids=list(token_ids),
+                num_prompt_tokens=len(token_ids),
+                params=params,
+                seed=child_seed(seed, i),
+                stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids),
+                max_length=max_length,
+                detokenizer=self._detokenizer(token_ids, params) if streaming or params.stop else None,
+            )
+            for i in range(params.n)
+        ]
+        self.engine.scheduler.check_fits(requests[0])
+        return Generation(request_id, text, token_ids, requests)
+
+    def add(self, generation: Generation) -> None:
+        """Queue a generation: it joins the running batch at the next step that has room.
+
+        Raises:
+            QueueFullError: too many requests wait already; nothing of it was added.
+        """
+        try:
+            for request in generation.requests:
+                self.engine.add(request)
+                self._owners[request] = generation
+        except QueueFullError:
+            self.abort(generation)
+            raise
+
+    def step(self) -> list[Generation]:
+        """Run one step of everything that was added; returns the generations that got tokens or ended."""
+        changed: dict[Generation, None] = {}
+        for request in self.engine.step():
+            generation = self._owners.pop(request) if request.finished else self._owners[request]
+            changed[generation] = None  # several samples of one may have got tokens
+        return list(changed)
+
+    def abort(self, generation: Generation) -> None:
+        """End a generation where it stands and free what it holds; the others do not notice."""
+        for request in generation.requests:
+            if not request.finished:
+                self.engine.abort(request)
+            self._owners.pop(request, None)
+
+    def output(self, generation: Generation) -> RequestOutput:
+        """A generation so far."""
+        samples = [self.sample(generation, index) for index in range(len(generation.requests))]
+        return RequestOutput(generation.request_id, generation.prompt, generation.prompt_token_ids, samples)
+
+    def sample(self, generation: Generation, index: int, *, first_token: int = 0) -> CompletionOutput:
+        """One sample of a generation so far.
+
+        Its text is what can be shown already if the generation was prepared for streaming: it only ever grows.
+
+        Args:
+            first_token: `token_ids` and `logprobs` hold the output tokens from this one on.
+        """
+        request = generation.requests[index]
+        failed = request.finish_reason == "error"
+        for alternatives in request.logprobs[first_token:]:
+            for token_id, logprob in alternatives.items():
+                if logprob.decoded_token is None:
+                    logprob.decoded_token = self.tokenizer.token(token_id)
+        return CompletionOutput(
+            index=index,
+            text="" if failed else self._text(request),
+            token_ids=[] if failed else request.token_ids[request.num_prompt_tokens + first_token :],
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            seed=request.seed,
+            logprobs=request.logprobs[first_token:] if request.params.logprobs is not None else None,
+            metrics=request.metrics,
+            lossless=self.engine.rule.lossless,
+        )
+
+    def _prepare_all(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         *,
         streaming: bool = False,
-    ) -> list[_Job]:
+    ) -> list[Generation]:
         prompts = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         params = sampling_params if sampling_params is not None else SamplingParams()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -203,62 +316,24 @@ class LLM:
         names = [
             f"prompt {i} of {len(prompts)}" if len(prompts) > 1 else "prompt" for i in range(1, len(prompts) + 1)
         ]
-        return [self._job(*of, streaming=streaming) for of in zip(names, prompts, each, strict=True)]
-
-    def _job(self, name: str, prompt: Prompt, params: SamplingParams, *, streaming: bool) -> _Job:
-        vocab_size, context_length = self.model.vocab_size, self.model.context_length
-        text, token_ids = encode_prompt(prompt, self.tokenizer, name=name)
-        check_prompt(token_ids, vocab_size=vocab_size, context_length=context_length, name=name)
-        check_token_ids(params.logit_bias, vocab_size, name="logit_bias token id")
-        check_token_ids(params.stop_token_ids, vocab_size, name="stop token id")
-        job_id = f"request-{next(self._ids)}"
-        seed = fresh_seed() if params.seed is None else params.seed
-        if params.max_tokens is None:
-            max_length = min(context_length, max(self.engine.cache.num_positions, len(token_ids) + 1))
-        else:
-            max_length = min(context_length, len(token_ids) + params.max_tokens)
-        eos = () if params.ignore_eos else self.model.eos_token_ids
-        requests = [
-            Request(
-                request_id=f"{job_id}-{i}",
-                token_ids=list(token_ids),
-                num_prompt_tokens=len(token_ids),
-                params=params,
-                seed=child_seed(seed, i),
-                stop_token_ids=frozenset(eos) | frozenset(params.stop_token_ids),
-                max_length=max_length,
-                detokenizer=self._detokenizer(token_ids, params) if streaming or params.stop else None,
-            )
-            for i in range(params.n)
+        return [
+            self.prepare(prompt, of, streaming=streaming, name=name)
+            for name, prompt, of in zip(names, prompts, each, strict=True)
         ]
-        self.engine.scheduler.check_fits(requests[0])
-        return _Job(job_id, text, token_ids, requests)
 
-    def _run_jobs(self, jobs: Sequence[_Job], on_output: Callable[[int, RequestOutput], None] | None) -> None:
-        job_of = {request: job for job in jobs for request in job.requests}
-        requests = list(job_of)
-        pending = deque(requests)
-        index_of = {job: index for index, job in enumerate(jobs)}
-        num_unfinished = {job: len(job.requests) for job in jobs}
+    def _run(self, generations: Sequence[Generation], on_output: Callable[[int, RequestOutput], None] | None) -> None:
+        pending = deque(generations)
+        index_of = {generation: index for index, generation in enumerate(generations)}
         try:
-            while pending or self.engine.has_unfinished:
+            while pending or self.has_unfinished:
                 while pending and len(self.engine.scheduler.waiting) < self.config.scheduler.max_num_seqs:
-                    self.engine.add(pending.popleft())
-                for request in self.engine.step():
-                    job = job_of.get(request)
-                    if job is None or not request.finished:
-                        continue
-                    num_unfinished[job] -= 1  # several samples of a prompt may end in one step
-                    if on_output is not None and num_unfinished[job] == 0:
-                        on_output(index_of[job], self._output(job))
-        finally:
-            self._abort(requests)
-
-    def _abort(self, requests: Sequence[Request]) -> None:
-        """After an interruption: nothing of these requests stays in the engine."""
-        for request in requests:
-            if not request.finished:
-                self.engine.abort(request)
+                    self.add(pending.popleft())
+                for generation in self.step():
+                    if on_output is not None and generation.finished and generation in index_of:
+                        on_output(index_of[generation], self.output(generation))
+        finally:  # after an interruption, too, nothing of these stays in the engine
+            for generation in generations:
+                self.abort(generation)
 
     def _detokenizer(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(
@@ -277,26 +352,3 @@ class LLM:
         detokenizer = self._detokenizer(request.prompt_token_ids, request.params)
         detokenizer.extend(output)
         return detokenizer.text
-
-    def _output(self, job: _Job) -> RequestOutput:
-        outputs = []
-        for index, request in enumerate(job.requests):
-            failed = request.finish_reason == "error"
-            for alternatives in request.logprobs:
-                for token_id, logprob in alternatives.items():
-                    if logprob.decoded_token is None:
-                        logprob.decoded_token = self.tokenizer.token(token_id)
-            outputs.append(
-                CompletionOutput(
-                    index=index,
-                    text="" if failed else self._text(request),
-                    token_ids=[] if failed else request.output_token_ids,
-                    finish_reason=request.finish_reason,
-                    stop_reason=request.stop_reason,
-                    seed=request.seed,
-                    logprobs=list(request.logprobs) if request.params.logprobs is not None else None,
-                    metrics=request.metrics,
-                    lossless=self.engine.rule.lossless,
-                )
-            )
-        return RequestOutput(job.request_id, job.prompt, job.prompt_token_ids, outputs)

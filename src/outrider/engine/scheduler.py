@@ -14,7 +14,7 @@ from logging import getLogger
 
 from outrider.cache.kv_cache import KVCache
 from outrider.config import SchedulerConfig
-from outrider.errors import CacheError, ConfigError
+from outrider.errors import CacheError, QueueFullError
 from outrider.request import Request
 
 
@@ -63,11 +63,11 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ConfigError: the queue is full.
+            QueueFullError: as many wait as may.
             CacheError: see `check_fits`.
         """
         if len(self.waiting) >= self._config.max_waiting:
-            raise ConfigError(
+            raise QueueFullError(
                 "request queue",
                 got=f"{len(self.waiting)} waiting",
                 expected=f"fewer than scheduler.max_waiting={self._config.max_waiting}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -41,6 +41,15 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, *, name: str = "prompt")
         ) from error
     special = not isinstance(prompt, Mapping) or bool(prompt.get("add_special_tokens", True))
     return text, tokenizer.encode(text, add_special_tokens=special)
+
+
+def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, **template_variables: Any) -> Prompt:
+    """The prompt of a conversation by the model's own chat template, which writes the special tokens itself.
+
+    Raises:
+        ConfigError, PromptError: see `Tokenizer.render_chat`.
+    """
+    return {"prompt": tokenizer.render_chat(messages, **template_variables), "add_special_tokens": False}
 
 
 def check_prompt(token_ids: list[int], *, vocab_size: int, context_length: int, name: str = "prompt") -> None:

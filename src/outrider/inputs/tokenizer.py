@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from datetime import datetime
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,10 @@ class Tokenizer:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         self._environment = _chat_environment()
+
+    def clone(self) -> Tokenizer:
+        """The same tokenizer with a backend of its own, for another thread."""
+        return Tokenizer(deepcopy(self._backend))
 
     @cached_property
     def vocab(self) -> dict[str, int]:
