@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "outputs": {"request", "sampling"},
     "llm": {"errors", "config", "request", "sampling", "inputs", "engine", "outputs", "models"},
+    "server": {"errors", "config", "request", "sampling", "inputs", "outputs", "llm"},
 }  # fmt: skip
 TOP = {
     "cli",

@@ -22,6 +22,7 @@ from outrider.cli.demo import demo
 from outrider.cli.generate import generate
 from outrider.cli.methods import methods
 from outrider.cli.quantize import quantize
+from outrider.cli.serve import serve
 from outrider.cli.verify import verify
 from outrider.errors import OutriderError
 
@@ -84,6 +85,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate)
+app.command()(serve)
 app.command()(verify)
 app.add_typer(bench_app, name="bench")
 app.command()(quantize)

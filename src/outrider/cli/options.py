@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from outrider.llm import LLM
 
 MODEL, DRAFTING, SAMPLING, ENGINE, OUTPUT = "Model", "Drafting", "Sampling", "Engine", "Output"
-MEASURING = "Measuring"
+MEASURING, SERVER = "Measuring", "Server"
 MAX_THREADS, MAX_TOGETHER, MAX_REPEATS = 1024, 1000, 1000
 _EXACTNESS = {"sample": "what plain decoding gives with the same seed", "distribution": "exact in distribution"}
 VERIFICATION_HELP = "; ".join(
@@ -168,6 +168,7 @@ class EngineOptions:
     cache_dtype: str = CacheConfig.dtype
     max_num_seqs: int = SchedulerConfig.max_num_seqs
     max_batch_tokens: int = SchedulerConfig.max_batch_tokens
+    max_waiting: int = SchedulerConfig.max_waiting
     threads: int | None = None
     prefix_caching: bool = True
 
@@ -223,7 +224,11 @@ class EngineOptions:
             "prefix_caching": self.prefix_caching,
             "dtype": self.cache_dtype,
         }
-        scheduler = {"max_num_seqs": self.max_num_seqs, "max_batch_tokens": self.max_batch_tokens}
+        scheduler = {
+            "max_num_seqs": self.max_num_seqs,
+            "max_batch_tokens": self.max_batch_tokens,
+            "max_waiting": self.max_waiting,
+        }
         CacheConfig(**cache)
         SchedulerConfig(**scheduler)
         model: dict[str, Any] = {

@@ -34,6 +34,7 @@ from outrider.config.lookup import (
     ReferenceConfig,
     SuffixConfig,
 )
+from outrider.config.server import ServerConfig
 
 __all__ = [
     "DRAFTER_CONFIGS",
@@ -62,6 +63,7 @@ __all__ = [
     "ReferenceConfig",
     "SchedulerConfig",
     "SelfDraftConfig",
+    "ServerConfig",
     "SortedDraftConfig",
     "SourceConfig",
     "SourceSpec",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-from outrider.config.checks import check_int, require
+from outrider.config.checks import check_int, check_number, require
 
 MAX_GRACE_S = 86_400.0
 
@@ -35,14 +34,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         require(bool(self.host.strip()), "host", repr(self.host), "an address or name")
         check_int("port", self.port, 0, 65535)
-        valid_key = self.api_key is None or (
-            bool(self.api_key) and self.api_key.isascii() and self.api_key.isprintable()
-        )
-        # The key itself stays out of the message.
-        require(valid_key and self.api_key != "", "api_key", "another text", "printable ASCII characters")
+        key = self.api_key  # stays out of the message
+        valid_key = key is None or (key != "" and key.isascii() and key.isprintable() and " " not in key)
+        require(valid_key, "api_key", "another text", "printable ASCII characters without spaces")
         require(all(self.served_model_names), "served_model_names", "an empty name", "names")
-        valid_grace = isinstance(self.grace_s, int | float) and math.isfinite(self.grace_s)
-        require(
-            valid_grace and 0 <= self.grace_s <= MAX_GRACE_S, "grace", self.grace_s, f"0 to {MAX_GRACE_S:g} seconds"
-        )
+        check_number("grace", self.grace_s, 0, MAX_GRACE_S)
         check_int("max_body_bytes", self.max_body_bytes, 1, 2**40)

@@ -77,6 +77,10 @@ class Tokenizer:
         """The text of one token by itself (bytes that are no whole character become U+FFFD)."""
         return self._backend.decode([token_id], skip_special_tokens=False)
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, whole characters or not; none for an id that stands for nothing."""
+        return self.pieces.get(token_id, ("special", b""))[1]
+
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:

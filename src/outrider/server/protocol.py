@@ -1,8 +1,8 @@
 """What a request may say: OpenAI's fields as OpenAI spells them, vLLM's where OpenAI has none.
 
-A field whose meaning we do not have is refused unless its value asks for nothing, and so is a field that nobody knows: a
-misspelt `temperature` must not be answered as if it had not been given. `null` is a field's default. What only labels a
-request (`user`, `metadata`, ...) is accepted and not looked at.
+A field whose meaning we do not have is refused unless its value asks for nothing, and so is a field that nobody
+knows: a misspelt `temperature` must not be answered as if it had not been given. `null` is a field's default. What
+only labels a request (`user`, `metadata`, ...) is accepted and not looked at.
 """
 
 from __future__ import annotations
