@@ -10,7 +10,6 @@ from outrider.server.responses import Error, ErrorDetail
 
 RETRY_AFTER_S = 1
 PARAMS = frozenset({"prompt", *(of.name for of in fields(SamplingParams))})
-LENGTH_ERRORS = ("prompt length", "request length")
 
 
 class ModelNotFoundError(OutriderError):
@@ -73,7 +72,7 @@ def failure_of(error: Exception) -> Failure:
         case EngineFailedError():
             failed = failure(500, message, type="server_error", code="engine_failed")
         case OutriderError():
-            too_long = any(words in error.what for words in LENGTH_ERRORS)
+            too_long = error.what.startswith(("prompt", "request")) and error.what.endswith(" length")
             code = "context_length_exceeded" if too_long else None
             failed = failure(400, message, param=error.what if error.what in PARAMS else None, code=code)
         case _:
