@@ -108,17 +108,17 @@ def serve(
             expected="the extra `server`",
             remedy="pip install 'outrider[server]'",
         ) from error
-    if config.api_key is None and not _is_loopback(config.host):
-        print(
-            f"warning: {config.host} is reached from other machines, and no --api-key is asked of them",
-            file=sys.stderr,
-        )
     with bind(config) as sock:
+        if config.api_key is None and not _is_loopback(config.host):
+            print(
+                f"warning: {config.host} is reached from other machines, and no --api-key is asked of them",
+                file=sys.stderr,
+            )
         llm = engine.load()
 
         def say() -> None:
             words = f"decoding {llm.config.decoding.method}, verification {llm.config.verification}"
-            name = (config.served_model_names or (llm.config.model or "bundled model",))[0]
+            name = (config.served_model_names or (llm.config.model or "the bundled model",))[0]
             print(f"outrider serves {name} at {url_of(sock)}/v1 ({words}); Ctrl-C stops it", flush=True)
 
         serve_until_stopped(Server(llm, config, say), sock)

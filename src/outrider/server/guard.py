@@ -6,16 +6,13 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.config import ServerConfig
 from outrider.server.failures import Failure, failure
-
-
-class _BodyTooLargeError(Exception):
-    pass
 
 
 def respond(failed: Failure) -> Response:
@@ -46,18 +43,7 @@ class Guard:
         if failed is not None:
             await respond(failed)(scope, receive, send)
             return
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self._app(scope, self._bounded(receive), watched)
-        except _BodyTooLargeError:
-            if not started:
-                await respond(self._too_large())(scope, receive, send)
+        await self._app(scope, self._bounded(receive), send)
 
     def _check(self, method: str, headers: Headers) -> Failure | None:
         if not self._is_authorised(headers):
@@ -95,7 +81,7 @@ class Guard:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_body_bytes:
-                raise _BodyTooLargeError
+                raise HTTPException(413, self._too_large().body.error.message)  # answered as any other failure
             return message
 
         return bounded
