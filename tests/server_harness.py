@@ -22,7 +22,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|user|>' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|user|>assistant: ' }}{% endif %}{{ suffix }}"
 )
-TIMEOUT_S = 60.0
+TIMEOUT_S = 30.0
 __all__ = ["CHATML", "CONTEXT_LENGTH", "Running", "make_chat_model", "serving", "wait_until"]
 
 

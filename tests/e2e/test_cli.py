@@ -466,6 +466,7 @@ def test_version_and_help_need_no_torch() -> None:
     for arguments, expected in (
         (["--version"], f"outrider {__version__}\n"),
         (["bench", "decode", "--help"], "--repeats"),
+        (["serve", "--help"], "--served-model-name"),
     ):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert expected in done.stdout

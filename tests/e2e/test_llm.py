@@ -19,6 +19,7 @@ from outrider.errors import (
     NumericsError,
     OutriderError,
     PromptError,
+    QueueFullError,
     SamplingParamsError,
     VocabularyMismatchError,
 )
@@ -134,6 +135,36 @@ def test_an_interruption_leaves_nothing_behind(plain: LLM, monkeypatch: pytest.M
     monkeypatch.undo()
     assert plain.engine.cache.pool.num_used == 0
     assert tokens(plain.generate(PROMPT, GREEDY))
+
+
+def test_a_loop_of_ones_own_gives_what_generate_gives(plain: LLM) -> None:
+    first, second = (plain.prepare(prompt, SAMPLED) for prompt in PROMPTS[:2])
+    dropped = plain.prepare(PROMPTS[2], SamplingParams(n=2, max_tokens=500))
+    plain.add(first)
+    plain.add(dropped)
+    for _ in range(5):
+        assert set(plain.step()) <= {first, dropped}
+    plain.add(second)
+    plain.abort(dropped)
+    while plain.has_unfinished:
+        assert dropped not in plain.step()
+    expected = tokens(plain.generate(PROMPTS[:2], SAMPLED))
+    assert tokens([plain.output(first), plain.output(second)]) == expected
+    assert plain.sample(first, 0, first_token=10).token_ids == expected[0][10:]
+    assert [of.finish_reason for of in plain.output(dropped).outputs] == ["abort", "abort"]
+    assert plain.engine.cache.pool.num_used == 0
+
+
+def test_a_generation_is_added_whole_or_not_at_all() -> None:
+    llm = LLM(BUNDLED_DRAFT, decoding="none", scheduler={"max_num_seqs": 1, "max_waiting": 3})
+    first, second = (llm.prepare(PROMPT, SamplingParams(n=2, max_tokens=4)) for _ in range(2))
+    llm.add(first)
+    with pytest.raises(QueueFullError):
+        llm.add(second)
+    assert list(llm.engine.scheduler.waiting) == first.requests
+    while llm.has_unfinished:
+        assert llm.step() in ([], [first])
+    assert not llm._owners
 
 
 def test_each_prompt_may_have_its_own_parameters(plain: LLM) -> None:

@@ -287,17 +287,20 @@ def test_the_command_serves_and_stops_with_status_0(
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("outrider serves tiny at http://127.0.0.1:"), line
-        assert f"decoding {decoding}" in line
-        url = line.split(" at ")[1].split()[0]
-        assert httpx2.get(f"{url}/models").status_code == 401
-        answer = httpx2.get(f"{url}/models", headers={"Authorization": "Bearer key"}).json()
-        assert answer["data"][0]["outrider"]["decoding"] == decoding
-        process.send_signal(signal_number)
-        out, err = process.communicate(timeout=TIMEOUT_S)
-        assert (process.returncode, out, err) == (0, "", "")
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("outrider serves tiny at http://127.0.0.1:"), line
+            assert f"decoding {decoding}" in line
+            url = line.split(" at ")[1].split()[0]
+            assert httpx2.get(f"{url}/models").status_code == 401
+            answer = httpx2.get(f"{url}/models", headers={"Authorization": "Bearer key"}).json()
+            assert answer["data"][0]["outrider"]["decoding"] == decoding
+            process.send_signal(signal_number)
+            out, err = process.communicate(timeout=TIMEOUT_S)
+            assert (process.returncode, out, err) == (0, "", "")
+        finally:
+            process.kill()
 
 
 # --- the command's errors

@@ -77,6 +77,16 @@ def test_imports_point_down(path: Path) -> None:
     assert imports(path) <= ALLOWED[part] | {part}, f"{path} imports upwards"
 
 
+def test_the_command_line_does_without_the_server() -> None:
+    """Its packages are an extra: only `outrider serve` loads them, when it runs."""
+    for path in sorted((SOURCE / "cli").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # not inside of functions
+            assert "outrider.server" not in ast.unparse(node) or not isinstance(node, ast.Import | ast.ImportFrom), (
+                path
+            )
+        assert "server" not in imports(path) or path.name == "serve.py", path
+
+
 def test_the_table_has_no_cycle() -> None:
     done: set[str] = set()
     while len(done) < len(ALLOWED):

@@ -18,7 +18,7 @@ from outrider.server.metrics import Metrics
 from outrider.server.streaming import collect
 from tests.tiny_models import make_tiny
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 30.0
 PROMPT = {"prompt_token_ids": [5, 6, 7, 8, 9]}
 LONG = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
 
