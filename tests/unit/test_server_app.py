@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,7 +18,7 @@ from outrider import LLM, SamplingParams
 from outrider.config import EngineConfig, ServerConfig
 from outrider.errors import ConfigError
 from outrider.server.app import build_app
-from tests.server_harness import CONTEXT_LENGTH, make_chat_model
+from tests.server_harness import CONTEXT_LENGTH, make_chat_model, wait_until
 from tests.tiny_models import make_tiny
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -297,13 +299,45 @@ def test_what_nobody_foresaw_stays_in_the_log(
         assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_full_queue_is_429_with_a_time_to_come_back(llm: LLM) -> None:
-    small = llm.with_decoding("none")
-    small.config = replace(small.config, scheduler=replace(small.config.scheduler, max_num_seqs=1, max_waiting=1))
-    small = small.with_decoding("none")
-    with client_of(small) as client:
-        body = {**BODIES["/v1/completions"], "prompt": ["a", "b"]}
-        assert error_of(client.post("/v1/completions", json=body), 400)["message"].count("max_waiting") == 1
+def limited(llm: LLM, **settings: Any) -> LLM:
+    """The same model with another cache or scheduler."""
+    other = llm.with_decoding("none")
+    parts = {name: replace(getattr(other.config, name), **of) for name, of in settings.items()}
+    other.config = replace(other.config, **parts)
+    return other.with_decoding("none")
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_back(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = limited(llm, scheduler={"max_num_seqs": 1, "max_waiting": 1})
+    monkeypatch.setattr(small.engine, "step", lambda: time.sleep(0.001) or [])  # what waits goes on waiting
+    body = BODIES["/v1/completions"]
+    with client_of(small) as client, ThreadPoolExecutor(1) as pool:
+        two = client.post("/v1/completions", json={**body, "n": 2})
+        assert "max_waiting" in error_of(two, 400)["message"], "that will never fit"
+        waiting = pool.submit(client.post, "/v1/completions", json=body)
+        wait_until(lambda: bool(small.engine.scheduler.waiting))
+        for stream in (False, True):
+            refused = client.post("/v1/completions", json={**body, "stream": stream})
+            assert error_of(refused, 429)["code"] == "queue_full"
+            assert refused.headers["Retry-After"] == "1"
+        client.app.state.service.engine.abort_all()  # type: ignore[attr-defined]
+        assert error_of(waiting.result(), 503)["code"] == "stopping"
+
+
+def test_what_the_cache_could_never_hold_is_refused(llm: LLM) -> None:
+    with client_of(limited(llm, cache={"num_blocks": 4})) as client:
+        body = {**BODIES["/v1/completions"], "max_tokens": 100}
+        assert error_of(client.post("/v1/completions", json=body), 400)["code"] == "context_length_exceeded"
+        assert client.post("/v1/completions", json={**body, "max_tokens": 20}).status_code == 200
+
+
+def test_a_stopping_server_says_so(llm: LLM) -> None:
+    with client_of(llm.with_decoding("none")) as client:
+        client.app.state.service.engine.drain()  # type: ignore[attr-defined]
+        assert client.get("/health").status_code == 503
+        refused = client.post("/v1/completions", json=BODIES["/v1/completions"])
+        assert error_of(refused, 503)["code"] == "stopping"
+        assert refused.headers["Retry-After"] == "1"
 
 
 def test_metrics_count(llm: LLM) -> None:
