@@ -165,11 +165,15 @@ def test_a_client_that_goes_away_frees_its_place(llm: LLM, server: Running, stre
                 next(response.iter_lines())
         else:
             with pytest.raises(httpx2.ReadTimeout):
-                http.post(f"{server.url}/v1/completions", json=body, timeout=0.05)
+                http.post(f"{server.url}/v1/completions", json=body, timeout=httpx2.Timeout(TIMEOUT_S, read=0.05))
     wait_until(lambda: nothing_runs(server))
     server.llm.engine.cache.check_integrity()
     assert server.llm.engine.stats.num_output_tokens - before < 4 * 900, "it was generated to the end"
-    aborted = [line for line in httpx2.get(f"{server.url}/metrics").text.splitlines() if 'reason="abort"' in line]
+    aborted = [
+        line
+        for line in httpx2.get(f"{server.url}/metrics", timeout=TIMEOUT_S).text.splitlines()
+        if 'reason="abort"' in line
+    ]
     assert float(aborted[0].split()[-1]) >= 1
 
 
@@ -293,8 +297,8 @@ def test_the_command_serves_and_stops_with_status_0(
             assert line.startswith("outrider serves tiny at http://127.0.0.1:"), line
             assert f"decoding {decoding}" in line
             url = line.split(" at ")[1].split()[0]
-            assert httpx2.get(f"{url}/models").status_code == 401
-            answer = httpx2.get(f"{url}/models", headers={"Authorization": "Bearer key"}).json()
+            assert httpx2.get(f"{url}/models", timeout=TIMEOUT_S).status_code == 401
+            answer = httpx2.get(f"{url}/models", headers={"Authorization": "Bearer key"}, timeout=TIMEOUT_S).json()
             assert answer["data"][0]["outrider"]["decoding"] == decoding
             process.send_signal(signal_number)
             out, err = process.communicate(timeout=TIMEOUT_S)
