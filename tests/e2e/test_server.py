@@ -38,7 +38,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0.0, "stop": ["\n\n", "return"], "repetition_penalty": 1.1, "logprobs": 2},
     {"temperature": 1.2, "min_p": 0.02, "seed": 2**63, "min_tokens": 5, "frequency_penalty": 0.1},
 ]
-MAX_TOKENS = 40
+MAX_TOKENS = 32
 VLLM_FIELDS = {"top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos"}
 
 
@@ -55,8 +55,12 @@ def server(llm: LLM) -> Iterator[Running]:
 
 @pytest.fixture
 def client(server: Running) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=TIMEOUT_S) as client:
+    with client_of(server) as client:
         yield client
+
+
+def client_of(server: Running) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=TIMEOUT_S)
 
 
 def complete(client: OpenAI, prompt: Any, settings: dict[str, Any], **more: Any) -> Any:
@@ -85,9 +89,8 @@ def nothing_runs(server: Running) -> bool:
     return not engine.has_unfinished and engine.cache.pool.num_used == 0 and not server.service.engine._active
 
 
-def test_what_comes_is_what_the_library_gives_whatever_runs_beside_it(
-    llm: LLM, server: Running, client: OpenAI
-) -> None:
+@pytest.mark.parametrize("decoding", ["auto", "suffix"])
+def test_what_comes_is_what_the_library_gives_whatever_runs_beside_it(llm: LLM, decoding: str) -> None:
     """Token for token, against plain decoding one by one; streamed and not, joining and leaving at any step."""
     plain = llm.with_decoding("none")
     jobs = [(prompt, settings) for settings in SETTINGS for prompt in PROMPTS]
@@ -95,23 +98,27 @@ def test_what_comes_is_what_the_library_gives_whatever_runs_beside_it(
         plain.generate(prompt, SamplingParams(max_tokens=MAX_TOKENS, **settings))[0].outputs
         for prompt, settings in jobs
     ]
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        whole = pool.map(lambda job: complete(client, *job), jobs)
-        streams = pool.map(lambda job: streamed(complete(client, *job, stream=True)), jobs)
-        for (prompt, settings), outputs, answer, stream in zip(jobs, expected, whole, streams, strict=True):
-            where = f"{prompt!r} {settings}"
-            assert [choice.token_ids for choice in answer.choices] == [o.token_ids for o in outputs], where
-            assert [choice.text for choice in answer.choices] == [o.text for o in outputs], where
-            assert [choice.finish_reason for choice in answer.choices] == [o.finish_reason for o in outputs], where
-            assert [stream[i][1] for i in sorted(stream)] == [o.token_ids for o in outputs], where
-            assert [stream[i][0] for i in sorted(stream)] == [o.text for o in outputs], where
-            assert answer.usage.completion_tokens == sum(len(o.token_ids) for o in outputs)
-            for choice, output in zip(answer.choices, outputs, strict=True):
-                assert choice.outrider["lossless"] is True
-                assert settings.get("seed") is None or choice.outrider["seed"] == output.seed
-    wait_until(lambda: nothing_runs(server))
-    server.llm.engine.cache.check_integrity()
-    assert server.llm.engine.stats.num_draft_tokens > 0, "nothing was drafted, and so nothing proved"
+    with serving(llm.with_decoding(decoding), served_model_names=("python",)) as server, client_of(server) as client:
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            whole = pool.map(lambda job: complete(client, *job), jobs)
+            streams = pool.map(lambda job: streamed(complete(client, *job, stream=True)), jobs)
+            for (prompt, settings), outputs, answer, stream in zip(jobs, expected, whole, streams, strict=True):
+                where = f"{prompt!r} {settings}"
+                assert [choice.token_ids for choice in answer.choices] == [o.token_ids for o in outputs], where
+                assert [choice.text for choice in answer.choices] == [o.text for o in outputs], where
+                assert [choice.finish_reason for choice in answer.choices] == [o.finish_reason for o in outputs], (
+                    where
+                )
+                assert [stream[i][1] for i in sorted(stream)] == [o.token_ids for o in outputs], where
+                assert [stream[i][0] for i in sorted(stream)] == [o.text for o in outputs], where
+                assert answer.usage.completion_tokens == sum(len(o.token_ids) for o in outputs)
+                for choice, output in zip(answer.choices, outputs, strict=True):
+                    assert choice.outrider["lossless"] is True
+                    assert settings.get("seed") is None or choice.outrider["seed"] == output.seed
+        wait_until(lambda: nothing_runs(server))
+        server.llm.engine.cache.check_integrity()
+        # What auto drafts depends on the machine; it may find that nothing pays.
+        assert decoding == "auto" or server.llm.engine.stats.num_draft_tokens > 0, "nothing was drafted"
 
 
 def test_the_seed_of_an_answer_gives_it_again(client: OpenAI) -> None:
