@@ -325,12 +325,13 @@ class LLM:
         pending = deque(generations)
         index_of = {generation: index for index, generation in enumerate(generations)}
         try:
-            while pending or self.has_unfinished:
-                while pending and len(self.engine.scheduler.waiting) < self.config.scheduler.max_num_seqs:
-                    self.add(pending.popleft())
-                for generation in self.step():
-                    if on_output is not None and generation.finished and generation in index_of:
-                        on_output(index_of[generation], self.output(generation))
+            with self.engine.on_its_cores():
+                while pending or self.has_unfinished:
+                    while pending and len(self.engine.scheduler.waiting) < self.config.scheduler.max_num_seqs:
+                        self.add(pending.popleft())
+                    for generation in self.step():
+                        if on_output is not None and generation.finished and generation in index_of:
+                            on_output(index_of[generation], self.output(generation))
         finally:  # after an interruption, too, nothing of these stays in the engine
             for generation in generations:
                 self.abort(generation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +64,16 @@ class Engine:
         request.finish_reason = "abort"
         self._release(request)
 
+    def on_its_cores(self) -> AbstractContextManager[None]:
+        """What a step holds of the process; a loop of steps that holds it saves each the trouble."""
+        return native.cores_for_kernels(self.model.runs_on_kernels)
+
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """Run one step; returns the requests that got tokens or ended."""
         stats = self.stats
         stats.begin_step()
-        with native.cores_for_kernels(self.model.runs_on_kernels):
+        with self.on_its_cores():
             plan = self.scheduler.schedule()
             stats.num_cut_rows += self.scheduler.num_cut_rows
             if not plan:
