@@ -35,7 +35,7 @@ from outrider.kernels.drafting import compiled, largest
 from outrider.kernels.native import REFERENCE
 from outrider.sampling.noise import Purpose, gumbel_noise, rank_with_noise
 from outrider.token_tree import TokenTree
-from tests.parity.kernel_levels import LEVELS, use_level
+from tests.parity.kernel_levels import LEVELS, use_level, use_threads
 
 pytestmark = pytest.mark.skipif(not LEVELS, reason="outrider was built without a compiler")
 
@@ -512,6 +512,17 @@ def test_largest_logits(level: str, vocab_size: int, rounded: bool) -> None:
             tokens, values = top_tokens(logits, count)
         assert found[0].tolist() == tokens.tolist()
         assert np.array_equal(found[1], values, equal_nan=True)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_rows", [1, 2, 13])
+def test_largest_logits_of_any_number_of_threads(num_threads: int, num_rows: int) -> None:
+    logits = torch.randn(num_rows, 66001, generator=torch.Generator().manual_seed(num_rows)).numpy()
+    assert num_rows < 13 or logits.size > 2**19, "else one thread reads them all"
+    with use_threads(num_threads):
+        tokens, values = largest(logits, 32) or ()
+    assert tokens.tolist() == np.argsort(-logits, axis=1, kind="stable")[:, :32].tolist()
+    assert np.array_equal(values, np.take_along_axis(logits, tokens, axis=1))
 
 
 @pytest.mark.parametrize(

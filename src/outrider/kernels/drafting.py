@@ -27,8 +27,7 @@ def largest(rows: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], N
     Raises:
         ValueError: rows of another shape, with gaps, or shorter than `count`.
     """
-    module = compiled()
-    if module is None:
+    if not native.is_available():
         return None
     fits = rows.ndim == 2 and rows.dtype == np.float32 and rows.flags.c_contiguous and 1 <= count <= rows.shape[1]
     if not fits:
@@ -36,7 +35,7 @@ def largest(rows: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], N
     num_rows, size = rows.shape
     places = np.empty((num_rows, count), dtype=np.int64)
     values = np.empty((num_rows, count), dtype=np.float32)
-    module.largest(address(rows), num_rows, size, count, address(places), address(values))
+    native._module().largest(address(rows), num_rows, size, count, address(places), address(values))
     return places, values
 
 

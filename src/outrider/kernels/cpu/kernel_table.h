@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 
 // Always, or the linker might keep one level's copy of a function for all of them.
@@ -194,6 +195,21 @@ struct PhiloxStream {
     }
 };
 
+// Numbers in the order of floats, and back; of both zeros there is one.
+OUTRIDER_INLINE int32_t in_order(float x) {
+    const float one_zero = x + 0.0f;
+    int32_t bits;
+    std::memcpy(&bits, &one_zero, sizeof bits);
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+
+OUTRIDER_INLINE float out_of_order(int32_t ordered) {
+    const int32_t bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF);
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 struct KernelTable {
     const char* name;
     int block_rows[kNumFormats];  // most rows of a tile
@@ -234,6 +250,13 @@ struct KernelTable {
     // `ceilings`. Both have room for `count` rounded up to a multiple of 16.
     int64_t (*noise_hits)(const float* logits, const uint32_t* halves, int64_t count, float temperature, float floor,
                           float* ceilings, uint16_t* places);
+    // What at least `count` of the floats reach, none of which is NaN, and few more do; `ordered` has room for all.
+    float (*common_bound)(const float* x, int64_t size, int64_t count, int32_t* ordered);
+    // Appends where floats reach a bound above -inf, counted from `first` on, in their order; their number. The size is a
+    // multiple of 16.
+    int64_t (*places_reaching)(const float* x, int64_t size, float bound, uint32_t first, uint32_t* places);
+    // How many keys each one stands behind: the greatest comes first, of equals the first.
+    void (*rank_keys)(const int32_t* keys, int64_t size, int32_t* ranks);
     // Something that depends on every byte.
     uint64_t (*read_memory)(const void* data, size_t num_bytes);
 };

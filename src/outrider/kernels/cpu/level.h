@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "selection.h"
 
 namespace OUTRIDER_LEVEL {
 
@@ -27,6 +28,9 @@ constexpr outrider::KernelTable table(const char* name) {
             greatest,
             philox,
             noise_hits,
+            common_bound,
+            places_reaching,
+            rank_keys,
             read_memory};
 }
 

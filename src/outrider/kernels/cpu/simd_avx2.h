@@ -82,6 +82,9 @@ inline void store_s8(int8_t* p, vf x) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
+// A bit for each lane: whether x is at least y; it is not where either is NaN.
+inline uint32_t lanes_at_least(vf x, vf y) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_GE_OQ))); }
+
 using outrider::prefetch;
 using outrider::prefetch_far;
 

@@ -73,6 +73,9 @@ inline void store_s8(int8_t* p, vf x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
+// A bit for each lane: whether x is at least y; it is not where either is NaN.
+inline uint32_t lanes_at_least(vf x, vf y) { return _mm512_cmp_ps_mask(x, y, _CMP_GE_OQ); }
+
 using outrider::prefetch;
 using outrider::prefetch_far;
 

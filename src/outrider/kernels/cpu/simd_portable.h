@@ -98,6 +98,13 @@ inline void store_s8(int8_t* p, vf v) {
     }
 }
 
+// A bit for each lane: whether x is at least y; it is not where either is NaN.
+inline uint32_t lanes_at_least(vf a, vf b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < W; ++i) bits |= static_cast<uint32_t>(a.x[i] >= b.x[i]) << i;
+    return bits;
+}
+
 using outrider::prefetch;
 using outrider::prefetch_far;
 

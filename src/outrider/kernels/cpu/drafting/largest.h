@@ -1,21 +1,25 @@
-// The few largest of a row of logits, in one pass over it.
+// The few largest of rows of logits, in one pass over each.
 //
 // Maxima of blocks bound what can be among the best: what `count` maxima reach is at most the `count`-th largest logit.
 // So the few blocks whose maximum reaches it hold all that is wanted, and these alone are read again.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
-#include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "../dispatch.h"
+#include "../thread_pool.h"
 
 namespace outrider {
 
 constexpr int64_t kChunk = 16;          // logits that are compared side by side
 constexpr int64_t kBlocksPerBest = 16;  // so many blocks a wanted logit: a sixteenth of the row is read again
+constexpr int64_t kMostRanked = 256;    // found logits that are all compared with each other
+constexpr int64_t kSharedLogits = 1 << 19;  // fewer are read by one thread before another one has woken up
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // The `count` largest of `size` logits, falling, of equals the first; NaN counts as the lowest.
@@ -26,79 +30,88 @@ public:
           size_(size),
           count_(count),
           block_(std::max<int64_t>(1, size / (kBlocksPerBest * count * kChunk)) * kChunk),
-          maxima_(size / block_),
-          chunks_(block_ / kChunk) {}
+          num_blocks_(size / block_),
+          maxima_(num_blocks_),
+          ordered_(num_blocks_),
+          places_(new uint32_t[size]) {}
 
     void find(const float* row, int64_t* tokens, float* values) {
-        const int64_t num_blocks = size_ / block_;
-        float bound = kLowest;
-        kernels_.block_maxima(row, num_blocks, block_, maxima_.data());
-        if (num_blocks >= count_) bound = common_bound();
-        found_.clear();
-        for (int64_t b = 0; b < num_blocks; ++b) {
+        kernels_.block_maxima(row, num_blocks_, block_, maxima_.data());
+        const bool has_bound = num_blocks_ >= count_;
+        const float bound = has_bound ? kernels_.common_bound(maxima_.data(), num_blocks_, count_, ordered_.data()) : kLowest;
+        num_found_ = 0;
+        if (bound == kLowest) {
+            take(0, size_);
+            return sort(row, tokens, values);
+        }
+        for (int64_t b = 0; b < num_blocks_; ++b) {
             if (maxima_[b] < bound) continue;
-            const int64_t begin = b * block_, num_chunks = block_ / kChunk;
-            if (num_chunks == 1) {
-                take(row, begin, begin + kChunk, bound);
-                continue;
-            }
-            kernels_.block_maxima(row + begin, num_chunks, kChunk, chunks_.data());
-            for (int64_t c = 0; c < num_chunks; ++c) {
-                if (chunks_[c] >= bound) take(row, begin + c * kChunk, begin + (c + 1) * kChunk, bound);
-            }
+            const int64_t begin = b * block_;
+            uint32_t* places = places_.get() + num_found_;
+            num_found_ += kernels_.places_reaching(row + begin, block_, bound, static_cast<uint32_t>(begin), places);
         }
-        take(row, num_blocks * block_, size_, bound);
-        std::partial_sort(found_.begin(), found_.begin() + count_, found_.end());
-        for (int64_t i = 0; i < count_; ++i) {
-            tokens[i] = static_cast<uint32_t>(found_[i]);
-            values[i] = row[tokens[i]];
+        for (int64_t token = num_blocks_ * block_; token < size_; ++token) {
+            if (row[token] >= bound) take(token, token + 1);
         }
+        num_found_ <= kMostRanked ? rank(row, tokens, values) : sort(row, tokens, values);
     }
 
 private:
-    // Numbers in the order of logits; of both zeros there is one.
-    static int32_t in_order(float logit) {
-        const float one_zero = logit + 0.0f;
-        int32_t bits;
-        std::memcpy(&bits, &one_zero, sizeof bits);
-        return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+    void take(int64_t first, int64_t end) {
+        for (int64_t token = first; token < end; ++token) places_[num_found_++] = static_cast<uint32_t>(token);
     }
 
-    // A logit that at least `count` of the maxima reach, and few more: by bisection, which does not branch by them.
-    float common_bound() {
-        ordered_.resize(maxima_.size());
-        std::transform(maxima_.begin(), maxima_.end(), ordered_.begin(), in_order);
-        const auto [least, greatest] = std::minmax_element(ordered_.begin(), ordered_.end());
-        int64_t reached = *least, missed = int64_t{*greatest} + 1;
-        while (missed - reached > 1) {
-            const int64_t middle = reached + (missed - reached) / 2;
-            const int32_t bound = static_cast<int32_t>(middle);
-            int32_t num_reaching = 0;
-            for (const int32_t maximum : ordered_) num_reaching += maximum >= bound;
-            (num_reaching >= count_ ? reached : missed) = middle;
-            if (num_reaching >= count_ && num_reaching <= count_ + count_ / 4) break;
+    // Without a branch that depends on the logits.
+    void rank(const float* row, int64_t* tokens, float* values) {
+        int32_t keys[kMostRanked], ranks[kMostRanked];
+        for (int64_t i = 0; i < num_found_; ++i) keys[i] = in_order(row[places_[i]]);
+        kernels_.rank_keys(keys, num_found_, ranks);
+        for (int64_t i = 0; i < num_found_; ++i) {
+            if (ranks[i] >= count_) continue;
+            tokens[ranks[i]] = places_[i];
+            values[ranks[i]] = row[places_[i]];
         }
-        const int32_t bits = static_cast<int32_t>(reached) ^ ((static_cast<int32_t>(reached) >> 31) & 0x7FFFFFFF);
-        float bound;
-        std::memcpy(&bound, &bits, sizeof bound);
-        return bound;
     }
 
-    // Keys of the logits that reach the bound: ascending, the logits fall and equals are in the order of their tokens.
-    void take(const float* row, int64_t first, int64_t end, float bound) {
-        for (int64_t token = first; token < end; ++token) {
-            const float order = row[token] == row[token] ? row[token] : kLowest;
-            if (order < bound) continue;
-            const uint32_t falling = ~(static_cast<uint32_t>(in_order(order)) ^ 0x80000000u);
-            found_.push_back(static_cast<uint64_t>(falling) << 32 | static_cast<uint32_t>(token));
+    void sort(const float* row, int64_t* tokens, float* values) {
+        const auto key = [&](uint32_t token) { return in_order(row[token] == row[token] ? row[token] : kLowest); };
+        uint32_t* first = places_.get();
+        std::partial_sort(first, first + count_, first + num_found_, [&](uint32_t a, uint32_t b) {
+            const int32_t key_a = key(a), key_b = key(b);
+            return key_a > key_b || (key_a == key_b && a < b);
+        });
+        for (int64_t i = 0; i < count_; ++i) {
+            tokens[i] = first[i];
+            values[i] = row[first[i]];
         }
     }
 
     const KernelTable& kernels_;
-    int64_t size_, count_, block_;
-    std::vector<float> maxima_, chunks_;
+    int64_t size_, count_, block_, num_blocks_, num_found_ = 0;
+    std::vector<float> maxima_;
     std::vector<int32_t> ordered_;
-    std::vector<uint64_t> found_;
+    std::unique_ptr<uint32_t[]> places_;
 };
+
+// The same of each of `num_rows` rows, by the kernels' threads if there is enough to read.
+inline void find_largest(const float* rows, int64_t num_rows, int64_t size, int64_t count, int64_t* tokens, float* values) {
+    std::vector<std::unique_ptr<Largest>> of_thread;
+    std::atomic<int64_t> next{0};
+    auto work = [&](int thread, int) {
+        for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < num_rows;) {
+            of_thread[thread]->find(rows + row * size, tokens + row * count, values + row * count);
+        }
+    };
+    const auto prepare = [&](int64_t num_threads) {  // a job of the pool must not throw
+        while (static_cast<int64_t>(of_thread.size()) < num_threads) of_thread.push_back(std::make_unique<Largest>(size, count));
+    };
+    if (num_rows < 2 || num_rows * size < kSharedLogits) {
+        prepare(1);
+        return work(0, 1);
+    }
+    ThreadPool::Turn turn;
+    prepare(turn.num_threads());
+    turn.run(work);
+}
 
 }  // namespace outrider
