@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from outrider.bench.replay import Recording, SyntheticTarget, replay
 from outrider.config import drafter_config
 from outrider.drafting.build import TargetParts, build_drafter
-from outrider.drafting.context_table import PlaceNoise, PythonTable, learn_chosen, new_table
+from outrider.drafting.context_recycling import GREEDY_CHOSEN, GREEDY_SEEN
+from outrider.drafting.context_table import PlaceNoise, learn_chosen, new_table
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, DraftStyle, FinishedText
 from outrider.drafting.forward_cost import ForwardCost
+from outrider.drafting.recycled_text import PythonText, new_rates, new_text
 from outrider.drafting.sources import datastore_build
 from outrider.drafting.sources.anpd import PythonModel, new_model
 from outrider.drafting.sources.calibration import Calibration, PythonBins
@@ -31,13 +33,14 @@ from outrider.drafting.sources.suffix_index import PythonCursor, PythonTree, new
 from outrider.drafting.sources.trigrams import PythonMatrix, SearchLimits, new_matrix, search
 from outrider.drafting.top_tokens import top_tokens
 from outrider.drafting.tree_merge import WeightedPath, merge_paths
+from outrider.kernels import native
 from outrider.kernels.drafting import compiled, largest
 from outrider.kernels.native import REFERENCE
 from outrider.sampling.noise import Purpose, gumbel_noise, rank_with_noise
 from outrider.token_tree import TokenTree
 from tests.parity.kernel_levels import LEVELS, use_level, use_threads
 
-pytestmark = pytest.mark.skipif(not LEVELS, reason="outrider was built without a compiler")
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="no compiled code to compare with")
 
 MASK = 2**64 - 1
 TOKENS = st.integers(0, 3)
@@ -297,53 +300,64 @@ def test_suffix_trees(
 @pytest.mark.parametrize("temperature", [None, 0.7, 1e-7], ids=["greedy", "noisy", "with ties"])
 @given(
     steps=st.lists(
-        st.tuples(st.lists(TOKENS, max_size=6), st.lists(st.tuples(TOKENS, st.integers(0, 9)), max_size=8)),
+        st.tuples(
+            st.lists(TOKENS, max_size=6),
+            st.lists(st.tuples(TOKENS, st.integers(0, 9)), max_size=8),
+            st.lists(TOKENS, min_size=1, max_size=3),
+            st.booleans(),
+        ),
         min_size=1,
         max_size=8,
     ),
     max_context=st.integers(1, 9),
-    num_candidates=st.integers(1, 3),
+    num_candidates=st.integers(1, 4),
     capacity=st.sampled_from([64, 80, 10_000]),
+    limits=st.tuples(st.integers(0, 12), st.integers(0, 6), st.sampled_from([0.001, 0.01, 0.2])),
     seed=st.integers(0, MASK),
 )
-def test_context_tables(
+def test_recycled_texts(
     *,
     temperature: float | None,
-    steps: list[tuple[list[int], list[tuple[int, int]]]],
+    steps: list[tuple[list[int], list[tuple[int, int]], list[int], bool]],
     max_context: int,
     num_candidates: int,
     capacity: int,
+    limits: tuple[int, int, float],
     seed: int,
 ) -> None:
-    """A request's own table and a shared one, of which the first learns a text too."""
-    kinds = [[new(max_context, num_candidates, capacity) for _ in range(2)] for new in (new_table, PythonTable)]
-    assert not isinstance(kinds[0][0], PythonTable)
-    longest = kinds[0][0].lengths[-1]
-    generator = np.random.default_rng(seed)
-    text = [0]
-    for seen, below in steps:
-        tree = TokenTree(
-            (text[-1], *(token for token, _ in below)), (-1, *(above % (n + 1) for n, (_, above) in enumerate(below)))
-        )
-        token_rows = np.array([generator.permutation(5) for _ in tree.tokens])
-        logits = generator.integers(0, 3, token_rows.shape).astype(np.float32)
-        start = len(text)
-        tail = tuple(text[-longest:])
-        text += seen
-        for own, shared in kinds:
-            learn_chosen([shared, own] if seed % 3 else [shared], tail, tree, token_rows, logits)
-            own.learn_seen(text, start)
-        for place in (tail, tuple(text[-longest:])):
-            noise = None if temperature is None else PlaceNoise(seed, len(text), temperature, 8)
-            for num_lengths in (1, 3, 9):
-                found, python = (
-                    own.predict(shared, place, num_lengths, num_candidates, noise) for own, shared in kinds
-                )
-                assert found[1] == python[1]
-                assert [(of, at, list(tokens)) for of, at, tokens in found[0]] == [
-                    (of, at, list(tokens)) for of, at, tokens in python[0]
-                ]
-    assert list(map(len, kinds[0])) == list(map(len, kinds[1]))
+    """Trees, and what they teach about rates and contexts; two texts share a table, and some steps are not shown."""
+
+    def trees() -> tuple[list[object], list[int]]:
+        table = new_table(max_context, num_candidates, capacity)
+        rates = new_rates(GREEDY_CHOSEN, GREEDY_SEEN, table.lengths, num_candidates)
+        texts = [new_text(table, rates, max_context, num_candidates, capacity) for _ in range(2)]
+        assert isinstance(texts[0], PythonText) == (native.isa() == REFERENCE)
+        generator = np.random.default_rng(seed)
+        known: list[list[int]] = [[0], [1, 2]]
+        found: list[object] = []
+        sizes = []
+        for number, (seen, below, new_tokens, is_shown) in enumerate(steps):
+            text, tokens = texts[number % 2], known[number % 2]
+            tokens += seen
+            noise = None if temperature is None else PlaceNoise(seed, len(tokens), temperature, 8)
+            grown = text.grow(tokens, *limits, noise)
+            found.append([list(part) for part in grown])
+            others = [(token, above % (n + 1)) for n, (token, above) in enumerate(below)]
+            other = (tokens[-1], *(token for token, _ in others)), (-1, *(above for _, above in others))
+            tree = TokenTree(*(grown[:2] if number % 3 else other))
+            rows = np.array([generator.permutation(5) for _ in tree.tokens])
+            logits = generator.integers(0, 3, rows.shape).astype(np.float32)
+            if is_shown:
+                text.observe(tree, rows, logits, new_tokens)
+            else:
+                learn_chosen([table], tree.tokens[:1], tree, rows, logits)
+            tokens += new_tokens
+            sizes.append(len(table))
+        return found, sizes
+
+    found = trees()
+    with use_level(REFERENCE):
+        assert found == trees()
 
 
 def test_trees_that_do_not_fit_are_refused() -> None:
@@ -360,6 +374,13 @@ def test_trees_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"expected|tree without|parents"):
             module.learn_chosen([table], tail, [1, 2], parents, rows, scores)
+    text = module.RecycledText(table, new_rates(GREEDY_CHOSEN, GREEDY_SEEN, [1, 2, 3, 4], 2), 4, 2, 100)
+    with pytest.raises(ValueError, match="expected a row"):
+        text.observe(TokenTree.chain(1, [2]), tokens[:1], logits, [1])
+    with pytest.raises(ValueError, match="at least one"):
+        text.grow([], 4, 4, 0.01, None)
+    with pytest.raises(ValueError, match="more than 0"):
+        text.grow([1], 4, 4, 0.0, None)
     assert len(table) == 0
     tree = module.SuffixTree(4)
     cursor = module.SuffixCursor(tree)

@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from outrider.config import RecyclingConfig, drafter_config
-from outrider.drafting.context_recycling import (
-    FURTHER_RANKS,
-    GREEDY_CHOSEN,
-    GREEDY_SEEN,
-    MAX_OBSERVED,
-    ContextRecyclingDrafter,
-    Rates,
-)
+from outrider.drafting.context_recycling import GREEDY_CHOSEN, GREEDY_SEEN, ContextRecyclingDrafter
 from outrider.drafting.context_table import PythonTable, learn_chosen
 from outrider.drafting.drafter import DraftContext, DraftOutcome, DraftStyle
+from outrider.drafting.recycled_text import FURTHER_RANKS, MAX_OBSERVED, Rates
 from outrider.errors import ConfigError
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,12 +39,16 @@ Proposals = Sequence[tuple[int, int, Sequence[int]]]
 
 @dataclass(slots=True)
 class PlaceNoise:
-    """The noise that the target will choose a token with."""
+    """The noise that the target will choose the token at `position` with."""
 
     seed: int
     position: int
     temperature: float
     vocab_size: int
+
+    def behind(self, depth: int) -> PlaceNoise:
+        """That of the token so many positions later."""
+        return PlaceNoise(self.seed, self.position + depth, self.temperature, self.vocab_size)
 
     def ranked(self, tokens: ArrayLike, logits: ArrayLike, count: int) -> list[int]:
         """The first `count` tokens as the target will rank them."""
@@ -70,26 +74,6 @@ class ContextTable(Protocol):
 
     def __len__(self) -> int:
         """Contexts of more than one token; one that stands in both halves counts twice."""
-        ...
-
-    def learn_seen(self, tokens: Sequence[int], start: int) -> None:
-        """A text's tokens from `start` on, each as what follows the contexts before it."""
-        ...
-
-    def predict(
-        self, shared: Any, place: Context, num_lengths: int, count: int, noise: PlaceNoise | None
-    ) -> tuple[Proposals, int]:
-        """What may follow a place of the request whose own table this is; at most `count` tokens.
-
-        Args:
-            shared: the table, of the same kind, that is asked where this one knows nothing.
-            num_lengths: how many lengths of context may be known there.
-            noise: that the target's candidates are ranked with; None goes by their logits.
-
-        Returns:
-            The proposals, and how many lengths may be known one token later: what a context there begins with was
-            learnt one token before it was.
-        """
         ...
 
 
@@ -166,6 +150,7 @@ class PythonTable:
         self._newer.update(longer)
 
     def learn_seen(self, tokens: Sequence[int], start: int) -> None:
+        """A text's tokens from `start` on, each as what follows the contexts before it."""
         longest = self.lengths[-1]
         for position in range(max(start, 1), len(tokens)):
             self._make_room(len(self.lengths))
@@ -189,6 +174,17 @@ class PythonTable:
     def predict(
         self, shared: PythonTable, place: Context, num_lengths: int, count: int, noise: PlaceNoise | None
     ) -> tuple[Proposals, int]:
+        """What may follow a place of the request whose own table this is; at most `count` tokens.
+
+        Args:
+            shared: the table that is asked where this one knows nothing.
+            num_lengths: how many lengths of context may be known there.
+            noise: that the target's candidates are ranked with; None goes by their logits.
+
+        Returns:
+            The proposals, and how many lengths may be known one token later: what a context there begins with was
+            learnt one token before it was.
+        """
         found: list[tuple[int, int, Sequence[int]]] = []
         proposed: set[int] = set()
         last: Candidates | None = None

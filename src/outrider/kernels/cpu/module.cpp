@@ -143,4 +143,5 @@ NB_MODULE(_native, m) {
 
     bind_drafting(m);
     bind_draft_sources(m);
+    bind_recycling(m);
 }

@@ -40,12 +40,11 @@ inline int64_t places_reaching(const float* x, int64_t size, float bound, uint32
 }
 
 inline void rank_keys(const int32_t* keys, int64_t size, int32_t* ranks) {
-    for (int64_t i = 0; i < size; ++i) {
-        const int32_t key = keys[i];
-        int32_t rank = 0;
-        for (int64_t j = 0; j < i; ++j) rank += keys[j] >= key;
-        for (int64_t j = i + 1; j < size; ++j) rank += keys[j] > key;
-        ranks[i] = rank;
+    for (int64_t i = 0; i < size; ++i) ranks[i] = 0;
+    for (int64_t other = 0; other < size; ++other) {
+        const int32_t key = keys[other];
+        // Of equals the first comes first: it counts for those behind it.
+        for (int64_t i = 0; i < size; ++i) ranks[i] += (key > keys[i]) | ((key == keys[i]) & (other < i));
     }
 }
 

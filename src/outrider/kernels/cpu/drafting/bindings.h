@@ -7,5 +7,6 @@ namespace outrider {
 
 void bind_drafting(nanobind::module_& m);
 void bind_draft_sources(nanobind::module_& m);  // bindings_sources.cpp
+void bind_recycling(nanobind::module_& m);      // bindings_recycling.cpp
 
 }  // namespace outrider
