@@ -36,6 +36,7 @@ from outrider.drafting.build import TargetParts, build_drafter
 from outrider.drafting.drafter import Drafter, DraftStyle
 from outrider.drafting.forward_cost import ForwardCost
 from outrider.engine.references import with_token_references
+from outrider.kernels import native
 from outrider.llm import LLM
 from outrider.sampling.params import SamplingParams
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], help="for --time")
     parser.add_argument("--vocab-size", type=int, nargs="+", help="for --time; default: the model's")
     parser.add_argument("--num-texts", type=int, default=8, help="of each kind, for --time")
+    parser.add_argument("--threads", type=int, default=1, help="of the compiled kernels, for --time")
     parser.add_argument("--output", type=Path, help="where to write the figures as JSON")
     arguments = parser.parse_args()
 
@@ -105,6 +107,7 @@ def acceptance(llm: LLM, arguments: argparse.Namespace) -> Iterator[dict[str, An
 def times(llm: LLM, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measure and print drafting times; a row for each drafter, number of nodes, vocabulary, temperature and text."""
     torch.set_num_threads(1)
+    native.set_num_threads(arguments.threads)
     texts = {
         "code": code_recordings(llm, arguments.context, arguments.num_texts),
         "edit": edit_recordings(llm, arguments.context, arguments.num_texts),
