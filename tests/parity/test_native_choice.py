@@ -79,6 +79,9 @@ def test_choices_are_those_of_python(level: str, threads: int, vocab_size: int, 
                 assert choices is not None
                 assert choices.logits is not None
                 assert torch.equal(choices.logits, logits)
+                assert choices.maxima is not None
+                starts = np.arange(0, vocab_size, native.MAXIMA_BLOCK)
+                assert (choices.maxima.numpy() == np.maximum.reduceat(logits.numpy(), starts, axis=1)).all()
                 assert choices.token_ids == [
                     *expected_tokens(logits[:3], (1, 4, 30), draws[0]),
                     *expected_tokens(logits[3:], (1, 2, 2, 3, 3), draws[1]),
@@ -104,8 +107,9 @@ def test_rows_that_nothing_can_be_drawn_from_show(poison: float, tmp_path: Path)
     for draw in (None, KeyedDraw(0.8, 1)):
         batch = ForwardBatch(sequences_of(cache, (draw, draw)))
         assert not check_finite(model.forward(batch, cache)).any()
-        choices = model.choose(batch, cache)
+        choices = model.choose(batch, cache, with_logits=True)
         assert choices is None or not np.isfinite(choices.log_weights).any()
+        assert choices is None or choices.maxima is None or not choices.maxima.isfinite().any()
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-3, -1e-3])

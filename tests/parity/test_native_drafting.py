@@ -35,7 +35,7 @@ from outrider.drafting.top_tokens import top_tokens
 from outrider.drafting.tree_merge import WeightedPath, merge_paths
 from outrider.kernels import native
 from outrider.kernels.drafting import compiled, largest
-from outrider.kernels.native import REFERENCE
+from outrider.kernels.native import MAXIMA_BLOCK, REFERENCE
 from outrider.sampling.noise import Purpose, gumbel_noise, rank_with_noise
 from outrider.token_tree import TokenTree
 from tests.parity.kernel_levels import LEVELS, use_level, use_threads
@@ -553,3 +553,42 @@ def test_rows_that_do_not_fit_are_refused(rows: np.ndarray) -> None:
         largest(rows, 2)
     with pytest.raises(ValueError, match="expected contiguous float32"):
         largest(np.zeros((2, 3), dtype=np.float32), 4)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("vocab_size", [4096, 16384, 16500, 66001, 131072])
+@pytest.mark.parametrize("kind", ["random", "rounded", "nan", "one block", "constant"])
+def test_largest_logits_by_given_maxima(level: str, vocab_size: int, kind: str) -> None:
+    """The same as without them, wherever the largest stand: in the last, shorter block, or all in one."""
+    logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    if kind == "rounded":
+        logits = logits.round()
+    if kind == "nan":
+        logits[1, 7], logits[2, :], logits[3, vocab_size // 2 :] = float("nan"), float("nan"), -float("inf")
+    if kind == "one block":
+        logits[0, -20:] += 50.0
+        logits[1, 512:768] += 50.0
+    if kind == "constant":
+        logits[:] = 1.5
+    starts = np.arange(0, vocab_size, MAXIMA_BLOCK)
+    maxima = np.maximum.reduceat(logits.numpy(), starts, axis=1)
+    for count in (1, 8, 32):
+        with use_level(level):
+            found, expected = largest(logits.numpy(), count, maxima), largest(logits.numpy(), count)
+        assert found is not None
+        assert expected is not None
+        assert (found[0] == expected[0]).all()
+        assert np.array_equal(found[1], expected[1], equal_nan=True)
+
+
+def test_given_maxima_are_what_is_read() -> None:
+    """Blocks whose maximum is said to be low are not looked at; maxima of another shape are refused."""
+    logits = np.random.default_rng(0).standard_normal((2, 65536), dtype=np.float32)
+    maxima = np.maximum.reduceat(logits, np.arange(0, 65536, MAXIMA_BLOCK), axis=1)
+    best = int(logits[0].argmax())
+    maxima[0, best // MAXIMA_BLOCK] = -9.0
+    found = largest(logits, 4, maxima)
+    assert found is not None
+    assert best not in found[0][0]
+    with pytest.raises(ValueError, match="maxima"):
+        largest(logits, 4, maxima[:, 1:])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from outrider.drafting.drafter import DraftContext, Drafter, DraftOutcome, FinishedText
 from outrider.errors import ConfigError
+from outrider.kernels.native import MAXIMA_BLOCK
 from outrider.sampling.noise import Purpose, gumbel_noise
 from outrider.sampling.params import SamplingParams
 from outrider.token_tree import TokenTree
@@ -207,7 +208,8 @@ def _replay_one(
         # not asked for: a node below a rejected one is never reached.
         path = follow_choices(tree, [future[depth] if depth < len(future) else -1 for depth in tree.depths])
         logits, choices = (None, None) if target is None else target.outcome(context, tree, future)
-        outcome = DraftOutcome(blank.request_id, tree, path, logits, choices)
+        maxima = None if logits is None else _maxima(logits)
+        outcome = DraftOutcome(blank.request_id, tree, path, logits, choices, maxima)
         start = time.perf_counter()
         drafter.observe([outcome])
         result.observe_s.append(time.perf_counter() - start)
@@ -217,6 +219,12 @@ def _replay_one(
         result.num_drafted += tree.num_nodes - 1
         result.num_accepted += len(path.accepted_nodes)
         _count_confidences(result, tree, path.accepted_nodes)
+
+
+def _maxima(logits: Tensor) -> Tensor:
+    """What a forward leaves beside its logits: see `Choices`."""
+    rows = logits.numpy()
+    return torch.from_numpy(np.maximum.reduceat(rows, np.arange(0, rows.shape[1], MAXIMA_BLOCK), axis=1))
 
 
 def _count_confidences(result: ReplayResult, tree: TokenTree, accepted_nodes: Sequence[int]) -> None:

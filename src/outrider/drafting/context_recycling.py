@@ -99,7 +99,7 @@ class ContextRecyclingDrafter:
             assert outcome.target_logits is not None, "a drafter that reads logits got none"
             request, tree = self._requests.get(outcome.request_id), outcome.tree
             num_kept = request.num_kept if request else self._num_candidates
-            token_rows, logits = top_tokens(outcome.target_logits, num_kept)
+            token_rows, logits = top_tokens(outcome.target_logits, num_kept, outcome.logit_maxima)
             if request is None:
                 learn_chosen((self._table,), tree.tokens[:1], tree, token_rows, logits)
             else:

@@ -60,6 +60,8 @@ class DraftOutcome:
             the path.
         target_logits: ``[tree.num_nodes, vocab]`` the target's raw logits at each node; None only for a drafter that
             does not read them.
+        logit_maxima: ``[tree.num_nodes, num_maxima(vocab)]`` of these, as `Choices` has them; None where nobody has
+            looked.
     """
 
     request_id: str
@@ -67,6 +69,7 @@ class DraftOutcome:
     path: VerifiedPath
     target_logits: Tensor | None
     choices: Sequence[int] | None = None
+    logit_maxima: Tensor | None = None
 
     @property
     def new_tokens(self) -> list[int]:

@@ -75,7 +75,7 @@ class RecyclingDrafter:
         for outcome in outcomes:
             assert outcome.target_logits is not None, "a drafter that reads logits got none"
             # In node order: of a token that stands at several nodes the deepest wins.
-            tokens, _ = top_tokens(outcome.target_logits, self._num_candidates)
+            tokens, _ = top_tokens(outcome.target_logits, self._num_candidates, outcome.logit_maxima)
             self._candidates[np.asarray(outcome.tree.tokens)] = tokens
 
     def release(self, request_id: str, finished: FinishedText | None = None) -> None:

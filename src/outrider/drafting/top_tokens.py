@@ -24,8 +24,11 @@ Tokens = NDArray[np.int64]
 Values = NDArray[np.float32]
 
 
-def top_tokens(logits: Tensor, count: int) -> tuple[Tokens, Values]:
+def top_tokens(logits: Tensor, count: int, maxima: Tensor | None = None) -> tuple[Tokens, Values]:
     """The `count` largest of each row of ``[R, V]``, falling; on the CPU of equals the lowest first, NaN as -inf.
+
+    Args:
+        maxima: float32 on the CPU, as `Choices` has them; compiled code then reads a part of the rows.
 
     Returns:
         ``[R, count]`` tokens and their logits.
@@ -34,7 +37,9 @@ def top_tokens(logits: Tensor, count: int) -> tuple[Tokens, Values]:
         top = logits.topk(count, dim=-1)
         return top.indices.cpu().numpy(), top.values.float().cpu().numpy()
     rows = np.ascontiguousarray(logits.float().numpy())
-    return largest(rows, count) or _top(rows, count) or _sorted(rows, count)
+    return (
+        largest(rows, count, None if maxima is None else maxima.numpy()) or _top(rows, count) or _sorted(rows, count)
+    )
 
 
 def _sorted(rows: Values, count: int) -> tuple[Tokens, Values]:

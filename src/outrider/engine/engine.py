@@ -209,7 +209,9 @@ class Engine:
 
     def _observe(self, verified: Sequence[_Verified]) -> None:
         outcomes = [
-            DraftOutcome(v.request.request_id, v.tree, v.path, v.logits, v.choices) for v in verified if v.sound
+            DraftOutcome(v.request.request_id, v.tree, v.path, v.logits, v.choices, v.maxima)
+            for v in verified
+            if v.sound
         ]
         if outcomes:
             self.drafter.observe(outcomes)
@@ -259,6 +261,7 @@ class _Verified:
         choices: ``[tree.num_nodes]`` the target's choices; None where the rule made them along the path alone.
         logits: ``[tree.num_nodes, vocab]`` raw logits; None where only choices were computed.
         sound: False if any of the tree's rows had NaN or infinite logits, or no token to choose.
+        maxima: of the logits, as `Choices` has them.
     """
 
     request: Request
@@ -267,6 +270,7 @@ class _Verified:
     choices: Sequence[int] | None
     logits: Tensor | None
     sound: bool
+    maxima: Tensor | None = None
 
     @property
     def new_tokens(self) -> list[int]:
@@ -280,6 +284,8 @@ def _follow(drafting: Sequence[ScheduledSequence], trees: TokenTreeBatch, choice
         rows = trees.rows(index)
         chosen = choices.token_ids[rows]
         logits = None if choices.logits is None else choices.logits[rows]
+        maxima = None if choices.maxima is None else choices.maxima[rows]
         sound = all(map(math.isfinite, choices.log_weights[rows]))
-        verified.append(_Verified(scheduled.request, tree, follow_choices(tree, chosen), chosen, logits, sound))
+        path = follow_choices(tree, chosen)
+        verified.append(_Verified(scheduled.request, tree, path, chosen, logits, sound, maxima))
     return verified

@@ -18,8 +18,14 @@ def compiled() -> Any | None:
     return native._native if native.is_available() else None
 
 
-def largest(rows: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+def largest(
+    rows: NDArray[np.float32], count: int, maxima: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
     """The `count` largest of each row of ``[R, V]``, falling, of equals the lowest first; NaN counts as -inf.
+
+    Args:
+        maxima: ``[R, num_maxima(V)]`` the greatest of each `MAXIMA_BLOCK`, if known; only blocks that can hold one of
+            the largest are read then.
 
     Returns:
         ``[R, count]`` places and values; None without compiled code.
@@ -35,7 +41,12 @@ def largest(rows: NDArray[np.float32], count: int) -> tuple[NDArray[np.int64], N
     num_rows, size = rows.shape
     places = np.empty((num_rows, count), dtype=np.int64)
     values = np.empty((num_rows, count), dtype=np.float32)
-    native._module().largest(address(rows), num_rows, size, count, address(places), address(values))
+    known = 0
+    if maxima is not None:
+        if maxima.shape != (num_rows, native.num_maxima(size)) or not maxima.flags.c_contiguous:
+            raise ValueError(f"maxima: got {list(maxima.shape)}, expected {[num_rows, native.num_maxima(size)]}")
+        known = address(maxima)
+    native._module().largest(address(rows), known, num_rows, size, count, address(places), address(values))
     return places, values
 
 

@@ -360,6 +360,15 @@ class LlamaLayerWeights:
         return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
 
 
+MAXIMA_BLOCK = 256
+"""Logits whose greatest a forward may leave beside them."""
+
+
+def num_maxima(vocab_size: int) -> int:
+    """Blocks of `MAXIMA_BLOCK` logits of a row; the last one may be shorter."""
+    return -(-vocab_size // MAXIMA_BLOCK)
+
+
 UNDECIDED = -1
 """A token that `Llama.forward` leaves to whoever takes logarithms as the noise is defined."""
 
@@ -444,13 +453,20 @@ class Llama:
         return self._handle.last_seconds
 
     def forward(
-        self, sequences: Sequence[SequenceRows], caches: Any, *, logits: Tensor | None = None, chooses: bool = True
+        self,
+        sequences: Sequence[SequenceRows],
+        caches: Any,
+        *,
+        logits: Tensor | None = None,
+        maxima: Tensor | None = None,
+        chooses: bool = True,
     ) -> tuple[list[int], list[float]]:
         """Run the rows of a step; R of them are wanted.
 
         Args:
             caches: what `llama_caches` gives, for as many layers.
             logits: ``[R, vocab]`` contiguous float32 to be filled, or None.
+            maxima: ``[R, num_maxima(vocab)]`` likewise, if logits are wanted and choices: see `Choices`.
             chooses: whether each wanted row's successor is chosen.
 
         Returns:
@@ -461,7 +477,8 @@ class Llama:
             ValueError: rows that hang together wrongly, tokens or slots that are none, caches of another model.
         """
         _gather_threads()  # the level was selected when the weights were packed; every step comes here
-        return self._handle.forward(sequences, caches, 0 if logits is None else logits.data_ptr(), chooses)
+        addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (logits, maxima))
+        return self._handle.forward(sequences, caches, *addresses, chooses)
 
 
 def noise_ceiling(half: int) -> float:

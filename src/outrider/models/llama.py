@@ -143,8 +143,10 @@ class LlamaModel:
     def choose(self, batch: ForwardBatch, cache: KVCache, *, with_logits: bool = False) -> Choices | None:
         """What follows each wanted row, whose logits need never leave the processor's caches."""
         logits = self._room_for_logits(batch) if with_logits else None
-        tokens, log_weights = self._llama.forward(batch.sequences, self._caches_of(cache), logits=logits)
-        return None if native.UNDECIDED in tokens else Choices(tokens, log_weights, logits)
+        maxima = None if logits is None else torch.empty(len(logits), native.num_maxima(self.vocab_size))
+        caches = self._caches_of(cache)
+        tokens, log_weights = self._llama.forward(batch.sequences, caches, logits=logits, maxima=maxima)
+        return None if native.UNDECIDED in tokens else Choices(tokens, log_weights, logits, maxima)
 
     def _room_for_logits(self, batch: ForwardBatch) -> Tensor:
         return torch.empty(sum(len(rows.logits_rows) for rows in batch.sequences), self.vocab_size)

@@ -30,12 +30,13 @@ public:
         token_ = first;
     }
 
-    // The next logits, of tokens [first, first + count); `first` is a multiple of 8.
-    void see(const KernelTable& kernels, const float* logits, int64_t first, int64_t count) {
+    // The next logits, of tokens [first, first + count); `first` is a multiple of 8. Returns the greatest; NaN if there is one.
+    float see(const KernelTable& kernels, const float* logits, int64_t first, int64_t count) {
         const float most = kernels.greatest(logits, count);
         if (!(most <= best_)) take(most, first + (std::find(logits, logits + count, most) - logits));
-        if (draw_.temperature == 0.0f) return;
-        for (int64_t i = 0; i < count; i += kPiece) sample(kernels, logits + i, first + i, std::min(count - i, kPiece));
+        for (int64_t i = 0; i < count && draw_.temperature > 0.0f; i += kPiece)
+            sample(kernels, logits + i, first + i, std::min(count - i, kPiece));
+        return most;
     }
 
     // Takes in what was seen of later tokens.

@@ -12,7 +12,7 @@ namespace outrider {
 namespace {
 
 constexpr int64_t kFetchedAhead = 16384;  // bytes
-constexpr int64_t kStrip = 8;  // panels of the output layer whose logits are looked at before the next
+constexpr int64_t kStrip = kMaximaBlock / kPanel;  // panels of the output layer whose logits are looked at before the next
 
 // Whether rows packed for one layer serve another.
 bool same_inputs(const PackedLinear& a, const PackedLinear& b) {
@@ -309,7 +309,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
              },
              [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
     step.wait(num_threads);
-    const Share panels = share_of(spec_.lm_head.num_panels(), thread, num_threads);
+    Share panels = share_of(spec_.lm_head.num_panels(), thread, num_threads);
     if (thread == 0) step.lm_head_trial.start();
     if (output.tokens == nullptr) {
         kernels.linear(spec_.lm_head, step.packed[0], output.logits + panels.begin * kPanel, vocab, Epilogue::kStore,
@@ -318,6 +318,11 @@ void Llama::choose(Step& step, int thread, int num_threads) {
         return;
     }
     RowChoice* choices = step.choices + thread * num_logits;
+    const int64_t num_panels = spec_.lm_head.num_panels(), num_strips = (num_panels + kStrip - 1) / kStrip;
+    if (output.maxima != nullptr) {  // of whole strips
+        const Share strips = share_of(num_strips, thread, num_threads);
+        panels = {strips.begin * kStrip, std::min(strips.end * kStrip, num_panels)};
+    }
     const int64_t first = std::min(panels.begin * kPanel, vocab - 1);
     for (int64_t i = 0; i < num_logits; ++i) choices[i].begin(batch.draws[i], first);
     const bool writes = output.logits != nullptr;
@@ -326,7 +331,10 @@ void Llama::choose(Step& step, int thread, int num_threads) {
         const int64_t end = std::min(p + kStrip, panels.end), count = std::min(end * kPanel, vocab) - p * kPanel;
         float* strip = writes ? output.logits + p * kPanel : step.strip + thread * num_logits * width;
         kernels.linear(spec_.lm_head, step.packed[0], strip, width, Epilogue::kStore, p, end);
-        for (int64_t i = 0; i < num_logits; ++i) choices[i].see(kernels, strip + i * width, p * kPanel, count);
+        for (int64_t i = 0; i < num_logits; ++i) {
+            const float most = choices[i].see(kernels, strip + i * width, p * kPanel, count);
+            if (output.maxima != nullptr) output.maxima[i * num_strips + p / kStrip] = most;
+        }
     }
     if (thread == 0) step.lm_head_trial.stop();
     step.wait(num_threads);

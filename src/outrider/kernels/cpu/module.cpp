@@ -120,7 +120,8 @@ NB_MODULE(_native, m) {
                               static_cast<KvType>(embedding_type), at<const float>(final_norm), lm_head, std::move(layers)});
         })
         .def_prop_ro("last_seconds", &Llama::last_seconds)
-        .def("forward", [](Llama& self, nb::handle sequences, const LlamaCaches& caches, Address logits, bool chooses) {
+        .def("forward", [](Llama& self, nb::handle sequences, const LlamaCaches& caches, Address logits, Address maxima,
+                           bool chooses) {
             if (caches.keys.size() != self.num_layers()) throw nb::value_error("caches: expected one for each layer");
             const StepRows rows(sequences, self.num_tokens(), caches.num_slots);
             const size_t num_logits = rows.logits_rows.size();
@@ -131,7 +132,7 @@ NB_MODULE(_native, m) {
                                       static_cast<int>(num_logits), caches.type, caches.keys.data(), caches.values.data()};
             {
                 const nb::gil_scoped_release released;
-                self.forward(batch, {at<float>(logits), chooses ? tokens.data() : nullptr, log_weights.data()});
+                self.forward(batch, {at<float>(logits), chooses ? tokens.data() : nullptr, log_weights.data(), at<float>(maxima)});
             }
             return nb::make_tuple(as_list(tokens), as_list(log_weights));
         });

@@ -21,8 +21,8 @@
 namespace outrider {
 
 void bind_drafting(nb::module_& m) {
-    m.def("largest", [](Address rows, int64_t num_rows, int64_t size, int64_t count, Address tokens, Address values) {
-        find_largest(at<const float>(rows), num_rows, size, count, at<int64_t>(tokens), at<float>(values));
+    m.def("largest", [](Address rows, Address maxima, int64_t num_rows, int64_t size, int64_t count, Address tokens, Address values) {
+        find_largest({at<const float>(rows), at<const float>(maxima), num_rows, size}, count, at<int64_t>(tokens), at<float>(values));
     }, nb::call_guard<nb::gil_scoped_release>());
     m.def("rank_with_noise", [](uint64_t seed, uint64_t position, uint64_t purpose, Row<int64_t> tokens, Row<float> logits,
                                 float temperature, int64_t count) {

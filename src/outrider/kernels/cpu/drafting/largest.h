@@ -1,7 +1,8 @@
 // The few largest of rows of logits, in one pass over each.
 //
 // Maxima of blocks bound what can be among the best: what `count` maxima reach is at most the `count`-th largest logit.
-// So the few blocks whose maximum reaches it hold all that is wanted, and these alone are read again.
+// So the few blocks whose maximum reaches it hold all that is wanted, and these alone are read again; or at all, where whoever
+// made the logits has left the maxima beside them.
 #pragma once
 
 #include <algorithm>
@@ -20,32 +21,44 @@ constexpr int64_t kChunk = 16;          // logits that are compared side by side
 constexpr int64_t kBlocksPerBest = 16;  // so many blocks a wanted logit: a sixteenth of the row is read again
 constexpr int64_t kMostRanked = 256;    // found logits that are all compared with each other
 constexpr int64_t kSharedLogits = 1 << 19;  // fewer are read by one thread before another one has woken up
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
+constexpr int64_t kGivenPerBest = 8;    // fewer given maxima a wanted logit bound too little
+constexpr float kLowest = -std::numeric_limits<float>::infinity(), kGreatest = -kLowest;
+
+struct LogitRows {
+    const float* logits;  // [num_rows][size]
+    const float* maxima;  // [num_rows][size / kMaximaBlock, rounded up] or null: the greatest of each block, NaN if there is one
+    int64_t num_rows, size;
+
+    int64_t num_maxima() const { return (size + kMaximaBlock - 1) / kMaximaBlock; }
+};
 
 // The `count` largest of `size` logits, falling, of equals the first; NaN counts as the lowest.
 class Largest {
 public:
-    Largest(int64_t size, int64_t count)
+    // `has_maxima`: those of whole blocks of kMaximaBlock are given.
+    Largest(int64_t size, int64_t count, bool has_maxima)
         : kernels_(active_level()),
           size_(size),
           count_(count),
-          block_(std::max<int64_t>(1, size / (kBlocksPerBest * count * kChunk)) * kChunk),
+          block_(has_maxima ? kMaximaBlock : std::max<int64_t>(1, size / (kBlocksPerBest * count * kChunk)) * kChunk),
           num_blocks_(size / block_),
           maxima_(num_blocks_),
           ordered_(num_blocks_),
           places_(new uint32_t[size]) {}
 
-    void find(const float* row, int64_t* tokens, float* values) {
-        kernels_.block_maxima(row, num_blocks_, block_, maxima_.data());
+    void find(const float* row, const float* given, int64_t* tokens, float* values) {
+        const bool is_given = given != nullptr && kernels_.greatest(given, num_blocks_) <= kGreatest;  // no NaN
+        if (!is_given) kernels_.block_maxima(row, num_blocks_, block_, maxima_.data());
+        const float* maxima = is_given ? given : maxima_.data();
         const bool has_bound = num_blocks_ >= count_;
-        const float bound = has_bound ? kernels_.common_bound(maxima_.data(), num_blocks_, count_, ordered_.data()) : kLowest;
+        const float bound = has_bound ? kernels_.common_bound(maxima, num_blocks_, count_, ordered_.data()) : kLowest;
         num_found_ = 0;
         if (bound == kLowest) {
             take(0, size_);
             return sort(row, tokens, values);
         }
         for (int64_t b = 0; b < num_blocks_; ++b) {
-            if (maxima_[b] < bound) continue;
+            if (maxima[b] < bound) continue;
             const int64_t begin = b * block_;
             uint32_t* places = places_.get() + num_found_;
             num_found_ += kernels_.places_reaching(row + begin, block_, bound, static_cast<uint32_t>(begin), places);
@@ -93,19 +106,22 @@ private:
     std::unique_ptr<uint32_t[]> places_;
 };
 
-// The same of each of `num_rows` rows, by the kernels' threads if there is enough to read.
-inline void find_largest(const float* rows, int64_t num_rows, int64_t size, int64_t count, int64_t* tokens, float* values) {
+// The same of each row, by the kernels' threads if there is enough to read.
+inline void find_largest(const LogitRows& rows, int64_t count, int64_t* tokens, float* values) {
+    const bool has_maxima = rows.maxima != nullptr && rows.size / kMaximaBlock >= kGivenPerBest * count;
     std::vector<std::unique_ptr<Largest>> of_thread;
     std::atomic<int64_t> next{0};
     auto work = [&](int thread, int) {
-        for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < num_rows;) {
-            of_thread[thread]->find(rows + row * size, tokens + row * count, values + row * count);
+        for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows.num_rows;) {
+            const float* maxima = has_maxima ? rows.maxima + row * rows.num_maxima() : nullptr;
+            of_thread[thread]->find(rows.logits + row * rows.size, maxima, tokens + row * count, values + row * count);
         }
     };
     const auto prepare = [&](int64_t num_threads) {  // a job of the pool must not throw
-        while (static_cast<int64_t>(of_thread.size()) < num_threads) of_thread.push_back(std::make_unique<Largest>(size, count));
+        while (static_cast<int64_t>(of_thread.size()) < num_threads)
+            of_thread.push_back(std::make_unique<Largest>(rows.size, count, has_maxima));
     };
-    if (num_rows < 2 || num_rows * size < kSharedLogits) {
+    if (has_maxima || rows.num_rows < 2 || rows.num_rows * rows.size < kSharedLogits) {
         prepare(1);
         return work(0, 1);
     }
