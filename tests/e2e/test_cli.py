@@ -207,7 +207,7 @@ def test_a_prompt_without_usable_logits_does_not_spoil_the_others(
         return logits
 
     monkeypatch.setattr(llm.model, "forward", forward)
-    monkeypatch.setattr(llm.model, "choose", lambda batch, cache: None)
+    monkeypatch.setattr(llm.model, "choose", lambda *_, **__: None)
     path = tmp_path / "prompts.txt"
     path.write_text(f"#\n{PROMPT}\n")
     options = ("--decoding", "none", "--temperature", "0", "--max-tokens", "2")

@@ -76,7 +76,7 @@ def test_an_interruption_leaves_the_finished_samples() -> None:
 
 def test_summary_takes_the_median_of_what_repeats_accepted() -> None:
     """A planner decides by time, so its repeats differ."""
-    stats = [EngineStats(num_steps=100, step_s=1.0) for _ in range(3)]
+    stats = [EngineStats(num_steps=100, other_s=1.0) for _ in range(3)]
     for of, accepted in zip(stats, (0, 300, 100), strict=True):
         of.num_verifications, of.num_accepted_tokens = 100, accepted
     plain = [[1, 2]]
@@ -85,7 +85,7 @@ def test_summary_takes_the_median_of_what_repeats_accepted() -> None:
 
 
 def test_summary_pairs_the_repeats_and_counts_equal_outputs() -> None:
-    stats = EngineStats(draft_s=1.0, target_s=2.0, verify_s=0.5, step_s=4.0, num_steps=100)
+    stats = EngineStats(draft_s=1.0, target_s=2.0, verify_s=0.5, other_s=0.5, num_steps=100)
     stats.num_verifications, stats.num_accepted_tokens = 100, 150
     plain = [[1, 2], [3, 4]]
     results = Results(
@@ -108,7 +108,7 @@ def test_summary_pairs_the_repeats_and_counts_equal_outputs() -> None:
 
 
 def test_speed_table_has_a_row_for_every_contender() -> None:
-    results = Results({"none": [Sample(1.0, [[1]], EngineStats(step_s=1.0))], "other engine": [Sample(0.5, [[2]])]})
+    results = Results({"none": [Sample(1.0, [[1]], EngineStats(other_s=1.0))], "other engine": [Sample(0.5, [[2]])]})
     summaries = [summarise(name, results, comparable=True) for name in results.complete()]
     out = StringIO()
     console = Console(file=out, width=160)

@@ -210,7 +210,7 @@ def test_bad_logits_end_their_own_request_alone(llm: LLM, monkeypatch: pytest.Mo
         return logits
 
     monkeypatch.setattr(llm.model, "forward", forward)
-    monkeypatch.setattr(llm.model, "choose", lambda batch, cache: None)
+    monkeypatch.setattr(llm.model, "choose", lambda *_, **__: None)
     bad = Job({"prompt_token_ids": [5, 77]}, SamplingParams(n=2, temperature=0.0))
     expected = samples_of(llm, SamplingParams(temperature=0.0, max_tokens=8))
 

@@ -41,7 +41,7 @@ class EngineStats:
     num_cut_rows: int = 0
     num_without_room: int = 0
     accepted_at_depth: list[int] = field(default_factory=list)
-    _last: float = field(default=0.0, repr=False)
+    _last = 0.0  # when the last lap ended; no field
 
     @property
     def acceptance_length(self) -> float:
