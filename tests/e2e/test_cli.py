@@ -379,6 +379,7 @@ def test_verify_finds_equal_outputs_in_bitwise_mode(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("verdict", "status"), [("tie", 0), ("bug", 1)])
 def test_verify_fails_for_bugs_and_not_for_ties(monkeypatch: pytest.MonkeyPatch, verdict: str, status: int) -> None:
     from outrider.losslessness import report
+    from outrider.models.llama import LlamaModel
     from outrider.verification.coupled import CoupledRule, VerifyResult
 
     right = CoupledRule.verify
@@ -398,6 +399,7 @@ def test_verify_fails_for_bugs_and_not_for_ties(monkeypatch: pytest.MonkeyPatch,
 
         monkeypatch.setattr(report, "explain_divergence", explain)
     monkeypatch.setattr(CoupledRule, "verify", shifted)
+    monkeypatch.setattr(LlamaModel, "choose", lambda *_, **__: None)  # so that the rule is asked
     options = "--decoding recycling --prompts 2 --max-tokens 12 --batch-sizes 1 --temperatures 0 --json"
     result = run("verify", *options.split())
     assert result.exit_code == status, result.output

@@ -123,13 +123,11 @@ class KVCache:
         self._sequences[sequence_id] = sequence
         if self._index is None:
             return 0
-        shared: list[int] = []
         for entry, block in self._index.match(token_ids[: len(token_ids) - 1]):
             self.pool.share(block)
-            shared.append(block)
+            self._append_block(sequence, block)
             sequence.index_entry = entry
-        self._append_blocks(sequence, shared)
-        sequence.num_computed = len(shared) * self.block_size
+        sequence.num_computed = len(sequence.blocks) * self.block_size
         return sequence.num_computed
 
     def num_computed(self, sequence_id: str) -> int:
@@ -159,9 +157,8 @@ class KVCache:
             CacheError: the pool has too few blocks (callers ask `can_reserve` first).
         """
         sequence = self._sequences[sequence_id]
-        new_blocks = self.num_new_blocks(sequence_id, num_rows)
-        if new_blocks:
-            self._append_blocks(sequence, [self.pool.allocate() for _ in range(new_blocks)])
+        for _ in range(self.num_new_blocks(sequence_id, num_rows)):
+            self._append_block(sequence, self.pool.allocate())
         sequence.num_reserved = num_rows
         return sequence.slots[: sequence.num_computed + num_rows]
 
@@ -214,15 +211,14 @@ class KVCache:
         if self._index is not None:
             self._index.check_integrity()
 
-    def _append_blocks(self, sequence: _Sequence, blocks: Sequence[int]) -> None:
-        size, first = self.block_size, len(sequence.blocks)
-        sequence.blocks += blocks
-        if len(sequence.blocks) * size > len(sequence.slots):
-            grown = np.empty(2 * len(sequence.blocks) * size, dtype=np.int64)
-            grown[: first * size] = sequence.slots[: first * size]
+    def _append_block(self, sequence: _Sequence, block: int) -> None:
+        size, start = self.block_size, len(sequence.blocks) * self.block_size
+        if start == len(sequence.slots):
+            grown = np.empty(max(8 * size, 2 * start), dtype=np.int64)
+            grown[:start] = sequence.slots
             sequence.slots = grown
-        for index, block in enumerate(blocks, first):
-            sequence.slots[index * size : (index + 1) * size] = np.arange(block * size, (block + 1) * size)
+        sequence.slots[start : start + size] = np.arange(block * size, (block + 1) * size)
+        sequence.blocks.append(block)
 
     def _slot(self, sequence: _Sequence, position: int) -> int:
         return sequence.blocks[position // self.block_size] * self.block_size + position % self.block_size
