@@ -567,7 +567,7 @@ def test_largest_logits_by_given_maxima(level: str, vocab_size: int, kind: str) 
         logits[1, 7], logits[2, :], logits[3, vocab_size // 2 :] = float("nan"), float("nan"), -float("inf")
     if kind == "one block":
         logits[0, -20:] += 50.0
-        logits[1, 512:768] += 50.0
+        logits[1, 512:576] += 50.0
     if kind == "constant":
         logits[:] = 1.5
     starts = np.arange(0, vocab_size, MAXIMA_BLOCK)

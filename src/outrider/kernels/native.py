@@ -360,7 +360,7 @@ class LlamaLayerWeights:
         return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
 
 
-MAXIMA_BLOCK = 256
+MAXIMA_BLOCK = 64
 """Logits whose greatest a forward may leave beside them."""
 
 

@@ -20,8 +20,8 @@ class Choices:
         token_ids: ``[R]``.
         log_weights: ``[R]`` the greatest of each row, its logits divided by the draw's temperature; NaN where any is.
         logits: ``[R, vocab]`` float32 raw logits; None where they were not asked for.
-        maxima: ``[R, num_maxima(vocab)]`` float32, the greatest of each `MAXIMA_BLOCK` of these, NaN where any is;
-            None where nobody has looked.
+        maxima: ``[R, num_maxima(vocab)]`` float32, the greatest of each `MAXIMA_BLOCK` of these, NaN there where
+            any is; None where nobody has looked.
     """
 
     token_ids: list[int]

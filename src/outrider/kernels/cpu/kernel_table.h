@@ -36,10 +36,12 @@ OUTRIDER_INLINE void prefetch_far(const void* p) {
 __extension__ typedef unsigned __int128 uint128_t;
 
 constexpr int kPanel = 32;
-constexpr int64_t kMaximaBlock = 256;  // logits whose maximum a forward may leave beside them
+constexpr int64_t kMaximaBlock = 64;  // logits whose maximum a forward may leave beside them
 constexpr int kKeySplit = 64;  // keys of one split of a row's own key sequence
 constexpr int kPartUnits = 32;  // parts of a packed row begin at its multiples: with whole groups of int4 and whole lines
 constexpr int kTaskRows = 64;  // most rows of an attention task
+
+OUTRIDER_INLINE int64_t num_maxima(int64_t num_logits) { return (num_logits + kMaximaBlock - 1) / kMaximaBlock; }
 
 enum Format : int { kFp32 = 0, kBf16 = 1, kInt8 = 2, kInt4 = 3, kNumFormats = 4 };
 

@@ -12,7 +12,7 @@ namespace outrider {
 namespace {
 
 constexpr int64_t kFetchedAhead = 16384;  // bytes
-constexpr int64_t kStrip = kMaximaBlock / kPanel;  // panels of the output layer whose logits are looked at before the next
+constexpr int64_t kStrip = 8;  // panels of the output layer whose logits are looked at before the next
 
 // Whether rows packed for one layer serve another.
 bool same_inputs(const PackedLinear& a, const PackedLinear& b) {
@@ -333,7 +333,12 @@ void Llama::choose(Step& step, int thread, int num_threads) {
         kernels.linear(spec_.lm_head, step.packed[0], strip, width, Epilogue::kStore, p, end);
         for (int64_t i = 0; i < num_logits; ++i) {
             const float most = choices[i].see(kernels, strip + i * width, p * kPanel, count);
-            if (output.maxima != nullptr) output.maxima[i * num_strips + p / kStrip] = most;
+            if (output.maxima == nullptr) continue;
+            float* maxima = output.maxima + i * num_maxima(vocab) + p * kPanel / kMaximaBlock;
+            const int64_t num_whole = count / kMaximaBlock, rest = count % kMaximaBlock;
+            kernels.block_maxima(strip + i * width, num_whole, kMaximaBlock, maxima);
+            if (rest > 0) maxima[num_whole] = kernels.greatest(strip + i * width + num_whole * kMaximaBlock, rest);
+            if (most != most) std::fill(maxima, maxima + num_maxima(count), most);  // which blocks take for the lowest
         }
     }
     if (thread == 0) step.lm_head_trial.stop();

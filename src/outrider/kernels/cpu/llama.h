@@ -52,7 +52,7 @@ struct LlamaOutput {
     float* logits;       // [num_logits, vocab] or null
     int64_t* tokens;     // [num_logits] or null; the lowest of equals, or kUndecided
     float* log_weights;  // [num_logits] with `tokens`: each row's greatest; NaN if any of the row's is
-    float* maxima;       // [num_logits][maxima of a row] or null, with both: the greatest of each kMaximaBlock logits
+    float* maxima;       // [num_logits][maxima of a row] or null, with both: the greatest of each kMaximaBlock logits, NaN if one is near
 };
 
 class Llama {

@@ -22,20 +22,19 @@ constexpr int64_t kBlocksPerBest = 16;  // so many blocks a wanted logit: a sixt
 constexpr int64_t kMostRanked = 256;    // found logits that are all compared with each other
 constexpr int64_t kSharedLogits = 1 << 19;  // fewer are read by one thread before another one has woken up
 constexpr int64_t kGivenPerBest = 8;    // fewer given maxima a wanted logit bound too little
+constexpr int64_t kAhead = 16;          // blocks
 constexpr float kLowest = -std::numeric_limits<float>::infinity(), kGreatest = -kLowest;
 
 struct LogitRows {
     const float* logits;  // [num_rows][size]
-    const float* maxima;  // [num_rows][size / kMaximaBlock, rounded up] or null: the greatest of each block, NaN if there is one
+    const float* maxima;  // [num_rows][num_maxima(size)] or null: the greatest of each block; where there is NaN, it is too
     int64_t num_rows, size;
-
-    int64_t num_maxima() const { return (size + kMaximaBlock - 1) / kMaximaBlock; }
 };
 
 // The `count` largest of `size` logits, falling, of equals the first; NaN counts as the lowest.
 class Largest {
 public:
-    // `has_maxima`: those of whole blocks of kMaximaBlock are given.
+    // `has_maxima`: those of blocks of kMaximaBlock are given.
     Largest(int64_t size, int64_t count, bool has_maxima)
         : kernels_(active_level()),
           size_(size),
@@ -44,22 +43,27 @@ public:
           num_blocks_(size / block_),
           maxima_(num_blocks_),
           ordered_(num_blocks_),
+          blocks_(new uint32_t[num_blocks_]),
           places_(new uint32_t[size]) {}
 
     void find(const float* row, const float* given, int64_t* tokens, float* values) {
         const bool is_given = given != nullptr && kernels_.greatest(given, num_blocks_) <= kGreatest;  // no NaN
         if (!is_given) kernels_.block_maxima(row, num_blocks_, block_, maxima_.data());
         const float* maxima = is_given ? given : maxima_.data();
-        const bool has_bound = num_blocks_ >= count_;
-        const float bound = has_bound ? kernels_.common_bound(maxima, num_blocks_, count_, ordered_.data()) : kLowest;
+        const float bound = is_given ? bound_of(given) : num_blocks_ >= count_ ? common_bound(maxima, num_blocks_) : kLowest;
         num_found_ = 0;
         if (bound == kLowest) {
             take(0, size_);
             return sort(row, tokens, values);
         }
-        for (int64_t b = 0; b < num_blocks_; ++b) {
-            if (maxima[b] < bound) continue;
-            const int64_t begin = b * block_;
+        const int64_t num_whole = num_blocks_ / kChunk * kChunk;
+        int64_t num_reaching = kernels_.places_reaching(maxima, num_whole, bound, 0, blocks_.get());
+        for (int64_t b = num_whole; b < num_blocks_; ++b)
+            if (maxima[b] >= bound) blocks_[num_reaching++] = static_cast<uint32_t>(b);
+        for (int64_t i = 0; i < num_reaching; ++i) {
+            const int64_t begin = blocks_[i] * block_;
+            if (i + kAhead < num_reaching)  // they stand too far apart for the processor to foresee
+                for (int64_t j = 0; j < block_; j += 16) prefetch(row + blocks_[i + kAhead] * block_ + j);
             uint32_t* places = places_.get() + num_found_;
             num_found_ += kernels_.places_reaching(row + begin, block_, bound, static_cast<uint32_t>(begin), places);
         }
@@ -70,6 +74,18 @@ public:
     }
 
 private:
+    float common_bound(const float* maxima, int64_t number) {
+        return kernels_.common_bound(maxima, number, count_, ordered_.data());
+    }
+
+    // Of maxima that are given, and many, the maxima of groups bound nearly as well.
+    float bound_of(const float* given) {
+        const int64_t num_groups = num_blocks_ / kChunk;
+        if (num_groups < 4 * count_) return common_bound(given, num_blocks_);
+        kernels_.block_maxima(given, num_groups, kChunk, maxima_.data());
+        return common_bound(maxima_.data(), num_groups);
+    }
+
     void take(int64_t first, int64_t end) {
         for (int64_t token = first; token < end; ++token) places_[num_found_++] = static_cast<uint32_t>(token);
     }
@@ -103,7 +119,7 @@ private:
     int64_t size_, count_, block_, num_blocks_, num_found_ = 0;
     std::vector<float> maxima_;
     std::vector<int32_t> ordered_;
-    std::unique_ptr<uint32_t[]> places_;
+    std::unique_ptr<uint32_t[]> blocks_, places_;
 };
 
 // The same of each row, by the kernels' threads if there is enough to read.
@@ -113,7 +129,7 @@ inline void find_largest(const LogitRows& rows, int64_t count, int64_t* tokens, 
     std::atomic<int64_t> next{0};
     auto work = [&](int thread, int) {
         for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows.num_rows;) {
-            const float* maxima = has_maxima ? rows.maxima + row * rows.num_maxima() : nullptr;
+            const float* maxima = has_maxima ? rows.maxima + row * num_maxima(rows.size) : nullptr;
             of_thread[thread]->find(rows.logits + row * rows.size, maxima, tokens + row * count, values + row * count);
         }
     };
