@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 THREADS ?= 2
+KERNELS := CMakeLists.txt $(shell find src/outrider/kernels/cpu -type f)
 
 .PHONY: demo test test-all lint types install format clean
 
@@ -13,7 +14,7 @@ demo: install
 install: $(STAMP)
 
 # torch first and by its exact version: asked for in any other way, pip takes gigabytes of GPU packages along.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(KERNELS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "outrider needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
