@@ -56,15 +56,16 @@ public:
             std::vector<int64_t> parents = all(sequence.attr("parents"));
             const int64_t num_rows = static_cast<int64_t>(tokens.size()), num_context = number(sequence.attr("num_context"));
             const Int64Array& slots = slots_.emplace_back(sequence.attr("slots"));
-            require(num_rows > 0 && parents.size() == tokens.size(), "parents", parents.size(), num_rows);
-            require(num_context >= 0 && slots.size() == num_context + num_rows, "slots", slots.size(), num_context + num_rows);
-            for (int64_t i = 0; i < slots.size(); ++i)
-                require(slots.data()[i] >= 0 && slots.data()[i] < num_slots, "slot", slots.data()[i], num_slots);
-            for (const int64_t token : tokens) require(token >= 0 && token < num_tokens, "token id", token, num_tokens);
+            require(num_rows > 0, "rows of a sequence", num_rows, "at least one");
+            require(num_context >= 0, "num_context", num_context, "at least 0");
+            require_equal("parents", static_cast<int64_t>(parents.size()), num_rows);
+            require_equal("slots", slots.size(), num_context + num_rows);
+            for (int64_t i = 0; i < slots.size(); ++i) require_within("slot", slots.data()[i], 0, num_slots);
+            for (const int64_t token : tokens) require_within("token id", token, 0, num_tokens);
             bool is_chain = true;
             for (int64_t row = 0; row < num_rows; ++row) {
                 const int64_t parent = parents[row];
-                require(parent >= -1 && parent < row, "parent of a row", parent, row);
+                require_within("parent of a row", parent, -1, row);
                 is_chain &= parent == row - 1;
                 positions.push_back(parent < 0 ? num_context : positions[start + parent] + 1);
                 parents_.push_back(static_cast<int32_t>(parent));
@@ -88,12 +89,14 @@ private:
     }
     static int64_t number(nb::handle value) { return nb::cast<int64_t>(value); }
 
-    template <class Got, class Expected>
-    static void require(bool holds, const char* what, Got got, Expected expected) {
-        if (holds) return;
-        const std::string text = std::string(what) + ": got " + std::to_string(got) + ", expected " +
-                                 (std::string(what).back() == 's' ? "" : "less than ") + std::to_string(expected);
-        throw nb::value_error(text.c_str());
+    static void require(bool holds, const char* what, int64_t got, const char* expected) {
+        if (!holds) throw nb::value_error((std::string(what) + ": got " + std::to_string(got) + ", expected " + expected).c_str());
+    }
+    static void require_equal(const char* what, int64_t got, int64_t expected) {
+        if (got != expected) require(false, what, got, std::to_string(expected).c_str());  // no text where none is needed
+    }
+    static void require_within(const char* what, int64_t got, int64_t least, int64_t end) {
+        if (got < least || got >= end) require(false, what, got, (std::to_string(least) + " to " + std::to_string(end - 1)).c_str());
     }
 
     void add_wanted(nb::handle sequence, int64_t start, int64_t num_rows) {
@@ -105,7 +108,7 @@ private:
             if (!(drawn.temperature > 0.0f)) throw nb::value_error("temperature of a draw: expected more than 0");
         }
         for (const int64_t row : all(sequence.attr("logits_rows"))) {
-            require(row >= 0 && row < num_rows, "wanted row", row, num_rows);
+            require_within("wanted row", row, 0, num_rows);
             drawn.position = static_cast<uint64_t>(positions[start + row]) + 1;  // the successor's
             logits_rows.push_back(start + row);
             draws.push_back(drawn);
