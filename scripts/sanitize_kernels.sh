@@ -45,7 +45,8 @@ UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export ASAN_OPTIONS UBSAN_OPTIONS OMP_NUM_THREADS
 
-[ $# -gt 0 ] || set -- tests/parity/test_native_linear.py tests/parity/test_native_attention.py tests/parity/test_native_drafting.py
+[ $# -gt 0 ] || set -- tests/parity/test_native_linear.py tests/parity/test_native_attention.py tests/parity/test_native_drafting.py \
+    tests/parity/test_native_choice.py tests/parity/test_lean_path.py tests/unit/test_top_tokens.py
 cd "$root"
 # An editable install has a finder of its own that comes before every path: the copy is put before that.
 LD_PRELOAD=$LD_PRELOAD "$python" -c '
