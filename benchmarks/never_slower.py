@@ -4,6 +4,9 @@ Memory on shared machines changes its speed within seconds, so batches are decod
 is second is up to a quarter faster with a small model, so a pair is two batches, one in each order, and its ratio
 that of the sums; what counts is the median over pairs. Outputs are compared token for token.
 
+Where a batch takes longer than memory keeps its speed (a large model, many prompts), `--by-steps` lets the two take
+turns step by step instead: whoever has fewer tokens goes next.
+
     OMP_NUM_THREADS=2 python benchmarks/never_slower.py --model build/inflated --dtype bfloat16 \
         --draft-model src/outrider/bundled/draft --output benchmarks/results/NAME.json
     OMP_NUM_THREADS=2 python benchmarks/never_slower.py --contenders draft-model --cases random-1.5-b16 --pairs 9
@@ -18,7 +21,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=CASES_HELP)
     parser.add_argument("--pairs", type=int, help="pairs of runs of every case, instead of each one's own number")
+    parser.add_argument("--by-steps", action="store_true", help="take turns step by step, not batch by batch")
     parser.add_argument("--output", help="JSON, written after every case")
     args = parser.parse_args(argv)
     has_draft = args.model is None or args.draft_model is not None
@@ -114,7 +118,7 @@ def main() -> None:
         cases = [replace(case, num_pairs=args.pairs) for case in cases]
     record: dict[str, Any] = {"command": command_line(), "environment": environment(), "rows": []}
     for name in args.contenders:
-        for row in measure(plain, name, specs[name], cases):
+        for row in measure(plain, name, specs[name], cases, by_steps=args.by_steps):
             record["rows"].append(row)
             if args.output:  # an interruption leaves what there is
                 Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
@@ -126,7 +130,9 @@ def command_line() -> str:
     return shlex.join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), "python", *sys.argv])
 
 
-def measure(plain: LLM, name: str, spec: dict[str, Any], cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+def measure(
+    plain: LLM, name: str, spec: dict[str, Any], cases: Sequence[Case], *, by_steps: bool
+) -> Iterator[dict[str, Any]]:
     """One row a case, printed as it is done."""
     for case in cases:
         num_prompts = case.num_prompts
@@ -156,12 +162,12 @@ def measure(plain: LLM, name: str, spec: dict[str, Any], cases: Sequence[Case]) 
                 batch: Any = [
                     {"prompt_token_ids": encoded[i % len(encoded)]} for i in range(first, first + num_prompts)
                 ]
+                llms = {label: {"plain": plain, "auto": auto}[label] for label in order}
                 outputs = {}
-                for label in order:
-                    start = time.perf_counter()
-                    generated = {"plain": plain, "auto": auto}[label].generate(batch, params)
-                    seconds[label] += time.perf_counter() - start
-                    outputs[label] = [output.outputs[0].token_ids for output in generated]
+                for decoded in [llms] if by_steps else [{label: llm} for label, llm in llms.items()]:
+                    for label, (elapsed, token_ids) in decode(decoded, batch, params).items():
+                        seconds[label] += elapsed
+                        outputs[label] = token_ids
                 equal &= outputs["plain"] == outputs["auto"]
                 tokens += sum(map(len, outputs["auto"]))
             ratios.append(seconds["plain"] / seconds["auto"])
@@ -188,6 +194,32 @@ def measure(plain: LLM, name: str, spec: dict[str, Any], cases: Sequence[Case]) 
             flush=True,
         )
         yield row
+
+
+def decode(
+    llms: Mapping[str, LLM], batch: Sequence[Any], params: Sequence[SamplingParams]
+) -> dict[str, tuple[float, list[list[int]]]]:
+    """Every engine's seconds for a batch and its tokens; engines take turns step by step."""
+    seconds = dict.fromkeys(llms, 0.0)
+    generations = {}
+    for label, llm in llms.items():
+        start = time.perf_counter()
+        generations[label] = [llm.prepare(prompt, p) for prompt, p in zip(batch, params, strict=True)]
+        for generation in generations[label]:
+            llm.add(generation)
+        seconds[label] += time.perf_counter() - start
+    num_tokens = dict.fromkeys(llms, 0)
+    while running := [label for label, llm in llms.items() if llm.has_unfinished]:
+        label = min(running, key=num_tokens.__getitem__)
+        before = llms[label].engine.stats.num_output_tokens
+        start = time.perf_counter()
+        llms[label].step()
+        seconds[label] += time.perf_counter() - start
+        num_tokens[label] += llms[label].engine.stats.num_output_tokens - before
+    return {
+        label: (seconds[label], [llms[label].output(each).outputs[0].token_ids for each in generations[label]])
+        for label in llms
+    }
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import never_slower
+
+from outrider import LLM, SamplingParams
 
 
 def test_cases_are_chosen_by_name_and_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,22 +55,46 @@ def test_what_was_chosen_is_run_and_the_record_carries_its_command(
 ) -> None:
     measured = []
 
-    def measure(plain: object, name: str, spec: dict, cases: list[never_slower.Case]) -> Iterator[dict]:
+    def measure(
+        plain: object, name: str, spec: dict, cases: list[never_slower.Case], *, by_steps: bool
+    ) -> Iterator[dict]:
         for case in cases:
-            measured.append((name, case.name, case.num_pairs))
+            measured.append((name, case.name, case.num_pairs, by_steps))
             yield {"case": case.name}
 
     monkeypatch.setattr(never_slower, "LLM", lambda *args, **settings: settings["device"])
     monkeypatch.setattr(never_slower, "measure", measure)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     output = str(tmp_path / "a record.json")
-    chosen = ["--contenders", "draft-model", "--cases", "code-1.0-b16", "random-1.5-b1", "--pairs", "9"]
+    chosen = ["--contenders", "draft-model", "--cases", "code-1.0-b16", "random-1.5-b1", "--pairs", "9", "--by-steps"]
     monkeypatch.setattr(sys, "argv", ["benchmarks/never_slower.py", *chosen, "--output", output])
     never_slower.main()
-    assert measured == [("draft-model", "code-1.0-b16", 9), ("draft-model", "random-1.5-b1", 9)]
+    assert measured == [("draft-model", "code-1.0-b16", 9, True), ("draft-model", "random-1.5-b1", 9, True)]
     record = json.loads(Path(output).read_text())
     assert record["rows"] == [{"case": "code-1.0-b16"}, {"case": "random-1.5-b1"}]
     assert (
         record["command"]
         == f"OMP_NUM_THREADS=2 python benchmarks/never_slower.py {' '.join(chosen)} --output '{output}'"
     )
+
+
+def test_engines_take_turns_step_by_step_and_give_what_generating_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LLM(decoding="none", cache={"prefix_caching": False})
+    llms = {"plain": plain, "auto": plain.with_decoding("ngram")}
+    prompts = ["    x = 1\n    x = 1\n    x =", "class A:\n    x = 1\n    x = 1\n    x ="]
+    params = [SamplingParams(temperature=0.0, max_tokens=32, seed=0, ignore_eos=True)] * 2
+    expected = [output.outputs[0].token_ids for output in plain.generate(prompts, params)]
+    turns = []
+    for label, llm in llms.items():
+
+        def step(label: str = label, step: Callable[[], list] = llm.step) -> list:
+            turns.append(label)
+            return step()
+
+        monkeypatch.setattr(llm, "step", step)
+    decoded = never_slower.decode(llms, prompts, params)
+    assert all(seconds > 0 and tokens == expected for seconds, tokens in decoded.values())
+    assert turns[:2] == ["plain", "auto"]
+    assert turns.count("auto") < turns.count("plain"), "drafts save steps here"
+    last = len(turns) - 1 - turns[::-1].index("auto")
+    assert "plain" in turns[2:last], "they alternate"
