@@ -143,7 +143,8 @@ def measure(
         )
         ratios, equal, tokens = [], True, 0
         plain = plain.with_decoding("none")  # a cache as fresh as the other's
-        for llm in (plain, auto):
+        llms = {"plain": plain, "auto": auto}
+        for llm in llms.values():
             llm.generate(WARM_UP, SamplingParams(temperature=0.0, max_tokens=8))
         for pair in range(case.num_pairs):
             seconds = {"plain": 0.0, "auto": 0.0}
@@ -162,12 +163,11 @@ def measure(
                 batch: Any = [
                     {"prompt_token_ids": encoded[i % len(encoded)]} for i in range(first, first + num_prompts)
                 ]
-                llms = {label: {"plain": plain, "auto": auto}[label] for label in order}
                 outputs = {}
-                for decoded in [llms] if by_steps else [{label: llm} for label, llm in llms.items()]:
-                    for label, (elapsed, token_ids) in decode(decoded, batch, params).items():
-                        seconds[label] += elapsed
-                        outputs[label] = token_ids
+                for group in [order] if by_steps else [(label,) for label in order]:
+                    for label, decoded in decode({label: llms[label] for label in group}, batch, params).items():
+                        seconds[label] += decoded[0]
+                        outputs[label] = decoded[1]
                 equal &= outputs["plain"] == outputs["auto"]
                 tokens += sum(map(len, outputs["auto"]))
             ratios.append(seconds["plain"] / seconds["auto"])

@@ -98,3 +98,28 @@ def test_engines_take_turns_step_by_step_and_give_what_generating_gives(monkeypa
     assert turns.count("auto") < turns.count("plain"), "drafts save steps here"
     last = len(turns) - 1 - turns[::-1].index("auto")
     assert "plain" in turns[2:last], "they alternate"
+
+
+@pytest.mark.parametrize(
+    ("by_steps", "groups"),
+    [
+        (False, [["plain"], ["auto"], ["auto"], ["plain"]]),
+        (True, [["plain", "auto"], ["auto", "plain"]]),
+    ],
+)
+def test_a_pair_is_decoded_in_both_orders(
+    by_steps: bool, groups: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+
+    def decode(llms: dict[str, LLM], batch: list, params: list) -> dict[str, tuple[float, list[list[int]]]]:
+        decoded.append(list(llms))
+        return {label: (3.0 if label == "plain" else 2.0, [[1]]) for label in llms}
+
+    monkeypatch.setattr(never_slower, "decode", decode)
+    case = never_slower.Case("random", 1.0, 1, 1, 1, 4)
+    plain = LLM(decoding="none", cache={"prefix_caching": False})
+    (row,) = never_slower.measure(plain, "training-free", "ngram", [case], by_steps=by_steps)
+    assert decoded == groups
+    assert row["speedup_median"] == 1.5
+    assert row["outputs_equal"]
