@@ -5,7 +5,8 @@ is second is up to a quarter faster with a small model, so a pair is two batches
 that of the sums; what counts is the median over pairs. Outputs are compared token for token.
 
 Where a batch takes longer than memory keeps its speed (a large model, many prompts), `--by-steps` lets the two take
-turns step by step instead: whoever has fewer tokens goes next.
+turns step by step instead: whoever has fewer tokens goes next. `--control` lets a second plain engine take part: how
+far it is from the first is what this machine cannot tell.
 
     OMP_NUM_THREADS=2 python benchmarks/never_slower.py --model build/inflated --dtype bfloat16 \
         --draft-model src/outrider/bundled/draft --output benchmarks/results/NAME.json
@@ -86,6 +87,7 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=CASES_HELP)
     parser.add_argument("--pairs", type=int, help="pairs of runs of every case, instead of each one's own number")
     parser.add_argument("--by-steps", action="store_true", help="take turns step by step, not batch by batch")
+    parser.add_argument("--control", action="store_true", help="also time a second plain engine against the first")
     parser.add_argument("--output", help="JSON, written after every case")
     args = parser.parse_args(argv)
     has_draft = args.model is None or args.draft_model is not None
@@ -118,7 +120,7 @@ def main() -> None:
         cases = [replace(case, num_pairs=args.pairs) for case in cases]
     record: dict[str, Any] = {"command": command_line(), "environment": environment(), "rows": []}
     for name in args.contenders:
-        for row in measure(plain, name, specs[name], cases, by_steps=args.by_steps):
+        for row in measure(plain, name, specs[name], cases, by_steps=args.by_steps, control=args.control):
             record["rows"].append(row)
             if args.output:  # an interruption leaves what there is
                 Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
@@ -131,7 +133,7 @@ def command_line() -> str:
 
 
 def measure(
-    plain: LLM, name: str, spec: dict[str, Any], cases: Sequence[Case], *, by_steps: bool
+    plain: LLM, name: str, spec: dict[str, Any], cases: Sequence[Case], *, by_steps: bool, control: bool
 ) -> Iterator[dict[str, Any]]:
     """One row a case, printed as it is done."""
     for case in cases:
@@ -141,14 +143,17 @@ def measure(
         encoded = open_workload(case.workload, min(MAX_PROMPTS, 2 * num_prompts * case.num_pairs)).encode(
             plain.tokenizer.encode, vocab_size=plain.model.vocab_size, room=400
         )
-        ratios, equal, tokens = [], True, 0
+        equal, tokens = True, 0
         plain = plain.with_decoding("none")  # a cache as fresh as the other's
         llms = {"plain": plain, "auto": auto}
+        if control:
+            llms["control"] = plain.with_decoding("none")
+        speedups: dict[str, list[float]] = {label: [] for label in llms if label != "plain"}
         for llm in llms.values():
             llm.generate(WARM_UP, SamplingParams(temperature=0.0, max_tokens=8))
         for pair in range(case.num_pairs):
-            seconds = {"plain": 0.0, "auto": 0.0}
-            for run, order in enumerate((("plain", "auto"), ("auto", "plain")), 2 * pair):
+            seconds = dict.fromkeys(llms, 0.0)
+            for run, order in enumerate((tuple(llms), tuple(reversed(llms))), 2 * pair):
                 # A seed for each prompt: at a high temperature equal noise makes equal texts, which are no test.
                 params = [
                     SamplingParams(
@@ -168,9 +173,10 @@ def measure(
                     for label, decoded in decode({label: llms[label] for label in group}, batch, params).items():
                         seconds[label] += decoded[0]
                         outputs[label] = decoded[1]
-                equal &= outputs["plain"] == outputs["auto"]
+                equal &= all(output == outputs["plain"] for output in outputs.values())
                 tokens += sum(map(len, outputs["auto"]))
-            ratios.append(seconds["plain"] / seconds["auto"])
+            for label, ratios in speedups.items():
+                ratios.append(seconds["plain"] / seconds[label])
         stats = auto.engine.stats
         row = {
             "auto": name,
@@ -179,17 +185,23 @@ def measure(
             "temperature": case.temperature,
             "batch_size": case.batch_size,
             "num_prompts": num_prompts,
-            "speedup_median": statistics.median(ratios),
-            "speedups": ratios,
+            "speedup_median": statistics.median(speedups["auto"]),
+            "speedups": speedups["auto"],
             "acceptance_length": stats.acceptance_length,
             "draft_ms_per_step": 1e3 * stats.draft_s / stats.num_steps,
             "outputs_equal": equal,
             "num_tokens": tokens,
         }
+        if control:
+            row |= {"control_median": statistics.median(speedups["control"]), "controls": speedups["control"]}
         print(
             f"{name}, {case.name}: "
-            f"{row['speedup_median']:.3f}x ({min(ratios):.3f} to {max(ratios):.3f}), "
-            f"{stats.acceptance_length:.2f} tokens a step, "
+            + "".join(
+                f"{'' if label == 'auto' else 'plain again '}{statistics.median(ratios):.3f}x "
+                f"({min(ratios):.3f} to {max(ratios):.3f}), "
+                for label, ratios in speedups.items()
+            )
+            + f"{stats.acceptance_length:.2f} tokens a step, "
             f"{'equal' if equal else 'DIFFERENT'}",
             flush=True,
         )

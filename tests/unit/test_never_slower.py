@@ -56,20 +56,33 @@ def test_what_was_chosen_is_run_and_the_record_carries_its_command(
     measured = []
 
     def measure(
-        plain: object, name: str, spec: dict, cases: list[never_slower.Case], *, by_steps: bool
+        plain: object, name: str, spec: dict, cases: list[never_slower.Case], *, by_steps: bool, control: bool
     ) -> Iterator[dict]:
         for case in cases:
-            measured.append((name, case.name, case.num_pairs, by_steps))
+            measured.append((name, case.name, case.num_pairs, by_steps, control))
             yield {"case": case.name}
 
     monkeypatch.setattr(never_slower, "LLM", lambda *args, **settings: settings["device"])
     monkeypatch.setattr(never_slower, "measure", measure)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     output = str(tmp_path / "a record.json")
-    chosen = ["--contenders", "draft-model", "--cases", "code-1.0-b16", "random-1.5-b1", "--pairs", "9", "--by-steps"]
+    chosen = [
+        "--contenders",
+        "draft-model",
+        "--cases",
+        "code-1.0-b16",
+        "random-1.5-b1",
+        "--pairs",
+        "9",
+        "--by-steps",
+        "--control",
+    ]
     monkeypatch.setattr(sys, "argv", ["benchmarks/never_slower.py", *chosen, "--output", output])
     never_slower.main()
-    assert measured == [("draft-model", "code-1.0-b16", 9, True), ("draft-model", "random-1.5-b1", 9, True)]
+    assert measured == [
+        ("draft-model", "code-1.0-b16", 9, True, True),
+        ("draft-model", "random-1.5-b1", 9, True, True),
+    ]
     record = json.loads(Path(output).read_text())
     assert record["rows"] == [{"case": "code-1.0-b16"}, {"case": "random-1.5-b1"}]
     assert (
@@ -101,25 +114,27 @@ def test_engines_take_turns_step_by_step_and_give_what_generating_gives(monkeypa
 
 
 @pytest.mark.parametrize(
-    ("by_steps", "groups"),
+    ("by_steps", "control", "groups"),
     [
-        (False, [["plain"], ["auto"], ["auto"], ["plain"]]),
-        (True, [["plain", "auto"], ["auto", "plain"]]),
+        (False, False, [["plain"], ["auto"], ["auto"], ["plain"]]),
+        (True, False, [["plain", "auto"], ["auto", "plain"]]),
+        (True, True, [["plain", "auto", "control"], ["control", "auto", "plain"]]),
     ],
 )
 def test_a_pair_is_decoded_in_both_orders(
-    by_steps: bool, groups: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    by_steps: bool, control: bool, groups: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = []
 
     def decode(llms: dict[str, LLM], batch: list, params: list) -> dict[str, tuple[float, list[list[int]]]]:
         decoded.append(list(llms))
-        return {label: (3.0 if label == "plain" else 2.0, [[1]]) for label in llms}
+        return {label: ({"plain": 3.0, "auto": 2.0, "control": 4.0}[label], [[1]]) for label in llms}
 
     monkeypatch.setattr(never_slower, "decode", decode)
     case = never_slower.Case("random", 1.0, 1, 1, 1, 4)
     plain = LLM(decoding="none", cache={"prefix_caching": False})
-    (row,) = never_slower.measure(plain, "training-free", "ngram", [case], by_steps=by_steps)
+    (row,) = never_slower.measure(plain, "training-free", "ngram", [case], by_steps=by_steps, control=control)
     assert decoded == groups
     assert row["speedup_median"] == 1.5
+    assert row.get("control_median") == (0.75 if control else None)
     assert row["outputs_equal"]
