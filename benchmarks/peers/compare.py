@@ -4,9 +4,9 @@ Runs in outrider's environment and starts each peer (`measure_peers.py --serve`)
 
     python benchmarks/peers/compare.py --model MODEL --models PEERS --peers-python ~/peers-venv/bin/python
 
-A sample counts only if the read bandwidth before and after it agree within 15% (`outrider.bench.forward.measure`),
-and if it is within 15% of the bandwidth that most samples had: a machine that flips between two would else compare
-one engine in one of them with another in the other. The JSON has the others too (`samples`).
+A sample counts only if the read bandwidth before and after it agree within 15% (`outrider.bench.forward.measure`).
+A machine whose memory flips between two bandwidths gets a table for each, of the samples within 15% of it: else one
+engine in one of them would be compared with another in the other. The JSON has all samples.
 outrider's times include its Python; a peer's are those that it measures itself, without putting its context back.
 Both run once before they are timed.
 Threads: OMP_NUM_THREADS for outrider, the same number for the peers.
@@ -29,6 +29,7 @@ from outrider.bench.forward import (
     BandwidthProbe,
     ForwardRuns,
     Measurement,
+    Sample,
     Workload,
     measure,
     probe_bytes,
@@ -39,6 +40,8 @@ from outrider.bench.target import open_target
 
 CONTEXT = 64
 PREFILL = 512
+OWN = "outrider"
+MODE_SHARE = 0.1  # of the samples; fewer are no mode of the memory, but disturbed
 SETTLE_S = 0.1  # the engine before may still spin; ONNX Runtime does for 30 ms
 # For OpenVINO the group of activations that is fastest; its default, 32, is slower.
 GROUP_128 = "DYNAMIC_QUANTIZATION_GROUP_SIZE=128"
@@ -97,7 +100,7 @@ def own_workloads(args: argparse.Namespace, rows: list[int]) -> dict[str, list[W
     for format in target.formats:
         runs = ForwardRuns(format, target.model(format), context=CONTEXT, num_positions=CONTEXT + max(*rows, PREFILL))
         workloads = [runs.workload(m, target.num_params) for m in rows]
-        found[f"outrider {format}"] = [*workloads, runs.prefill(PREFILL, target.num_params)]
+        found[f"{OWN} {format}"] = [*workloads, runs.prefill(PREFILL, target.num_params)]
     return found
 
 
@@ -110,27 +113,30 @@ def peer_workloads(peer: Peer, format: Any, rows: list[int]) -> list[Workload]:
     return [*workloads, Workload("prefill", format, PREFILL, 0, 0, lambda: peer.run({"prefill": PREFILL}))]
 
 
-def usual_bandwidth(measurement: Measurement) -> float:
-    """The bandwidth that most samples agree with."""
-    bandwidths = [sample.bandwidth for samples in measurement.samples.values() for sample in samples]
-    return max(bandwidths, key=lambda center: sum(probes_agree(center, other) for other in bandwidths))
+def bandwidth_modes(bandwidths: list[float]) -> list[float]:
+    """Bandwidths that the memory flips between, each the one that most of the samples left agree with."""
+    left, modes = bandwidths, []
+    while len(left) > MODE_SHARE * len(bandwidths):
+        modes.append(max(left, key=lambda center: sum(probes_agree(center, other) for other in left)))
+        left = [bandwidth for bandwidth in left if not probes_agree(bandwidth, modes[-1])]
+    return modes
 
 
-def summary(name: str, workloads: list[Workload], measurement: Measurement, usual: float) -> dict[str, Any]:
+def milliseconds(name: str, sample: Sample) -> float:
+    """Of a forward; outrider's with its Python."""
+    return 1e3 * (sample.seconds if name.startswith(OWN) else sample.kernel_seconds or 0.0)
+
+
+def summary(name: str, workloads: list[Workload], measurement: Measurement, bandwidth: float) -> dict[str, Any]:
     """Median and range in milliseconds by number of rows; of outrider also the share of the bandwidth."""
-    ours = name.startswith("outrider")
     records = []
     for workload in workloads:
-        samples = [s for s in measurement.samples[workload] if probes_agree(s.bandwidth, usual)]
-        times = [1e3 * (sample.seconds if ours else sample.kernel_seconds or 0.0) for sample in samples]
+        samples = [s for s in measurement.samples[workload] if probes_agree(s.bandwidth, bandwidth)]
+        times = [milliseconds(name, sample) for sample in samples]
         record: dict[str, Any] = {"kind": workload.kind, "m": workload.num_rows, "num_samples": len(times)}
-        record["samples"] = [
-            {"gbps": s.bandwidth / 1e9, "ms": 1e3 * (s.seconds if ours else s.kernel_seconds or 0.0)}
-            for s in measurement.samples[workload]
-        ]
         if times:
             record |= {"ms": median(times), "ms_min": min(times), "ms_max": max(times)}
-        if times and ours:
+        if times and name.startswith(OWN):
             shares = [workload.num_bytes / sample.seconds / sample.bandwidth for sample in samples]
             record["share"] = median(shares)
             record["kernel_ms"] = median(1e3 * (sample.kernel_seconds or 0.0) for sample in samples)
@@ -138,12 +144,32 @@ def summary(name: str, workloads: list[Workload], measurement: Measurement, usua
     return {"name": name, "rows": records}
 
 
-def print_table(summaries: list[dict[str, Any]], rows: list[int]) -> None:
-    print("| ms, median | " + " | ".join(f"M={m}" for m in rows) + f" | prefill {PREFILL} |")
-    print("|---|" + "---|" * (len(rows) + 1))
+def print_tables(summaries: list[dict[str, Any]], rows: list[int]) -> None:
+    """Milliseconds, and how many times as long the fastest peer of each format takes."""
+    heads = [*(f"M={m}" for m in rows), f"prompt of {PREFILL}"]
+    print(f"| ms, median (range) | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     for entry in summaries:
-        cells = [f"{record['ms']:.1f}" if "ms" in record else "-" for record in entry["rows"]]
+        cells = [
+            f"{record['ms']:.1f} ({record['ms_min']:.1f}-{record['ms_max']:.1f})" if "ms" in record else "-"
+            for record in entry["rows"]
+        ]
         print(f"| {entry['name']} | {' | '.join(cells)} |")
+    print(f"\n| fastest peer / outrider | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
+    times = {entry["name"]: [record.get("ms") for record in entry["rows"]] for entry in summaries}
+    for format, peers in PEERS.items():
+        if (own := times.get(f"{OWN} {format}")) is None:
+            continue
+        cells = []
+        for i, ms in enumerate(own):
+            found = [(times[f"{peer} {weights}"][i], peer) for peer, weights, *_ in peers]
+            found = [(theirs, peer) for theirs, peer in found if theirs is not None]
+            if ms is None or not found:
+                cells.append("-")
+                continue
+            fastest, peer = min(found)
+            missing = "" if len(found) == len(peers) else f", {len(found)} of {len(peers)}"
+            cells.append(f"{fastest / ms:.2f} ({peer}{missing})")
+        print(f"| {format} | {' | '.join(cells)} |")
 
 
 def parse_args() -> argparse.Namespace:
@@ -167,7 +193,7 @@ def main() -> None:
     formats = [format for format in args.weights.split(",") for _ in PEERS[format]]
     for peer, format in zip(peers, formats, strict=True):
         named[f"{peer.name} {peer.weights}"] = peer_workloads(peer, format, rows)
-    own = {workload for name, workloads in named.items() if name.startswith("outrider") for workload in workloads}
+    own = {workload for name, workloads in named.items() if name.startswith(OWN) for workload in workloads}
 
     def warm_up(workload: Workload) -> None:
         time.sleep(SETTLE_S)
@@ -184,18 +210,33 @@ def main() -> None:
     finally:
         for peer in peers:
             peer.close()
-    usual = usual_bandwidth(measurement)
-    summaries = [summary(name, workloads, measurement, usual) for name, workloads in named.items()]
-    print_table(summaries, rows)
+    everywhere = [sample.bandwidth for samples in measurement.samples.values() for sample in samples]
+    modes = []
+    for bandwidth in bandwidth_modes(everywhere):
+        summaries = [summary(name, workloads, measurement, bandwidth) for name, workloads in named.items()]
+        modes.append({"gbps": bandwidth / 1e9, "results": summaries})
+        print(f"\nMemory at {bandwidth / 1e9:.1f} GB/s\n")
+        print_tables(summaries, rows)
     if args.output:
         probes = [bandwidth / 1e9 for bandwidth in measurement.probes]
         record = {
             "command": "python benchmarks/peers/compare.py " + " ".join(sys.argv[1:]),
             **environment(),
             "versions": {f"{peer.name} {peer.weights}": peer.version for peer in peers},
-            "usual_gbps": usual / 1e9,
             "probe_gbps": {"median": median(probes), "min": min(probes), "max": max(probes), "num": len(probes)},
-            "results": summaries,
+            "modes": modes,
+            "samples": [
+                {
+                    "name": name,
+                    "kind": workload.kind,
+                    "m": workload.num_rows,
+                    "gbps": sample.bandwidth / 1e9,
+                    "ms": milliseconds(name, sample),
+                }
+                for name, workloads in named.items()
+                for workload in workloads
+                for sample in measurement.samples[workload]
+            ],
         }
         Path(args.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
