@@ -340,6 +340,54 @@ def test_whatever_a_drafter_spends_is_in_its_account(work: str) -> None:
     assert clock.now < 1.02 * num_tokens
 
 
+def decode_batches(
+    drafters: Sequence[SimulatedDrafter], clock: Clock, num_batches: int, *, credit: float
+) -> tuple[float, AutoDrafter]:
+    """Seconds a step of full batches of 16 short requests, one batch after the other, and the planner.
+
+    Args:
+        credit: of every account at the beginning: what an earlier run has left.
+    """
+    num, num_steps = 16, 48
+    auto = AutoDrafter(AutoConfig(drafters=["none"]), drafters, ForwardCost([1, 64], [0], [[1.0, 2.26]]), clock=clock)
+    for arm in auto._arms:
+        for _ in range(16):
+            arm.shared.add(0, 0)
+        arm.measured(arm.drafter.cost, 8, steady=True)
+        arm.credit = credit
+    start = clock.now
+    for batch in range(num_batches):
+        texts = {f"{batch}-{i}": [true_token(p) for p in range(10)] for i in range(num)}
+        for _ in range(num_steps):
+            contexts = [
+                DraftContext(name, text, 10, 48, 48, SamplingParams(), 0, frozenset(), num_step_rows=num)
+                for name, text in texts.items()
+            ]
+            trees = auto.propose(contexts)
+            clock.now += 1.0 + 0.02 * (sum(tree.num_nodes for tree in trees) - 1)
+            outcomes = []
+            for (name, text), tree in zip(texts.items(), trees, strict=True):
+                choices = [true_token(len(text) + depth) for depth in tree.depths]
+                outcomes.append(DraftOutcome(name, tree, follow_choices(tree, choices), None, choices))
+            auto.observe(outcomes)
+            for outcome in outcomes:
+                texts[outcome.request_id].extend(outcome.new_tokens)
+        for name in texts:
+            auto.release(name)
+    return (clock.now - start) / (num_batches * num_steps), auto
+
+
+def test_new_requests_do_not_use_an_account_up_at_once() -> None:
+    """Each is unknown, and its prompt yet to be read: what was saved must not be lost within a batch or two."""
+    clock = Clock()
+    drafters = [LaboriousDrafter(clock, reading_s=0.3), SimulatedDrafter("bad", clock, 0.05, always(0.0), 0.3)]
+    drafters[0].rates = always(0.0)
+    per_step, auto = decode_batches(drafters, clock, 4, credit=4.0)
+    plain = 1.0 + 0.02 * 15
+    assert per_step < 1.02 * plain
+    assert auto._arms[0].shared.num_trials > 16, "they are tried all the same"
+
+
 class ListeningDrafter(SimulatedDrafter):
     """Attributes:
     heard: texts that it was given when their requests had finished."""

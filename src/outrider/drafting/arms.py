@@ -60,6 +60,7 @@ class Arm:
         credit: plain steps that it may still cost.
         spent_s: seconds that it has cost since its account was settled.
         won: draft tokens accepted since.
+        next_newcomer: the step from which on a request that never had a proposal of it may get one on trial.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Arm:
     credit: float = 0.0
     spent_s: float = 0.0
     won: int = 0
+    next_newcomer: int = 0
 
     @property
     def step_s(self) -> float | None:

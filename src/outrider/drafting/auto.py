@@ -30,7 +30,9 @@ NEARLY_FREE = 0.008  # of a token: what all drafters of the first round together
 MARGIN = 1.3  # times its price a row or a draft must promise: what looks best is what is overrated
 ROW_STEP = 4  # rows over which the price of one more is taken
 PAUSE = 4  # steps of a request, at least, between proposals of a drafter that does not pay
-TRIAL_SHARE = 0.02  # of the time: what proposals of drafters that do not pay may take while their accounts are full
+# Of the time: what proposals of drafters that do not pay may take while their accounts are full, those for requests
+# that never had one, whose texts are yet to be read, and all others each.
+TRIAL_SHARE = 0.01
 LONGEST_SLEEP = 256
 FIRST_CREDIT = 0.25  # plain steps that all drafters together may cost before any has passed
 
@@ -43,6 +45,7 @@ class _Proposal:
         probs: ``[num_nodes]`` of reaching each node; None for a tree that must stay whole.
         nodes: draft tokens that are worth their rows.
         worth: expected accepted tokens, less what these rows cost.
+        seconds: that drafting took.
     """
 
     arm: Arm
@@ -50,6 +53,7 @@ class _Proposal:
     probs: list[float] | None
     nodes: range | list[int]
     worth: float
+    seconds: float = 0.0
     on_trial: bool = False
 
 
@@ -291,7 +295,7 @@ class AutoDrafter:
         arm.measured(seconds, sum(tree.num_nodes - 1 for tree in trees) // len(trees), steady=steady)
         for context, tree in zip(contexts, trees, strict=True):
             proposal = self._weigh(arm, context.request_id, tree, market)
-            proposal.on_trial = on_trial
+            proposal.seconds, proposal.on_trial = seconds, on_trial
             self._planned[context.request_id].proposals.append(proposal)
 
     def _weigh(self, arm: Arm, request_id: str, tree: TokenTree, market: _Market) -> _Proposal:
@@ -316,8 +320,7 @@ class AutoDrafter:
         own = self._own(request_id)
         for arm in arms:
             if arm.shared.num_trials and arm.step_s is not None:
-                accepted, rows = arm.expected(own.get(arm))
-                worth = accepted - market.row_price * rows - MARGIN * market.tokens_per_s * arm.step_s
+                worth = self._promise(arm, own.get(arm), market)
                 if worth > best_worth:
                     best, best_worth = arm, worth
         return best
@@ -341,8 +344,7 @@ class AutoDrafter:
                 self._wake[context.request_id] = 0
 
     def _is_due(self, arm: Arm, request_id: str) -> bool:
-        record = self._own(request_id).get(arm)
-        if record is not None and self._step < record.next_trial:
+        if self._step < self._next_trial(arm, self._own(request_id)):
             return False
         plan = self._planned.get(request_id)
         return plan is None or not plan.has(arm)
@@ -358,8 +360,12 @@ class AutoDrafter:
 
     def _next_call(self, arm: Arm, own: Mapping[Arm, OwnRecord]) -> int:
         """The step in which an arm is to be asked again for a request, as far as is known now."""
+        return max(self._can_pay_from(arm), self._next_trial(arm, own))
+
+    @staticmethod
+    def _next_trial(arm: Arm, own: Mapping[Arm, OwnRecord]) -> int:
         record = own.get(arm)
-        return max(self._can_pay_from(arm), record.next_trial if record is not None else self._step)
+        return arm.next_newcomer if record is None else record.next_trial
 
     def _can_pay_from(self, arm: Arm) -> int:
         """The step from which on an arm has something in its account, as far as is known now."""
@@ -422,15 +428,21 @@ class AutoDrafter:
                 rows = len(proposal.nodes)
             record.add(accepted, rows)
             arm.shared.add(accepted, rows)
-            expected, expected_rows = arm.expected(record)
-            price = market.row_price * expected_rows + MARGIN * market.tokens_per_s * (arm.step_s or 0.0)
-            record.pays = expected > price
-            record.next_trial = self._step + (0 if record.pays or not arm.is_steady else self._pause(arm, market))
+            record.pays = self._promise(arm, record, market) > 0.0
+            waits = arm.is_steady and not record.pays
+            record.next_trial = self._step + (max(PAUSE, self._pause(arm.step_s or 0.0, market)) if waits else 0)
+            if arm.is_steady and record.num_trials == 1 and self._promise(arm, None, market) <= 0.0:
+                pause = self._pause(proposal.seconds, market) // market.num_sequences
+                arm.next_newcomer = max(arm.next_newcomer, self._step) + pause
 
-    def _pause(self, arm: Arm, market: _Market) -> int:
-        """Steps until a drafter that does not pay is tried again, if its account allows it."""
-        plain_steps = (arm.step_s or 0.0) * market.tokens_per_s
-        return max(PAUSE, int(plain_steps * len(self._arms) / TRIAL_SHARE))
+    def _promise(self, arm: Arm, own: OwnRecord | None, market: _Market) -> float:
+        """What a drafter's record says that a proposal wins, in tokens, less what drafting and rows cost."""
+        accepted, rows = arm.expected(own)
+        return accepted - market.row_price * rows - MARGIN * market.tokens_per_s * (arm.step_s or 0.0)
+
+    def _pause(self, seconds: float, market: _Market) -> int:
+        """Steps of a request in which a proposal that does not pay takes no more than its share of the time."""
+        return int(seconds * market.tokens_per_s * len(self._arms) / TRIAL_SHARE)
 
     def _own(self, request_id: str) -> dict[Arm, OwnRecord]:
         return self._records.setdefault(request_id, {})
