@@ -434,7 +434,7 @@ def test_a_new_request_sleeps_too_while_no_drafter_can_pay() -> None:
     _, auto = decode([SimulatedDrafter("bad", clock, 9.0, always(0.0), 0.3)], clock, 100)
     before = clock.now
     auto.propose([DraftContext("new", [1, 2], 2, 48, 48, SamplingParams(), 0, frozenset())])
-    assert clock.now - before == pytest.approx(0.006), "a look at the clock, and no more"
+    assert clock.now == before, "not even a look at the clock"
 
 
 @pytest.mark.parametrize("confidence", [None, 0.5])
@@ -698,7 +698,7 @@ def spoilt_knowledge() -> list[object]:
     return [
         [],
         {},
-        {**kept, "version": 2},
+        {**kept, "version": 1},
         {**kept, "drafters": [1]},
         {**kept, "drafters": {"d": {}}},
         with_figure("seconds", -1.0),

@@ -103,7 +103,7 @@ class AutoConfig:
     drafters: Sequence[str | Mapping[str, Any] | Any] | None = None
     draft_model: str | None = None
     max_nodes: int = 48
-    exploration: float = 0.006
+    exploration: float = 0.004
     calibrate: bool = True
     remember: bool = True
 

@@ -34,7 +34,7 @@ PAUSE = 4  # steps of a request, at least, between proposals of a drafter that d
 # that never had one, whose texts are yet to be read, and all others each.
 TRIAL_SHARE = 0.01
 LONGEST_SLEEP = 256
-FIRST_CREDIT = 0.25  # plain steps that all drafters together may cost before any has passed
+FIRST_CREDIT = 1.0  # plain steps that all drafters together may cost before any has passed
 
 
 @dataclass(eq=False)
@@ -131,13 +131,17 @@ class AutoDrafter:
         self.knowledge = Knowledge(self._arms, self._acceptance)
 
     def propose(self, contexts: Sequence[DraftContext]) -> list[TokenTree]:
-        start = self.clock()
         self._step += 1
         self.reads_logits, self.num_without_room = False, 0
         self._market = None  # a step that failed left its own
         trees = [TokenTree.root_only(context.token_ids[-1]) for context in contexts]
-        awake = [index for index, context in enumerate(contexts) if not self._sleeps(context.request_id)]
-        if not awake:
+        if self._step < self._solvent_from:
+            return trees
+        start = self.clock()
+        awake = [
+            index for index, context in enumerate(contexts) if self._wake.get(context.request_id, 0) <= self._step
+        ]
+        if not awake:  # nothing pays for any of them, and nothing is due for a trial
             return trees
         self._drafters_s = 0.0
         market = self._market = self._prices(contexts)
@@ -201,10 +205,6 @@ class AutoDrafter:
             check = getattr(arm.drafter, "check_integrity", None)
             if check is not None:
                 check()
-
-    def _sleeps(self, request_id: str) -> bool:
-        """Whether nothing pays for a request, and nothing is due for a trial: then its step costs nothing."""
-        return max(self._wake.get(request_id, 0), self._solvent_from) > self._step
 
     def _charge(self, arm: Arm, seconds: float) -> float:
         arm.spent_s += seconds

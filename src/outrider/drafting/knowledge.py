@@ -16,9 +16,11 @@ from outrider.config.checks import check_int, check_number, require
 from outrider.drafting.acceptance import CENTRES, AcceptanceEstimator
 from outrider.drafting.arms import Arm, Record
 
-VERSION = 1
+VERSION = 2
 KEPT_TRIALS = 16  # that a record, or a bin of confidences, counts for
-KEPT_CREDIT = 4.0  # plain steps of an account, won or lost
+# Plain steps of an account: a run of a few dozen steps must not lose in trials what another has won, and one that
+# drafts a first time needs no more than to be solvent.
+KEPT_CREDIT, KEPT_DEBT = 1.0, 4.0
 MOST = 1e9
 
 
@@ -46,7 +48,7 @@ class _Kept:
     def __post_init__(self) -> None:
         for name in ("seconds", "seconds_per_node", "observe_s", "accepted", "rows"):
             check_number(name, getattr(self, name), 0.0, MOST)
-        check_number("credit", self.credit, -KEPT_CREDIT, KEPT_CREDIT)
+        check_number("credit", self.credit, -KEPT_DEBT, KEPT_CREDIT)
         check_int("num_trials", self.num_trials, 1, KEPT_TRIALS)
         for table in (self.hits, self.trials):
             sizes = [len(row) if isinstance(row, Sequence) else None for row in table]
@@ -76,7 +78,7 @@ class Knowledge:
         for arm in self._arms:
             if arm.shared.num_trials and arm.seconds is not None:
                 hits, trials = self._acceptance.shared_counts(arm.name, KEPT_TRIALS)
-                credit = max(-KEPT_CREDIT, min(KEPT_CREDIT, arm.credit))
+                credit = max(-KEPT_DEBT, min(KEPT_CREDIT, arm.credit))
                 num_trials, shared = min(KEPT_TRIALS, arm.shared.num_trials), arm.shared
                 prices = (arm.seconds, arm.seconds_per_node, arm.observe_s)
                 drafters[arm.name] = asdict(
