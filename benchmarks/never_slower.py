@@ -154,20 +154,7 @@ def measure(
         for pair in range(case.num_pairs):
             seconds = dict.fromkeys(llms, 0.0)
             for run, order in enumerate((tuple(llms), tuple(reversed(llms))), 2 * pair):
-                # A seed for each prompt: at a high temperature equal noise makes equal texts, which are no test.
-                params = [
-                    SamplingParams(
-                        temperature=case.temperature,
-                        seed=100 * run + i,
-                        max_tokens=case.max_tokens,
-                        ignore_eos=True,
-                    )
-                    for i in range(num_prompts)
-                ]
-                first = run * num_prompts
-                batch: Any = [
-                    {"prompt_token_ids": encoded[i % len(encoded)]} for i in range(first, first + num_prompts)
-                ]
+                batch, params = batch_of(case, run, encoded)
                 outputs = {}
                 for group in [order] if by_steps else [(label,) for label in order]:
                     for label, decoded in decode({label: llms[label] for label in group}, batch, params).items():
@@ -206,6 +193,18 @@ def measure(
             flush=True,
         )
         yield row
+
+
+def batch_of(case: Case, run: int, encoded: Sequence[Sequence[int]]) -> tuple[list[Any], list[SamplingParams]]:
+    """Prompts of a run, and how each is sampled."""
+    first = run * case.num_prompts
+    batch = [{"prompt_token_ids": encoded[i % len(encoded)]} for i in range(first, first + case.num_prompts)]
+    # A seed for each prompt: at a high temperature equal noise makes equal texts, which are no test.
+    params = [
+        SamplingParams(temperature=case.temperature, seed=100 * run + i, max_tokens=case.max_tokens, ignore_eos=True)
+        for i in range(case.num_prompts)
+    ]
+    return batch, params
 
 
 def decode(

@@ -138,3 +138,15 @@ def test_a_pair_is_decoded_in_both_orders(
     assert row["speedup_median"] == 1.5
     assert row.get("control_median") == (0.75 if control else None)
     assert row["outputs_equal"]
+
+
+@pytest.mark.parametrize("wrong", ["auto", "control"])
+def test_outputs_that_differ_are_said(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(llms: dict[str, LLM], batch: list, params: list) -> dict[str, tuple[float, list[list[int]]]]:
+        return {label: (1.0, [[2 if label == wrong else 1]]) for label in llms}
+
+    monkeypatch.setattr(never_slower, "decode", decode)
+    case = never_slower.Case("random", 1.0, 1, 1, 1, 4)
+    plain = LLM(decoding="none", cache={"prefix_caching": False})
+    (row,) = never_slower.measure(plain, "training-free", "ngram", [case], by_steps=True, control=True)
+    assert not row["outputs_equal"]

@@ -250,22 +250,26 @@ def decode(
     auto = AutoDrafter(AutoConfig(drafters=["none"]), drafters, true_cost, clock=clock)
     texts = {f"r{i}": [true_token(p) for p in range(10)] for i in range(batch)}
     while min(map(len, texts.values())) < num_tokens:
-        contexts = [
-            DraftContext(i, text, 10, 48, 48, SamplingParams(), 0, frozenset(), num_step_rows=batch)
-            for i, text in texts.items()
-        ]
-        trees = auto.propose(contexts)
-        clock.now += plain_s + row_s * (sum(tree.num_nodes for tree in trees) - 1)
-        outcomes = []
-        for (request_id, text), tree in zip(texts.items(), trees, strict=True):
-            choices = [true_token(len(text) + depth) for depth in tree.depths]
-            path = follow_choices(tree, choices)
-            outcomes.append(DraftOutcome(request_id, tree, path, None, choices))
-        auto.observe(outcomes)
-        for outcome in outcomes:
-            texts[outcome.request_id].extend(outcome.new_tokens)
+        step(auto, clock, texts, plain_s=plain_s, row_s=row_s)
     produced = sum(len(text) - 10 for text in texts.values())
     return clock.now / produced * batch, auto
+
+
+def step(auto: AutoDrafter, clock: Clock, texts: dict[str, list[int]], *, plain_s: float, row_s: float) -> None:
+    """One step of all requests."""
+    contexts = [
+        DraftContext(i, text, 10, 48, 48, SamplingParams(), 0, frozenset(), num_step_rows=len(texts))
+        for i, text in texts.items()
+    ]
+    trees = auto.propose(contexts)
+    clock.now += plain_s + row_s * (sum(tree.num_nodes for tree in trees) - 1)
+    outcomes = []
+    for (request_id, text), tree in zip(texts.items(), trees, strict=True):
+        choices = [true_token(len(text) + depth) for depth in tree.depths]
+        outcomes.append(DraftOutcome(request_id, tree, follow_choices(tree, choices), None, choices))
+    auto.observe(outcomes)
+    for outcome in outcomes:
+        texts[outcome.request_id].extend(outcome.new_tokens)
 
 
 def always(rate: float):
@@ -359,19 +363,7 @@ def decode_batches(
     for batch in range(num_batches):
         texts = {f"{batch}-{i}": [true_token(p) for p in range(10)] for i in range(num)}
         for _ in range(num_steps):
-            contexts = [
-                DraftContext(name, text, 10, 48, 48, SamplingParams(), 0, frozenset(), num_step_rows=num)
-                for name, text in texts.items()
-            ]
-            trees = auto.propose(contexts)
-            clock.now += 1.0 + 0.02 * (sum(tree.num_nodes for tree in trees) - 1)
-            outcomes = []
-            for (name, text), tree in zip(texts.items(), trees, strict=True):
-                choices = [true_token(len(text) + depth) for depth in tree.depths]
-                outcomes.append(DraftOutcome(name, tree, follow_choices(tree, choices), None, choices))
-            auto.observe(outcomes)
-            for outcome in outcomes:
-                texts[outcome.request_id].extend(outcome.new_tokens)
+            step(auto, clock, texts, plain_s=1.0, row_s=0.02)
         for name in texts:
             auto.release(name)
     return (clock.now - start) / (num_batches * num_steps), auto
@@ -675,6 +667,13 @@ def test_what_did_not_pay_is_not_tried_at_once() -> None:
 def test_what_paid_once_is_soon_given_up() -> None:
     """An account keeps a few plain steps: that much another text may lose, and no more."""
     assert decode_again(*planner_that_knows(0.9), num_tokens=1000, true_rate=0.0) < 1.02
+
+
+@pytest.mark.parametrize(("credit", "kept"), [(32.0, 1.0), (0.5, 0.5), (-2.0, -2.0), (-9.0, -4.0)])
+def test_a_run_leaves_little_to_spend_and_more_to_owe(credit: float, kept: float) -> None:
+    planner, _ = planner_that_knows(0.7)
+    planner._arms[0].credit = credit
+    assert planner.knowledge.as_mapping()["drafters"]["d"]["credit"] == kept
 
 
 def test_what_is_kept_is_what_is_recalled() -> None:
