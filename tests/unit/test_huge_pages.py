@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
+import pytest
 import torch
 
 from outrider.kernels.huge_pages import allocate
@@ -23,3 +25,24 @@ def test_tensors_are_aligned_disjoint_and_stay() -> None:
     gc.collect()
     allocate(100_000).fill_(99)
     assert bool((kept == 3).all())
+
+
+def test_large_pages_are_asked_for_where_the_system_gives_them() -> None:
+    """Of memory of one's own: shared memory has them only where a second setting allows it."""
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        pytest.skip("no /proc/self/smaps")
+    tensor = allocate(4 << 20)
+    flags: set[str] = set()
+    is_inside = False
+    for line in smaps.read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            low, high = (int(address, 16) for address in first.split("-"))
+            is_inside = low <= tensor.data_ptr() < high
+        elif is_inside and first == "VmFlags:":
+            flags = set(rest)
+    if "hg" not in flags and not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("a kernel without large pages")
+    assert "hg" in flags
+    assert "sh" not in flags

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from outrider.cache.kv_cache import KVCache, SequenceCommit
-from outrider.kernels import native
+from outrider.kernels import huge_pages, native
 from outrider.kernels.packed import WeightFormat
 from outrider.kernels.rows import SequenceRows
 from outrider.models.batch import ForwardBatch
@@ -141,14 +141,14 @@ def measure(
 
 
 class BandwidthProbe:
-    """Reads a buffer that no cache holds with all threads of the kernels.
+    """Reads a buffer that no cache holds, in pages like those of weights, with all threads of the kernels.
 
     Args:
         num_bytes: of the buffer.
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self._buffer = torch.ones(num_bytes, dtype=torch.uint8)  # written, so that every page is its own
+        self._buffer = huge_pages.allocate(num_bytes).fill_(1)  # written, so that every page is its own
 
     def __call__(self) -> float:
         """Bytes per second."""

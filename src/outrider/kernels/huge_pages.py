@@ -36,7 +36,7 @@ def allocate(num_bytes: int) -> Tensor:
 
 def _map(num_bytes: int) -> Tensor:
     """A mapping of its own, aligned to large pages and advised to use them."""
-    mapping = mmap.mmap(-1, num_bytes + _PAGE_BYTES)
+    mapping = mmap.mmap(-1, num_bytes + _PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     mapping.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     start = -whole.data_ptr() % _PAGE_BYTES

@@ -16,11 +16,8 @@ struct Ahead {
     int64_t step;
     bool is_far;
 
-    // From `data` on; where the processor is to do it alone, the same two lines again and again, which costs next to nothing.
-    Ahead(Fetch fetch, const void* data, int64_t bytes_ahead, int64_t step_bytes)
-        : at(static_cast<const char*>(data) + (fetch == Fetch::kProcessor ? 0 : bytes_ahead)),
-          step(fetch == Fetch::kProcessor ? 0 : step_bytes),
-          is_far(fetch == Fetch::kFar) {}
+    Ahead(const void* data, int64_t step_bytes, bool is_far)
+        : at(static_cast<const char*>(data)), step(step_bytes), is_far(is_far) {}
 
     OUTRIDER_INLINE void fetch() {
         if (is_far) {
@@ -31,6 +28,21 @@ struct Ahead {
             prefetch(at + 64);
         }
         at += step;
+    }
+
+    // What comes after all that the tile of a panel asks for.
+    Ahead after(int64_t panel_bytes) const {
+        Ahead rest = *this;
+        rest.at += panel_bytes / 128 * step;
+        return rest;
+    }
+
+    // So that memory does not wait while outputs are made of sums.
+    OUTRIDER_INLINE void fetch_lines(int count) {
+        for (; step > 0 && count > 0; --count, at += 64) {
+            if (is_far) prefetch_far(at);
+            else prefetch(at);
+        }
     }
 
 private:

@@ -37,7 +37,7 @@ void run_linear(const PackedLinear& weight, const float* x, int num_rows, float*
         if (thread == 0) trial.start();
         const Share panels = share_of(weight.num_panels(), thread, num_threads);
         kernels.linear(weight, rows, out + panels.begin * kPanel, weight.num_outputs, Epilogue::kStore, panels.begin,
-                       panels.end);
+                       panels.end, nullptr);
         if (thread == 0) trial.stop();
     };
     turn.run(job);
@@ -94,12 +94,12 @@ AttentionPlan plan_attention(const KernelTable& kernels, const AttentionArgs& ar
 }
 
 void run_tasks(const KernelTable& kernels, const AttentionArgs& args, const std::vector<SequenceView>& sequences,
-               const AttentionPlan& plan, std::atomic<size_t>& next, int thread, float* scratch) {
+               const AttentionPlan& plan, std::atomic<size_t>& next, int thread, Stretch then, float* scratch) {
     for (size_t i = thread; i < plan.tasks.size();) {
-        const size_t then = next.fetch_add(1, std::memory_order_relaxed);
-        const AttentionTask* after = then < plan.tasks.size() ? &plan.tasks[then] : nullptr;
-        kernels.attention(args, sequences.data(), plan.tasks[i], after, scratch);
-        i = then;
+        const size_t after = next.fetch_add(1, std::memory_order_relaxed);
+        const AttentionTask* task = after < plan.tasks.size() ? &plan.tasks[after] : nullptr;
+        kernels.attention(args, sequences.data(), plan.tasks[i], task, then, scratch);
+        i = after;
     }
 }
 
@@ -111,7 +111,7 @@ void run_attention(const AttentionArgs& args, const std::vector<SequenceView>& s
     float* memory = buffer.at_least(plan.scratch_size * turn.num_threads());
     std::atomic<size_t> next{static_cast<size_t>(turn.num_threads())};
     auto job = [&](int thread, int) {
-        run_tasks(kernels, args, sequences, plan, next, thread, memory + thread * plan.scratch_size);
+        run_tasks(kernels, args, sequences, plan, next, thread, {nullptr, 0}, memory + thread * plan.scratch_size);
     };
     turn.run(job);
 }

@@ -28,8 +28,9 @@ struct AttentionPlan {
 AttentionPlan plan_attention(const KernelTable& kernels, const AttentionArgs& args,
                              const std::vector<SequenceView>& sequences, int num_threads);
 
-// A thread's part of a call. Each takes the task of its number, then from `next`, which begins at the number of threads.
+// A thread's part of a call. Each takes the task of its number, then from `next`, which begins at the number of threads;
+// with the last one the stretch `then` is fetched.
 void run_tasks(const KernelTable& kernels, const AttentionArgs& args, const std::vector<SequenceView>& sequences,
-               const AttentionPlan& plan, std::atomic<size_t>& next, int thread, float* scratch);
+               const AttentionPlan& plan, std::atomic<size_t>& next, int thread, Stretch then, float* scratch);
 
 }  // namespace outrider

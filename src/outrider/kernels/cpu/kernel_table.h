@@ -33,6 +33,15 @@ OUTRIDER_INLINE void prefetch_far(const void* p) {
 #endif
 }
 
+// A line that will be written, so that no other core's copy of it is in the way then.
+OUTRIDER_INLINE void prefetch_for_write(const void* p) {
+#if defined(OUTRIDER_X86)
+    asm volatile("prefetchw (%0)" : : "r"(p));
+#elif defined(__GNUC__)
+    __builtin_prefetch(p, 1);
+#endif
+}
+
 __extension__ typedef unsigned __int128 uint128_t;
 
 constexpr int kPanel = 32;
@@ -148,6 +157,12 @@ struct AttentionArgs {
     const float* sinks;      // [num_heads] or null
 };
 
+// Bytes that a thread will read in a row.
+struct Stretch {
+    const uint8_t* data;
+    int64_t num_bytes;
+};
+
 // Some rows of a sequence and some of its key/value heads.
 struct AttentionTask {
     int sequence, head_begin, head_end, row_begin, row_end;
@@ -226,12 +241,14 @@ struct KernelTable {
     void (*pack_row)(const PackedLinear& weight, const float* x, float largest, const PackedRows& rows, int row, int part,
                      uint32_t* words);
     void (*interleave)(const PackedRows& rows, int block, int part, const uint32_t* words);
-    // Panels [begin, end) of the layer for all rows; `out` is the first row's first output of panel `begin`.
+    // Panels [begin, end) of the layer for all rows; `out` is the first row's first output of panel `begin`. `then` is
+    // what this thread will read next (or null): with the last panel its beginning is fetched.
     void (*linear)(const PackedLinear& weight, const PackedRows& rows, float* out, int64_t out_stride,
-                   Epilogue epilogue, int64_t begin, int64_t end);
+                   Epilogue epilogue, int64_t begin, int64_t end, const uint8_t* then);
     // Likewise silu(gate) * up of two layers of one format.
     void (*gated_silu)(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows,
-                       const PackedRows& up_rows, float* out, int64_t out_stride, int64_t begin, int64_t end);
+                       const PackedRows& up_rows, float* out, int64_t out_stride, int64_t begin, int64_t end,
+                       const uint8_t* then);
     void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t width);
     // Rotates each of `num_heads` heads of `width` in place; cos and sin [width / 2].
     void (*rotate)(float* heads, int num_heads, int width, const float* cos, const float* sin);
@@ -239,9 +256,9 @@ struct KernelTable {
     void (*read_row)(const void* table, KvType type, int64_t row, int64_t width, float* out);
     // Floats that a task needs, of sequences of at most so many rows; `num_row_heads` are its rows times its heads.
     size_t (*attention_scratch)(const AttentionArgs& args, int64_t num_step_rows, int64_t num_row_heads);
-    // One task; meanwhile the beginning of the next one (or null) is fetched.
+    // One task; meanwhile the beginning of the next one is fetched, or if there is none (null) the stretch `then`.
     void (*attention)(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task,
-                      const AttentionTask* next, float* scratch);
+                      const AttentionTask* next, Stretch then, float* scratch);
     // The greatest of each of consecutive blocks of `block` floats, a multiple of 16; NaN counts as -inf.
     void (*block_maxima)(const float* x, int64_t num_blocks, int64_t block, float* maxima);
     // The greatest of x; NaN if there is one.

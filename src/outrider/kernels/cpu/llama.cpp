@@ -12,6 +12,7 @@ namespace outrider {
 namespace {
 
 constexpr int64_t kFetchedAhead = 16384;  // bytes
+constexpr int64_t kFetchedWithAttention = 256 << 10;  // bytes, which stay in a core's own cache
 constexpr int64_t kStrip = 8;  // panels of the output layer whose logits are looked at before the next
 
 // Whether rows packed for one layer serve another.
@@ -23,13 +24,32 @@ bool same_inputs(const PackedLinear& a, const PackedLinear& b) {
              std::equal(a.input_order, a.input_order + a.num_inputs, b.input_order)));
 }
 
-// Asks for the beginning of a thread's stretch of a layer while memory has nothing else to do: before a barrier, and
-// before attention. What it asks for comes while the thread waits.
-void fetch_ahead(const PackedLinear& weight, const Share& panels) {
-    if (panels.begin >= panels.end) return;
-    const int64_t bytes = std::min(kFetchedAhead, (panels.end - panels.begin) * weight.panel_bytes());
-    const uint8_t* data = weight.data + panels.begin * weight.panel_bytes();
-    for (int64_t i = 0; i < bytes; i += 64) prefetch_far(data + i);
+Stretch stretch_of(const PackedLinear& weight, const Share& panels) {
+    return {weight.data + panels.begin * weight.panel_bytes(), std::max(panels.end - panels.begin, int64_t{0}) * weight.panel_bytes()};
+}
+
+Stretch stretch_of(const PackedLinear& weight, int thread, int num_threads) {
+    return stretch_of(weight, share_of(weight.num_panels(), thread, num_threads));
+}
+
+// Panels of query, key and value in one row, of which each thread takes a stretch.
+Share qkv_share(const LlamaLayer& layer, int thread, int num_threads) {
+    return share_of(layer.query.num_panels() + layer.key.num_panels() + layer.value.num_panels(), thread, num_threads);
+}
+
+Stretch first_of_qkv(const LlamaLayer& layer, Share panels) {
+    for (const PackedLinear* weight : {&layer.query, &layer.key, &layer.value}) {
+        const int64_t count = weight->num_panels();
+        if (panels.begin < count) return stretch_of(*weight, {panels.begin, std::min(panels.end, count)});
+        panels = {panels.begin - count, panels.end - count};
+    }
+    return {nullptr, 0};
+}
+
+// Asks for the beginning of what a thread reads next while memory has nothing else to do: before a barrier, and before
+// attention. What it asks for comes while the thread waits.
+void fetch_ahead(Stretch next) {
+    for (int64_t i = 0; i < std::min(kFetchedAhead, next.num_bytes); i += 64) prefetch_far(next.data + i);
 }
 
 }  // namespace
@@ -191,20 +211,20 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
              [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
     if (thread == 0) step.next_task.store(num_threads, std::memory_order_relaxed);
 
-    // The three layers' panels in one row, of which each thread takes a stretch.
     const PackedLinear* weights[] = {&layer.query, &layer.key, &layer.value};
-    const int64_t total = layer.query.num_panels() + layer.key.num_panels() + layer.value.num_panels();
-    const Share panels = share_of(total, thread, num_threads);
-    fetch_ahead(layer.query, {panels.begin, std::min(panels.end, layer.query.num_panels())});
+    const Share panels = qkv_share(layer, thread, num_threads);
+    const Stretch output = stretch_of(layer.output, thread, num_threads);
+    fetch_ahead(first_of_qkv(layer, panels));
     step.wait(num_threads);
     if (thread == 0) step.qkv_trial.start();
     int64_t first = 0, column = 0;
     for (int i = 0; i < 3; ++i) {
         const int64_t begin = std::max(panels.begin - first, int64_t{0});
         const int64_t end = std::min(panels.end - first, weights[i]->num_panels());
-        if (begin < end)
-            kernels.linear(*weights[i], step.packed[i], step.qkv + column + begin * kPanel, width, Epilogue::kStore, begin, end);
         first += weights[i]->num_panels();
+        const uint8_t* then = panels.end > first ? weights[i + 1]->data : output.data;
+        if (begin < end)
+            kernels.linear(*weights[i], step.packed[i], step.qkv + column + begin * kPanel, width, Epilogue::kStore, begin, end, then);
         column += weights[i]->num_outputs;
     }
     if (thread == 0) step.qkv_trial.stop();
@@ -234,10 +254,9 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     }
     step.wait(num_threads);
 
-    const Share outputs = share_of(layer.output.num_panels(), thread, num_threads);
-    fetch_ahead(layer.output, outputs);
+    fetch_ahead(output);
     run_tasks(kernels, args, batch.sequences, step.plan, step.next_task, thread,
-              step.scratch + thread * step.plan.scratch_size);
+              {output.data, std::min(output.num_bytes, kFetchedWithAttention)}, step.scratch + thread * step.plan.scratch_size);
     step.wait(num_threads);
 
     pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads, words, step.output_trial.fetch(),
@@ -245,10 +264,18 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
              [&](int, const float* x) { return kernels.largest_magnitude(x, query_width); });
     step.wait(num_threads);
     if (thread == 0) step.output_trial.start();
+    const Share outputs = share_of(layer.output.num_panels(), thread, num_threads);
     kernels.linear(layer.output, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
-                   outputs.begin, outputs.end);
+                   outputs.begin, outputs.end, stretch_of(layer.gate, thread, num_threads).data);
     if (thread == 0) step.output_trial.stop();
     step.wait(num_threads);
+}
+
+// Where a thread reads on after a layer.
+const uint8_t* Llama::after_layer(size_t index, int thread, int num_threads) const {
+    if (index + 1 == spec_.layers.size()) return stretch_of(spec_.lm_head, thread, num_threads).data;
+    const LlamaLayer& layer = spec_.layers[index + 1];
+    return first_of_qkv(layer, qkv_share(layer, thread, num_threads)).data;
 }
 
 void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) {
@@ -264,12 +291,13 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
              },
              [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
     const Share inner = share_of(layer.gate.num_panels(), thread, num_threads);
-    fetch_ahead(layer.gate, inner);
-    fetch_ahead(layer.up, inner);
+    const Stretch down = stretch_of(layer.down, thread, num_threads);
+    fetch_ahead(stretch_of(layer.gate, inner));
+    fetch_ahead(stretch_of(layer.up, inner));
     step.wait(num_threads);
     if (thread == 0) step.gate_trial.start();
     kernels.gated_silu(layer.gate, layer.up, step.packed[0], step.packed[1], step.inner + inner.begin * kPanel,
-                       spec_.intermediate, inner.begin, inner.end);
+                       spec_.intermediate, inner.begin, inner.end, down.data);
     if (thread == 0) step.gate_trial.stop();
     // What rounding needs of a row: each thread looks at the columns that it has just made.
     const int64_t first = std::min(inner.begin * kPanel, spec_.intermediate);
@@ -282,11 +310,11 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
              [&](int64_t row) { return step.inner + row * spec_.intermediate; },
              [&](int row, const float*) { return largest_of_threads(step.largest + row, step.batch.num_rows, num_threads); });
     const Share outputs = share_of(layer.down.num_panels(), thread, num_threads);
-    fetch_ahead(layer.down, outputs);
+    fetch_ahead(down);
     step.wait(num_threads);
     if (thread == 0) step.down_trial.start();
     kernels.linear(layer.down, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
-                   outputs.begin, outputs.end);
+                   outputs.begin, outputs.end, after_layer(index, thread, num_threads));
     if (thread == 0) {
         step.down_trial.stop();
         if (index + 1 < spec_.layers.size()) choose_fetches(step, index + 1, num_threads);
@@ -313,7 +341,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     if (thread == 0) step.lm_head_trial.start();
     if (output.tokens == nullptr) {
         kernels.linear(spec_.lm_head, step.packed[0], output.logits + panels.begin * kPanel, vocab, Epilogue::kStore,
-                       panels.begin, panels.end);
+                       panels.begin, panels.end, nullptr);
         if (thread == 0) step.lm_head_trial.stop();
         return;
     }
@@ -330,7 +358,8 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     for (int64_t p = panels.begin; p < panels.end; p += kStrip) {
         const int64_t end = std::min(p + kStrip, panels.end), count = std::min(end * kPanel, vocab) - p * kPanel;
         float* strip = writes ? output.logits + p * kPanel : step.strip + thread * num_logits * width;
-        kernels.linear(spec_.lm_head, step.packed[0], strip, width, Epilogue::kStore, p, end);
+        const uint8_t* then = end < panels.end ? stretch_of(spec_.lm_head, {end, panels.end}).data : nullptr;
+        kernels.linear(spec_.lm_head, step.packed[0], strip, width, Epilogue::kStore, p, end, then);
         for (int64_t i = 0; i < num_logits; ++i) {
             const float most = choices[i].see(kernels, strip + i * width, p * kPanel, count);
             if (output.maxima == nullptr) continue;

@@ -72,6 +72,7 @@ private:
     void embed(Step& step, int thread, int num_threads);
     void attend(Step& step, size_t layer, int thread, int num_threads);
     void feed_forward(Step& step, size_t layer, int thread, int num_threads);
+    const uint8_t* after_layer(size_t layer, int thread, int num_threads) const;
     void choose(Step& step, int thread, int num_threads);
 
     LlamaSpec spec_;

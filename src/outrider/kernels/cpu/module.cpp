@@ -53,6 +53,10 @@ NB_MODULE(_native, m) {
         ThreadPool::Turn turn;
         Trial::forced() = fetch < 0 ? std::optional<Fetch>() : static_cast<Fetch>(fetch);
     }, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<Tuner>(m, "Tuner")  // for tests
+        .def(nb::init<>())
+        .def("next", [](Tuner& self) { return static_cast<int>(self.next()); })
+        .def("record", &Tuner::record);
     m.def("noise_ceiling", [](uint32_t half) {  // for tests
         const float logit = 0.0f;
         float ceilings[16];

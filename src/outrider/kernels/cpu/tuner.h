@@ -15,56 +15,56 @@
 namespace outrider {
 
 // One kind of layer with one number of rows. Used by one thread at a time.
+//
+// Memory changes its speed by a factor of two within moments, so ways are compared only within rounds, in which each has
+// one use right after the other. The first rounds follow each other; one every now and then afterwards: it costs the
+// little by which the worse ways are worse, and what the first rounds saw of pages that were new is soon forgotten.
 class Tuner {
 public:
-    // What to do now: what is not known yet, the best, or now and then another to see whether it still is.
+    // What to do now.
     Fetch next() {
-        ++num_uses_;
-        for (int i = 0; i < kNumWays && num_uses_ <= kMostTrials; ++i) {
-            const int way = static_cast<int>((num_uses_ + i) % kNumWays);
-            if (!is_known(way)) return static_cast<Fetch>(asked_ = way);
-        }
-        if (num_uses_ % kLookAround == 0) return static_cast<Fetch>(asked_ = static_cast<int>(num_uses_ / kLookAround % kNumWays));
-        return static_cast<Fetch>(asked_ = best());
+        if (turn_ == kNumWays && --num_until_round_ <= 0) turn_ = 0;
+        return static_cast<Fetch>(turn_ < kNumWays ? turn_ : best_);
     }
 
     // How long the last answer took.
     void record(double seconds) {
-        seconds_[asked_][num_samples_[asked_] % kSamples] = seconds;
-        ++num_samples_[asked_];
-        total_s_[asked_] += seconds;
+        if (turn_ == kNumWays) return;
+        round_[turn_] = seconds;
+        if (++turn_ < kNumWays) return;
+        double total = 0.0;
+        for (double way : round_) total += way;
+        for (int i = 0; i < kNumWays; ++i) parts_[i][num_rounds_ % kRounds] = round_[i] / total;
+        ++num_rounds_;
+        total_s_ += total;
+        best_ = fastest();
+        num_until_round_ = num_rounds_ < kRounds && total_s_ < kEnough ? 0 : kUsesBetween;
     }
 
 private:
     static constexpr int kNumWays = 3;
-    static constexpr int kSamples = 5;         // the median of the last ones counts
-    static constexpr double kEnough = 2e-3;    // seconds of samples that are as good as kSamples short ones
-    static constexpr int64_t kMostTrials = 64, kLookAround = 128;  // uses
+    static constexpr int kRounds = 15;        // the median of the last ones counts
+    static constexpr double kEnough = 20e-3;  // seconds of rounds that are as good as kRounds short ones
+    static constexpr int kUsesBetween = 96;   // rounds
 
-    bool is_known(int way) const { return num_samples_[way] >= kSamples || total_s_[way] >= kEnough; }
-
-    int best() const {
-        int best = 0;
-        double fewest = 0.0;
+    int fastest() const {
+        const int count = static_cast<int>(std::min<int64_t>(num_rounds_, kRounds));
+        double medians[kNumWays];
         for (int i = 0; i < kNumWays; ++i) {
-            const int count = static_cast<int>(std::min<int64_t>(num_samples_[i], kSamples));
-            if (count == 0) continue;
-            double times[kSamples];
-            std::copy(seconds_[i], seconds_[i] + count, times);
-            std::nth_element(times, times + count / 2, times + count);
-            if (fewest == 0.0 || times[count / 2] < fewest) {
-                best = i;
-                fewest = times[count / 2];
-            }
+            double parts[kRounds];
+            std::copy(parts_[i], parts_[i] + count, parts);
+            std::nth_element(parts, parts + count / 2, parts + count);
+            medians[i] = parts[count / 2];
         }
-        return best;
+        return static_cast<int>(std::min_element(medians, medians + kNumWays) - medians);
     }
 
-    int asked_ = 0;
-    int64_t num_uses_ = 0;
-    int64_t num_samples_[kNumWays] = {};
-    double total_s_[kNumWays] = {};
-    double seconds_[kNumWays][kSamples] = {};
+    int turn_ = 0;  // of a round; kNumWays between two
+    int best_ = 0, num_until_round_ = 0;
+    int64_t num_rounds_ = 0;
+    double total_s_ = 0.0;
+    double round_[kNumWays] = {};             // seconds
+    double parts_[kNumWays][kRounds] = {};    // of a round's
 };
 
 // The tuners of layers by their shape. Layers that are too small to be measured have none.
