@@ -27,6 +27,7 @@ from outrider.models.probe import CachedRun, probe_lean_path
 from outrider.models.row_invariance import check_row_invariance
 from outrider.quantization.weights import WeightSource, open_weights
 from outrider.token_tree import TokenTree
+from tests.parity.kernel_levels import use_threads
 from tests.tiny_models import build_tiny, make_tiny
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="outrider was built without compiled kernels")
@@ -240,6 +241,39 @@ def test_bits_do_not_depend_on_how_weights_are_read(format: WeightFormat, tmp_pa
             found.append([torch.cat(rows), *run.committed("a")])
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "int4"])
+def test_bits_do_not_depend_on_how_threads_divide_layers(format: WeightFormat, tmp_path: Path) -> None:
+    """Cores of unequal speed get unequal parts; one may get nothing of a small layer."""
+    make(tmp_path, model_type="llama")
+    model = load(tmp_path, format)
+    found = []
+    for bounds in ((0, 1), (0, 0.5, 1), (0, 0.9, 1), (0, 0.1, 1), (0, 0, 1), (0, 1, 1), (0, 0.2, 0.25, 1)):
+        with use_threads(len(bounds) - 1), native.forced_parts(bounds):
+            run = CachedRun(model, block_size=4, num_positions=64, num_sequences=1, row_invariant=True)
+            rows = [run.feed("a", list(range(3, 20))), run.feed("a", list(range(20, 24)))]
+            cache = KVCache(
+                model.layer_shapes, num_blocks=8, block_size=8, dtype=model.cache_dtype, prefix_caching=False
+            )
+            cache.admit("a", [])
+            batch = ForwardBatch(
+                [SequenceRows(list(range(3, 33)), range(-1, 29), 0, cache.reserve("a", 30), (0, 3, 29))]
+            )
+            choices = model.choose(batch, cache)
+            assert choices is not None
+            found.append([torch.cat(rows), torch.tensor(choices.token_ids), *run.committed("a")])
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_parts_that_do_not_fit_the_threads_are_refused() -> None:
+    with (
+        use_threads(2),
+        pytest.raises(ValueError, match="got 2, expected one more than the 2 threads"),
+        native.forced_parts((0, 1)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("column", [0, -1])

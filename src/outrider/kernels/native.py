@@ -148,9 +148,34 @@ def forced_fetch(fetch: str) -> Iterator[None]:
         _module().force_fetch(-1)
 
 
+@contextmanager
+def forced_parts(bounds: Sequence[float]) -> Iterator[None]:
+    """Divide all layers among threads at these parts of 1, from 0 to 1, whatever was measured; for tests.
+
+    No division changes a bit of any result.
+    """
+    module = _module()
+    if len(bounds) != num_threads() + 1:
+        raise ValueError(f"bounds: got {len(bounds)}, expected one more than the {num_threads()} threads")
+    module.force_parts(list(bounds))
+    try:
+        yield
+    finally:
+        module.force_parts([])
+
+
 def new_tuner() -> Any:
     """What finds the fastest of `FETCHES`: ``next()`` is what to use, ``record(seconds)`` its time; for tests."""
     return _module().Tuner()
+
+
+def new_balance(number: int) -> Any:
+    """What divides layers among so many threads; for tests.
+
+    ``record(thread, num_bytes, seconds)`` is what one has read, ``update()`` comes after each layer, and
+    ``share_of(count, thread)`` is a thread's part ``(begin, end)`` of so many panels.
+    """
+    return _module().Balance(number)
 
 
 def _module() -> Any:

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 
+#include "balance.h"
 #include "dispatch.h"
 #include "thread_pool.h"
 #include "tuner.h"
@@ -12,6 +13,7 @@
 namespace outrider {
 namespace {
 
+constexpr int64_t kReadAtOnce = 1 << 20;  // bytes
 constexpr int64_t kTasksPerThread = 4;  // so that a thread that was held up does not hold up all
 constexpr int64_t kReading = 8;         // what reading and converting a key and its value costs, in queries
 constexpr int64_t kSplitBytes = 128 << 10, kSumsBytes = 64 << 10;  // of an attention task
@@ -34,11 +36,11 @@ void run_linear(const PackedLinear& weight, const float* x, int num_rows, float*
             [&](int row) { return x + row * weight.num_inputs; },
             [&](int, const float* in) { return kernels.largest_magnitude(in, weight.num_inputs); });
         turn.barrier().wait(num_threads);
-        if (thread == 0) trial.start();
+        const Lap lap;
         const Share panels = share_of(weight.num_panels(), thread, num_threads);
         kernels.linear(weight, rows, out + panels.begin * kPanel, weight.num_outputs, Epilogue::kStore, panels.begin,
                        panels.end, nullptr);
-        if (thread == 0) trial.stop();
+        if (thread == 0) trial.record(lap.seconds());
     };
     turn.run(job);
 }
@@ -126,10 +128,10 @@ double time_reading(const void* data, int64_t num_bytes) {
     ThreadPool::Turn turn;
     const KernelTable& kernels = active_level();
     std::atomic<uint64_t> seen{0};
-    auto job = [&](int thread, int num_threads) {
-        const Share mine = share_of(num_bytes / 4096, thread, num_threads);
-        seen += kernels.read_memory(static_cast<const char*>(data) + mine.begin * 4096,
-                                    static_cast<size_t>(mine.end - mine.begin) * 4096);
+    std::atomic<int64_t> next{0};  // a core that reads faster reads more
+    auto job = [&](int, int) {
+        for (int64_t at = next.fetch_add(kReadAtOnce); at < num_bytes; at = next.fetch_add(kReadAtOnce))
+            seen += kernels.read_memory(static_cast<const char*>(data) + at, std::min(kReadAtOnce, num_bytes - at));
     };
     const auto start = std::chrono::steady_clock::now();
     turn.run(job);

@@ -24,23 +24,21 @@ bool same_inputs(const PackedLinear& a, const PackedLinear& b) {
              std::equal(a.input_order, a.input_order + a.num_inputs, b.input_order)));
 }
 
-Stretch stretch_of(const PackedLinear& weight, const Share& panels) {
+int64_t num_bytes_of(const PackedLinear& weight, const Share& panels) { return (panels.end - panels.begin) * weight.panel_bytes(); }
+
+Stretch part_of(const PackedLinear& weight, const Share& panels) {
     return {weight.data + panels.begin * weight.panel_bytes(), std::max(panels.end - panels.begin, int64_t{0}) * weight.panel_bytes()};
 }
 
-Stretch stretch_of(const PackedLinear& weight, int thread, int num_threads) {
-    return stretch_of(weight, share_of(weight.num_panels(), thread, num_threads));
-}
-
 // Panels of query, key and value in one row, of which each thread takes a stretch.
-Share qkv_share(const LlamaLayer& layer, int thread, int num_threads) {
-    return share_of(layer.query.num_panels() + layer.key.num_panels() + layer.value.num_panels(), thread, num_threads);
+int64_t num_qkv_panels(const LlamaLayer& layer) {
+    return layer.query.num_panels() + layer.key.num_panels() + layer.value.num_panels();
 }
 
 Stretch first_of_qkv(const LlamaLayer& layer, Share panels) {
     for (const PackedLinear* weight : {&layer.query, &layer.key, &layer.value}) {
         const int64_t count = weight->num_panels();
-        if (panels.begin < count) return stretch_of(*weight, {panels.begin, std::min(panels.end, count)});
+        if (panels.begin < count) return part_of(*weight, {panels.begin, std::min(panels.end, count)});
         panels = {panels.begin - count, panels.end - count};
     }
     return {nullptr, 0};
@@ -117,6 +115,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
             make_room(*weight, batch.num_rows);
     make_room(spec_.lm_head, std::max(1, batch.num_logits));
     step.words = words_.at_least(step.num_words * threads);
+    balance_.set_num_threads(turn.num_threads());
     choose_fetches(step, 0, turn.num_threads());
     step.lm_head_trial = Trial(tuners_.find(kernels, spec_.lm_head, std::max(1, batch.num_logits), turn.num_threads()));
     auto job = [&](int thread, int num_threads) { run_layers(step, thread, num_threads); };
@@ -212,22 +211,24 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     if (thread == 0) step.next_task.store(num_threads, std::memory_order_relaxed);
 
     const PackedLinear* weights[] = {&layer.query, &layer.key, &layer.value};
-    const Share panels = qkv_share(layer, thread, num_threads);
-    const Stretch output = stretch_of(layer.output, thread, num_threads);
+    const Share panels = balance_.share_of(num_qkv_panels(layer), thread);
+    const Stretch output = stretch_of(layer.output, thread);
     fetch_ahead(first_of_qkv(layer, panels));
     step.wait(num_threads);
-    if (thread == 0) step.qkv_trial.start();
-    int64_t first = 0, column = 0;
+    const Lap qkv_lap;
+    int64_t qkv_bytes = 0, first = 0, column = 0;
     for (int i = 0; i < 3; ++i) {
         const int64_t begin = std::max(panels.begin - first, int64_t{0});
         const int64_t end = std::min(panels.end - first, weights[i]->num_panels());
         first += weights[i]->num_panels();
         const uint8_t* then = panels.end > first ? weights[i + 1]->data : output.data;
-        if (begin < end)
+        if (begin < end) {
             kernels.linear(*weights[i], step.packed[i], step.qkv + column + begin * kPanel, width, Epilogue::kStore, begin, end, then);
+            qkv_bytes += num_bytes_of(*weights[i], {begin, end});
+        }
         column += weights[i]->num_outputs;
     }
-    if (thread == 0) step.qkv_trial.stop();
+    measured(step.qkv_trial, thread, qkv_bytes, qkv_lap);
     const KvCache keys = {reinterpret_cast<void*>(batch.keys[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
     const KvCache values = {reinterpret_cast<void*>(batch.values[index]), batch.kv_type, spec_.num_kv_heads, spec_.head_dim};
     const AttentionArgs args = {step.qkv, step.attended, width, query_width, spec_.num_heads, keys, values,
@@ -263,19 +264,30 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
              [&](int64_t row) { return step.attended + row * query_width; },
              [&](int, const float* x) { return kernels.largest_magnitude(x, query_width); });
     step.wait(num_threads);
-    if (thread == 0) step.output_trial.start();
-    const Share outputs = share_of(layer.output.num_panels(), thread, num_threads);
+    const Lap lap;
+    const Share outputs = balance_.share_of(layer.output.num_panels(), thread);
     kernels.linear(layer.output, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
-                   outputs.begin, outputs.end, stretch_of(layer.gate, thread, num_threads).data);
-    if (thread == 0) step.output_trial.stop();
+                   outputs.begin, outputs.end, stretch_of(layer.gate, thread).data);
+    measured(step.output_trial, thread, output.num_bytes, lap);
     step.wait(num_threads);
 }
 
-// Where a thread reads on after a layer.
-const uint8_t* Llama::after_layer(size_t index, int thread, int num_threads) const {
-    if (index + 1 == spec_.layers.size()) return stretch_of(spec_.lm_head, thread, num_threads).data;
+Stretch Llama::stretch_of(const PackedLinear& weight, int thread) const {
+    return part_of(weight, balance_.share_of(weight.num_panels(), thread));
+}
+
+// Where a thread reads on after a layer, nearly: its part may be another by then.
+const uint8_t* Llama::after_layer(size_t index, int thread) const {
+    if (index + 1 == spec_.layers.size()) return stretch_of(spec_.lm_head, thread).data;
     const LlamaLayer& layer = spec_.layers[index + 1];
-    return first_of_qkv(layer, qkv_share(layer, thread, num_threads)).data;
+    return first_of_qkv(layer, balance_.share_of(num_qkv_panels(layer), thread)).data;
+}
+
+// How long a thread took for its part of a layer.
+void Llama::measured(Trial& trial, int thread, int64_t num_bytes, const Lap& lap) {
+    const double seconds = lap.seconds();
+    balance_.record(thread, num_bytes, seconds);
+    if (thread == 0) trial.record(seconds);
 }
 
 void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) {
@@ -290,15 +302,16 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
                  return normed;
              },
              [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
-    const Share inner = share_of(layer.gate.num_panels(), thread, num_threads);
-    const Stretch down = stretch_of(layer.down, thread, num_threads);
-    fetch_ahead(stretch_of(layer.gate, inner));
-    fetch_ahead(stretch_of(layer.up, inner));
+    const Share inner = balance_.share_of(layer.gate.num_panels(), thread);
+    const Share outputs = balance_.share_of(layer.down.num_panels(), thread);
+    const Stretch gate = part_of(layer.gate, inner), down = part_of(layer.down, outputs);
+    fetch_ahead(gate);
+    fetch_ahead(part_of(layer.up, inner));
     step.wait(num_threads);
-    if (thread == 0) step.gate_trial.start();
+    const Lap gate_lap;
     kernels.gated_silu(layer.gate, layer.up, step.packed[0], step.packed[1], step.inner + inner.begin * kPanel,
                        spec_.intermediate, inner.begin, inner.end, down.data);
-    if (thread == 0) step.gate_trial.stop();
+    measured(step.gate_trial, thread, 2 * gate.num_bytes, gate_lap);
     // What rounding needs of a row: each thread looks at the columns that it has just made.
     const int64_t first = std::min(inner.begin * kPanel, spec_.intermediate);
     const int64_t width = std::min(inner.end * kPanel, spec_.intermediate) - first;
@@ -309,14 +322,15 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
     pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads, words, step.down_trial.fetch(),
              [&](int64_t row) { return step.inner + row * spec_.intermediate; },
              [&](int row, const float*) { return largest_of_threads(step.largest + row, step.batch.num_rows, num_threads); });
-    const Share outputs = share_of(layer.down.num_panels(), thread, num_threads);
+    const uint8_t* then = after_layer(index, thread);
     fetch_ahead(down);
     step.wait(num_threads);
-    if (thread == 0) step.down_trial.start();
+    const Lap down_lap;
     kernels.linear(layer.down, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
-                   outputs.begin, outputs.end, after_layer(index, thread, num_threads));
+                   outputs.begin, outputs.end, then);
     if (thread == 0) {
-        step.down_trial.stop();
+        step.down_trial.record(down_lap.seconds());
+        balance_.update();  // all know their parts of this layer, and measure nothing before the next
         if (index + 1 < spec_.layers.size()) choose_fetches(step, index + 1, num_threads);
     }
     step.wait(num_threads);
@@ -337,18 +351,18 @@ void Llama::choose(Step& step, int thread, int num_threads) {
              },
              [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
     step.wait(num_threads);
-    Share panels = share_of(spec_.lm_head.num_panels(), thread, num_threads);
-    if (thread == 0) step.lm_head_trial.start();
+    Share panels = balance_.share_of(spec_.lm_head.num_panels(), thread);
+    const Lap lap;
     if (output.tokens == nullptr) {
         kernels.linear(spec_.lm_head, step.packed[0], output.logits + panels.begin * kPanel, vocab, Epilogue::kStore,
                        panels.begin, panels.end, nullptr);
-        if (thread == 0) step.lm_head_trial.stop();
+        if (thread == 0) step.lm_head_trial.record(lap.seconds());
         return;
     }
     RowChoice* choices = step.choices + thread * num_logits;
     const int64_t num_panels = spec_.lm_head.num_panels(), num_strips = (num_panels + kStrip - 1) / kStrip;
     if (output.maxima != nullptr) {  // of whole strips
-        const Share strips = share_of(num_strips, thread, num_threads);
+        const Share strips = balance_.share_of(num_strips, thread);
         panels = {strips.begin * kStrip, std::min(strips.end * kStrip, num_panels)};
     }
     const int64_t first = std::min(panels.begin * kPanel, vocab - 1);
@@ -358,7 +372,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     for (int64_t p = panels.begin; p < panels.end; p += kStrip) {
         const int64_t end = std::min(p + kStrip, panels.end), count = std::min(end * kPanel, vocab) - p * kPanel;
         float* strip = writes ? output.logits + p * kPanel : step.strip + thread * num_logits * width;
-        const uint8_t* then = end < panels.end ? stretch_of(spec_.lm_head, {end, panels.end}).data : nullptr;
+        const uint8_t* then = end < panels.end ? part_of(spec_.lm_head, {end, panels.end}).data : nullptr;
         kernels.linear(spec_.lm_head, step.packed[0], strip, width, Epilogue::kStore, p, end, then);
         for (int64_t i = 0; i < num_logits; ++i) {
             const float most = choices[i].see(kernels, strip + i * width, p * kPanel, count);
@@ -370,7 +384,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
             if (most != most) std::fill(maxima, maxima + num_maxima(count), most);  // which blocks take for the lowest
         }
     }
-    if (thread == 0) step.lm_head_trial.stop();
+    if (thread == 0) step.lm_head_trial.record(lap.seconds());
     step.wait(num_threads);
     const Share mine = share_of(num_logits, thread, num_threads);
     for (int64_t i = mine.begin; i < mine.end; ++i) {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <vector>
 
+#include "balance.h"
 #include "choice.h"
 #include "kernel_table.h"
 #include "tuner.h"
@@ -72,7 +73,9 @@ private:
     void embed(Step& step, int thread, int num_threads);
     void attend(Step& step, size_t layer, int thread, int num_threads);
     void feed_forward(Step& step, size_t layer, int thread, int num_threads);
-    const uint8_t* after_layer(size_t layer, int thread, int num_threads) const;
+    Stretch stretch_of(const PackedLinear& weight, int thread) const;
+    void measured(Trial& trial, int thread, int64_t num_bytes, const Lap& lap);
+    const uint8_t* after_layer(size_t layer, int thread) const;
     void choose(Step& step, int thread, int num_threads);
 
     LlamaSpec spec_;
@@ -82,6 +85,7 @@ private:
     Buffer<uint32_t> words_;
     RowsBuffer packed_[3];
     Tuners tuners_;
+    Balance balance_;
 };
 
 }  // namespace outrider

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "balance.h"
 #include "calls.h"
 #include "dispatch.h"
 #include "drafting/bindings.h"
@@ -53,6 +54,18 @@ NB_MODULE(_native, m) {
         ThreadPool::Turn turn;
         Trial::forced() = fetch < 0 ? std::optional<Fetch>() : static_cast<Fetch>(fetch);
     }, nb::call_guard<nb::gil_scoped_release>());
+    m.def("force_parts", [](std::vector<double> bounds) {  // empty: measured again
+        ThreadPool::Turn turn;
+        Balance::forced() = std::move(bounds);
+    }, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<Balance>(m, "Balance")  // for tests
+        .def("__init__", [](Balance* self, int num_threads) { (new (self) Balance())->set_num_threads(num_threads); })
+        .def("share_of", [](const Balance& self, int64_t count, int thread) {
+            const Share share = self.share_of(count, thread);
+            return nb::make_tuple(share.begin, share.end);
+        })
+        .def("record", &Balance::record)
+        .def("update", &Balance::update);
     nb::class_<Tuner>(m, "Tuner")  // for tests
         .def(nb::init<>())
         .def("next", [](Tuner& self) { return static_cast<int>(self.next()); })

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -83,7 +82,7 @@ private:
     std::map<std::tuple<const KernelTable*, int, int64_t, int64_t, int>, Tuner> tuners_;
 };
 
-// What a layer does for once, and its time if it is measured.
+// What a layer does for once.
 class Trial {
 public:
     Trial() = default;
@@ -93,10 +92,9 @@ public:
     }
 
     Fetch fetch() const { return fetch_; }
-    void start() { start_ = std::chrono::steady_clock::now(); }
-    void stop() {
-        if (tuner_ == nullptr || forced()) return;
-        tuner_->record(std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count());
+    // Its time, if it is measured.
+    void record(double seconds) {
+        if (tuner_ != nullptr && !forced()) tuner_->record(seconds);
     }
 
     // The same for everything, for tests.
@@ -108,7 +106,6 @@ public:
 private:
     Tuner* tuner_ = nullptr;
     Fetch fetch_ = Fetch::kNear;
-    std::chrono::steady_clock::time_point start_;
 };
 
 }  // namespace outrider
