@@ -46,7 +46,7 @@ public:
         work_[thread].seconds += seconds;
     }
 
-    // By one thread, while none records and none asks for its part, or for what a layer later will be.
+    // By one thread, while no other records or asks for its part.
     void update() {
         for (const Work& work : work_)
             if (work.num_bytes == 0) return;
