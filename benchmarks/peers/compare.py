@@ -8,7 +8,7 @@ A sample counts only if the read bandwidth before and after it agree within 15% 
 A machine whose memory flips between two bandwidths gets a table for each, of the samples within 15% of it: else one
 engine in one of them would be compared with another in the other. The JSON has all samples.
 outrider's times include its Python; a peer's are those that it measures itself, without putting its context back.
-Both run once before they are timed.
+Both run once right before they are timed.
 Threads: OMP_NUM_THREADS for outrider, the same number for the peers.
 """
 
@@ -74,7 +74,7 @@ class Peer:
     def run(self, command: dict[str, int]) -> float:
         """Seconds of one forward, as the engine's own process measures it."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({**command, "repeats": 1, "warmup": 1}) + "\n")
+        self._process.stdin.write(json.dumps({**command, "repeats": 1, "warmup": 0}) + "\n")
         self._process.stdin.flush()
         return self._read()["ms"] / 1e3
 
@@ -193,18 +193,11 @@ def main() -> None:
     formats = [format for format in args.weights.split(",") for _ in PEERS[format]]
     for peer, format in zip(peers, formats, strict=True):
         named[f"{peer.name} {peer.weights}"] = peer_workloads(peer, format, rows)
-    own = {workload for name, workloads in named.items() if name.startswith(OWN) for workload in workloads}
-
-    def warm_up(workload: Workload) -> None:
-        time.sleep(SETTLE_S)
-        if workload in own:  # a peer does so by itself
-            workload.run()
-
     measurement = Measurement()
     everything = [workload for workloads in named.values() for workload in workloads]
     try:
         probe = BandwidthProbe(probe_bytes())
-        measure(everything, args.repeats, measurement, probe=probe, on_start=warm_up)
+        measure(everything, args.repeats, measurement, probe=probe, on_start=lambda workload: time.sleep(SETTLE_S))
     except KeyboardInterrupt:
         print("interrupted: what there is", file=sys.stderr)
     finally:

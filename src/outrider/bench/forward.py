@@ -106,22 +106,21 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     on_start: Callable[[Workload], None] = lambda workload: None,
 ) -> None:
-    """Run every workload once to warm up, then in turns until each has `repeats` samples or was tried too often.
+    """Run workloads in turns until each has `repeats` samples or was tried too often.
 
-    Each round begins with the next workload, so that slow changes of the machine touch all of them alike.
+    Right before it is timed a workload runs once untimed: a probe has emptied the caches, and a step of decoding
+    comes after another. Each round begins with the next workload, so that slow changes of the machine touch all of
+    them alike.
 
     Args:
         measurement: filled as the runs end, so that an interruption leaves the finished ones.
         probe: the read bandwidth now, in bytes per second.
         clock: seconds.
-        on_start: called before a workload runs.
+        on_start: called before a workload runs, untimed and timed.
     """
     for workload in workloads:
         measurement.samples.setdefault(workload, [])
         measurement.num_tried.setdefault(workload, 0)
-    for workload in workloads:
-        on_start(workload)
-        workload.run()
     measurement.probes.append(probe())
     for turn in range(MAX_TRIES * repeats):
         waiting = [workload for workload in workloads if len(measurement.samples[workload]) < repeats]
@@ -130,6 +129,7 @@ def measure(
         first = turn % len(waiting)
         for workload in [*waiting[first:], *waiting[:first]]:
             on_start(workload)
+            workload.run()
             start = clock()
             kernel_seconds = workload.run()
             seconds = clock() - start

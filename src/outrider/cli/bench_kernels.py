@@ -296,7 +296,7 @@ def _config(settings: Settings, target: BenchTarget, workloads: Sequence[Workloa
         "rows": sorted({workload.num_rows for workload in workloads if workload.kind != "prefill"}),
         "repeats": settings.repeats,
         "max_tries": MAX_TRIES * settings.repeats,
-        "warm_up": "every workload once",
+        "warm_up": "every workload once before each timed run",
         "probe_bytes": probe_bytes(),
         "probe_agreement": AGREEMENT,
     }
