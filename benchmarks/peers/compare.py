@@ -42,7 +42,7 @@ CONTEXT = 64
 PREFILL = 512
 OWN = "outrider"
 MODE_SHARE = 0.1  # of the samples; fewer are no mode of the memory, but disturbed
-SETTLE_S = 0.1  # the engine before may still spin; ONNX Runtime does for 30 ms
+SETTLE_S = 0.1  # the engine before may still spin (ONNX Runtime does for 30 ms) and share the memory with a probe
 # For OpenVINO the group of activations that is fastest; its default, 32, is slower.
 GROUP_128 = "DYNAMIC_QUANTIZATION_GROUP_SIZE=128"
 PEERS: dict[str, list[tuple[str, ...]]] = {
@@ -196,8 +196,13 @@ def main() -> None:
     measurement = Measurement()
     everything = [workload for workloads in named.values() for workload in workloads]
     try:
-        probe = BandwidthProbe(probe_bytes())
-        measure(everything, args.repeats, measurement, probe=probe, on_start=lambda workload: time.sleep(SETTLE_S))
+        read_bandwidth = BandwidthProbe(probe_bytes())
+
+        def probe() -> float:
+            time.sleep(SETTLE_S)
+            return read_bandwidth()
+
+        measure(everything, args.repeats, measurement, probe=probe)
     except KeyboardInterrupt:
         print("interrupted: what there is", file=sys.stderr)
     finally:
