@@ -63,6 +63,7 @@ constexpr int64_t kLinesPerCall = 2;  // of each half of a stretch
 
 // The keys and values of a split that comes next, to be asked for line by line while others are computed: processors
 // drop what is asked for in bursts. Positions side by side with all heads of a task, for memory likes long stretches.
+// After the last task the weights that are read next.
 class KeysAhead {
 public:
     // From now on the split at `first` of a task; only its context, since the step's rows were written just now.

@@ -1,6 +1,6 @@
-// How the panels of layers are divided among threads. Cores of one machine read memory at different speeds: fast and slow
-// ones, such on another die, such beside a busy neighbour; an equal division lets all wait for the slowest. So each
-// thread's speed is measured while the model runs. No division changes a bit of the results.
+// How the panels of layers are divided among threads. Cores of one machine read memory at different speeds (fast and slow
+// cores, two dies, a busy neighbour), and an equal division lets all wait for the slowest. So each thread's speed is
+// measured while the model runs. No division changes a bit of the results.
 #pragma once
 
 #include <algorithm>

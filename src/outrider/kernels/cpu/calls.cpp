@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 
 #include "balance.h"
 #include "dispatch.h"
@@ -133,10 +132,9 @@ double time_reading(const void* data, int64_t num_bytes) {
         for (int64_t at = next.fetch_add(kReadAtOnce); at < num_bytes; at = next.fetch_add(kReadAtOnce))
             seen += kernels.read_memory(static_cast<const char*>(data) + at, std::min(kReadAtOnce, num_bytes - at));
     };
-    const auto start = std::chrono::steady_clock::now();
+    const Lap lap;
     turn.run(job);
-    const auto stop = std::chrono::steady_clock::now();
-    return std::chrono::duration<double>(stop - start).count();
+    return lap.seconds();
 }
 
 }  // namespace outrider

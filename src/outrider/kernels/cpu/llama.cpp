@@ -1,7 +1,6 @@
 #include "llama.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 
 #include "calls.h"
@@ -75,7 +74,7 @@ Llama::Llama(LlamaSpec spec) : spec_(std::move(spec)) {}
 
 void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
     ThreadPool::Turn turn;  // of this model's memory too
-    const auto start = std::chrono::steady_clock::now();
+    const Lap lap;
     const KernelTable& kernels = active_level();
     const int64_t rows = batch.num_rows, threads = turn.num_threads();
     const int64_t query_width = static_cast<int64_t>(spec_.num_heads) * spec_.head_dim;
@@ -120,7 +119,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
     step.lm_head_trial = Trial(tuners_.find(kernels, spec_.lm_head, std::max(1, batch.num_logits), turn.num_threads()));
     auto job = [&](int thread, int num_threads) { run_layers(step, thread, num_threads); };
     turn.run(job);
-    last_seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    last_seconds_ = lap.seconds();
 }
 
 void Llama::choose_fetches(Step& step, size_t index, int num_threads) {
