@@ -25,7 +25,7 @@ def choices(seed: int, *, num_uses: int, modes: tuple[float, float], period: int
         if rng.random() < 1 / period:
             mode = 1 - mode
         delay = 5.0 if rng.random() < 0.02 else 1.0  # another process had the core
-        tuner.record(1e-4 * TIMES[fetch] * modes[mode] * delay * rng.lognormvariate(0, noise))
+        tuner.record(5e-5 * TIMES[fetch] * modes[mode] * delay * rng.lognormvariate(0, noise))
         chosen.append(fetch)
     return chosen
 
@@ -60,7 +60,9 @@ def test_long_uses_are_not_tried_often() -> None:
     """What takes milliseconds, such as an output layer, is tried for some of them only."""
     tuner = native.new_tuner()
     chosen = []
-    for _ in range(30):
+    for _ in range(2000):
         chosen.append(FETCHES[tuner.next()])
         tuner.record(5e-3 * TIMES[chosen[-1]])
-    assert chosen[6:] == ["near"] * 24
+    assert chosen[3:14] == ["near"] * 11
+    assert chosen[:150].count("near") > 120
+    assert chosen[500:].count("near") > 1450

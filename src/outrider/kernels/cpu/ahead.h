@@ -7,50 +7,73 @@ using outrider::Fetch;
 
 // Processors drop some of the prefetches that memory has to answer, so every line is asked for once more, so many bytes
 // before it is needed.
-constexpr int64_t kAgainBytes = 2048;
+constexpr uintptr_t kAgainBytes = 2048;
 
-// While a tile is computed, lines of later weights are fetched: `step` bytes for each 128 bytes of this panel. The
-// portable level leaves that to the processor.
-struct Ahead {
-    const char* at;
-    int64_t step;
-    bool is_far;
+// The lines of weights that are fetched while a tile is computed, in the order in which a thread reads them: a panel to its
+// end, then `next`. The portable level leaves that to the processor.
+class Ahead {
+public:
+    // Nothing: the same two lines again and again cost next to nothing.
+    explicit Ahead(const uint8_t* panel) : Ahead(panel, nullptr, nullptr, 0, false) {}
 
-    Ahead(const void* data, int64_t step_bytes, bool is_far)
-        : at(static_cast<const char*>(data)), step(step_bytes), is_far(is_far) {}
+    // `step` bytes for each 128 bytes of the tile's own panel. Without an end it goes on and on.
+    Ahead(const uint8_t* from, const uint8_t* end, const uint8_t* next, int64_t step, bool is_far)
+        : at_(address(from)), first_(at_), end_(end == nullptr ? UINTPTR_MAX : address(end)), next_(address(next)), step_(step),
+          is_far_(is_far) {}
 
+    // With 128 bytes of the panel.
     OUTRIDER_INLINE void fetch() {
-        if (is_far) {
-            far_lines(at);
-            far_lines(at - kAgainBytes);
+        if (is_far_) {
+            const uintptr_t again = at_ - first_ < kAgainBytes ? first_ : at_ - kAgainBytes;
+            far_lines(at_);
+            far_lines(again);
         } else {
-            prefetch(at);
-            prefetch(at + 64);
+            prefetch(line(at_));
+            prefetch(line(at_ + 64));
         }
-        at += step;
+        advance(step_);
     }
 
-    // What comes after all that the tile of a panel asks for.
-    Ahead after(int64_t panel_bytes) const {
-        Ahead rest = *this;
-        rest.at += panel_bytes / 128 * step;
-        return rest;
+    // With 64 bytes of the panel.
+    OUTRIDER_INLINE void fetch_line() {
+        one_line();
+        advance(step_ / 2);
     }
 
     // So that memory does not wait while outputs are made of sums.
     OUTRIDER_INLINE void fetch_lines(int count) {
-        for (; step > 0 && count > 0; --count, at += 64) {
-            if (is_far) prefetch_far(at);
-            else prefetch(at);
+        for (; step_ > 0 && count > 0; --count) {
+            one_line();
+            advance(64);
         }
     }
 
 private:
-    // Lines that are asked for twice at once are asked for in vain.
-    OUTRIDER_INLINE void far_lines(const char* p) const {
-        prefetch_far(p);
-        if (step > 64) prefetch_far(p + 64);
+    static uintptr_t address(const uint8_t* p) { return reinterpret_cast<uintptr_t>(p); }
+    static const void* line(uintptr_t at) { return reinterpret_cast<const void*>(at); }
+
+    OUTRIDER_INLINE void one_line() const {
+        if (is_far_) prefetch_far(line(at_));
+        else prefetch(line(at_));
     }
+
+    // Lines that are asked for twice at once are asked for in vain.
+    OUTRIDER_INLINE void far_lines(uintptr_t at) const {
+        prefetch_far(line(at));
+        if (step_ > 64) prefetch_far(line(at + 64));
+    }
+
+    OUTRIDER_INLINE void advance(int64_t num_bytes) {
+        at_ += num_bytes;
+        const bool is_done = at_ >= end_;
+        at_ = is_done ? next_ : at_;
+        first_ = is_done ? next_ : first_;
+        end_ = is_done ? UINTPTR_MAX : end_;
+    }
+
+    uintptr_t at_, first_, end_, next_;  // numbers: what is fetched may lie behind the end of what there is
+    int64_t step_;
+    bool is_far_;
 };
 
 }  // namespace OUTRIDER_LEVEL

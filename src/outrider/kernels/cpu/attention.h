@@ -399,6 +399,12 @@ inline void write_out(const AttentionArgs& args, int row, int head, const Query&
     for (int e = 0; e < width; e += W) store_part(out + e, mul(load(query.sums + e), splat(factor)), width - e);
 }
 
+// Another core may have read what stood there before.
+inline void prefetch_out(const AttentionArgs& args, int row, int head) {
+    const float* out = args.out + row * args.out_stride + static_cast<int64_t>(head) * args.values.width;
+    for (int e = 0; e < args.values.width; e += 16) outrider::prefetch_for_write(out + e);
+}
+
 // Positions of a tree's tail at most: what its context has after the last whole split, and its rows.
 inline int64_t tail_capacity(int64_t num_step_rows) { return round_up(kKeySplit - 1 + num_step_rows, kKeySplit); }
 
@@ -423,17 +429,21 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
     float* const gathered = reinterpret_cast<float*>(spans + num_queries);
     int32_t* const path = reinterpret_cast<int32_t*>(gathered + kQueries * capacity);
     std::memset(sums, 0, sizeof(float) * num_heads * num_queries * width);
-    for (int h = 0, at = 0; h < num_heads; ++h) {
-        for (int r = 0; r < num_rows; ++r) {
-            const float* query = args.query + (task.row_begin + r) * args.query_stride;
-            query += static_cast<int64_t>(task.head_begin + h) * group * args.keys.width;
-            for (int g = 0; g < group; ++g, ++at) {
-                queries[at] = {query + g * args.keys.width, sums + at * width, stats + 2 * at};
-                stats[2 * at] = -INFINITY;
-                stats[2 * at + 1] = 0.0f;
-            }
-        }
-    }
+    const auto each_query = [&](auto f) {
+        for (int h = 0, at = 0; h < num_heads; ++h)
+            for (int r = 0; r < num_rows; ++r)
+                for (int g = 0; g < group; ++g, ++at) f(at, task.row_begin + r, (task.head_begin + h) * group + g);
+    };
+    each_query([&](int at, int row, int head) {
+        const float* query = args.query + row * args.query_stride + static_cast<int64_t>(head) * args.keys.width;
+        queries[at] = {query, sums + at * width, stats + 2 * at};
+        stats[2 * at] = -INFINITY;
+        stats[2 * at + 1] = 0.0f;
+    });
+    // Of some queries of a head whose last keys are read now.
+    const auto prefetch_outs = [&](int h, int begin, int count) {
+        for (int i = begin; i < begin + count; ++i) prefetch_out(args, task.row_begin + i / group, (task.head_begin + h) * group + i % group);
+    };
     const bool is_chain = sequence.parents == nullptr;
     const int local = task.row_begin - sequence.row_begin;
     int64_t num_keys[kTaskRows];
@@ -476,6 +486,7 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
             for (int b = 0, begin = 0; b < num_blocks; ++b) {  // of nearly equal size
                 const int some = num_queries / num_blocks + (b < num_queries % num_blocks);
                 const Query* own = queries + h * num_queries + begin;
+                if (is_chain && after >= most) prefetch_outs(h, begin, some);
                 with_constant(some, [&](auto number) {
                     attend_split<decltype(number)::value>(args, own, spans + begin, block, ahead);
                 });
@@ -491,16 +502,14 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
         read_block(args, sequence.slots + most, num_slots, task.head_begin + h, tail, ahead);
         for (int r = 0; r < num_rows; ++r) {
             const Query* own = queries + h * num_queries + r * group;
+            prefetch_outs(h, r * group, group);
             for (int g = 0; g < group; g += kQueries) {
                 const int some = group - g < kQueries ? group - g : kQueries;
                 attend_tree_tail(args, sequence, local + r, most, own + g, some, tail, path, gathered, ahead);
             }
         }
     }
-    for (int h = 0, at = 0; h < num_heads; ++h)
-        for (int r = 0; r < num_rows; ++r)
-            for (int g = 0; g < group; ++g, ++at)
-                write_out(args, task.row_begin + r, (task.head_begin + h) * group + g, queries[at]);
+    each_query([&](int at, int row, int head) { write_out(args, row, head, queries[at]); });
 }
 
 }  // namespace OUTRIDER_LEVEL

@@ -94,16 +94,6 @@ AttentionPlan plan_attention(const KernelTable& kernels, const AttentionArgs& ar
     return plan;
 }
 
-void run_tasks(const KernelTable& kernels, const AttentionArgs& args, const std::vector<SequenceView>& sequences,
-               const AttentionPlan& plan, std::atomic<size_t>& next, int thread, Stretch then, float* scratch) {
-    for (size_t i = thread; i < plan.tasks.size();) {
-        const size_t after = next.fetch_add(1, std::memory_order_relaxed);
-        const AttentionTask* task = after < plan.tasks.size() ? &plan.tasks[after] : nullptr;
-        kernels.attention(args, sequences.data(), plan.tasks[i], task, then, scratch);
-        i = after;
-    }
-}
-
 void run_attention(const AttentionArgs& args, const std::vector<SequenceView>& sequences) {
     static Buffer<float>& buffer = *new Buffer<float>();
     ThreadPool::Turn turn;
@@ -112,7 +102,9 @@ void run_attention(const AttentionArgs& args, const std::vector<SequenceView>& s
     float* memory = buffer.at_least(plan.scratch_size * turn.num_threads());
     std::atomic<size_t> next{static_cast<size_t>(turn.num_threads())};
     auto job = [&](int thread, int) {
-        run_tasks(kernels, args, sequences, plan, next, thread, {nullptr, 0}, memory + thread * plan.scratch_size);
+        run_tasks(plan, next, thread, [&](const AttentionTask& task, const AttentionTask* after) {
+            kernels.attention(args, sequences.data(), task, after, {nullptr, 0}, memory + thread * plan.scratch_size);
+        });
     };
     turn.run(job);
 }

@@ -28,9 +28,15 @@ struct AttentionPlan {
 AttentionPlan plan_attention(const KernelTable& kernels, const AttentionArgs& args,
                              const std::vector<SequenceView>& sequences, int num_threads);
 
-// A thread's part of a call. Each takes the task of its number, then from `next`, which begins at the number of threads;
-// with the last one the stretch `then` is fetched.
-void run_tasks(const KernelTable& kernels, const AttentionArgs& args, const std::vector<SequenceView>& sequences,
-               const AttentionPlan& plan, std::atomic<size_t>& next, int thread, Stretch then, float* scratch);
+// A thread's part of a call: run(task, next task or null). Each takes the task of its number, then from `next`, which begins
+// at the number of threads.
+template <class Run>
+void run_tasks(const AttentionPlan& plan, std::atomic<size_t>& next, int thread, Run run) {
+    for (size_t i = thread; i < plan.tasks.size();) {
+        const size_t after = next.fetch_add(1, std::memory_order_relaxed);
+        run(plan.tasks[i], after < plan.tasks.size() ? &plan.tasks[after] : nullptr);
+        i = after;
+    }
+}
 
 }  // namespace outrider

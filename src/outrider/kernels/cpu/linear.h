@@ -13,19 +13,19 @@ constexpr int64_t kAheadBytes = 8192;
 constexpr int kLinesPerOutputs = 1, kLinesPerGated = 3;  // what memory has while W outputs are made
 
 template <int R>
-inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
+inline Ahead run_tile_of(const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
     const uint32_t* units = rows.units + start * rows.num_units;
     const int32_t* sums = rows.sums + start * rows.num_groups;
     switch (weight.format) {  // tiles of more rows than a format's blocks have are not even compiled
         case outrider::kFp32:
-            if constexpr (R <= kBlockRows[0]) tile_fp32<R>(units, panel, rows.num_units, tile, ahead);
-            return;
+            if constexpr (R <= kBlockRows[0]) return tile_fp32<R>(units, panel, rows.num_units, tile, ahead);
+            break;
         case outrider::kBf16:
-            if constexpr (R <= kBlockRows[1]) tile_bf16<R>(units, panel, rows.num_units, tile, ahead);
-            return;
+            if constexpr (R <= kBlockRows[1]) return tile_bf16<R>(units, panel, rows.num_units, tile, ahead);
+            break;
         case outrider::kInt8:
-            if constexpr (R <= kBlockRows[2]) tile_int8<R>(units, sums, rows.num_parts, panel, rows.num_units, tile, ahead);
-            return;
+            if constexpr (R <= kBlockRows[2]) return tile_int8<R>(units, sums, rows.num_parts, panel, rows.num_units, tile, ahead);
+            break;
         default:
             if constexpr (R <= kBlockRows[3]) {
                 const int64_t groups = rows.num_groups;
@@ -33,35 +33,35 @@ inline void run_tile_of(const PackedLinear& weight, const PackedRows& rows, int 
                 return tile_int4<R, false>(units, sums, panel, groups, weight.group_size, tile, ahead);
             }
     }
+    return ahead;
 }
 
 template <int R = kMostRows>
-inline void run_tile_for(int num_rows, const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
+inline Ahead run_tile_for(int num_rows, const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
     if constexpr (R > 0) {
         if constexpr (R <= kBlockRows[0] || R <= kBlockRows[1] || R <= kBlockRows[2] || R <= kBlockRows[3])
             if (num_rows == R) return run_tile_of<R>(weight, rows, start, panel, tile, ahead);
-        run_tile_for<R - 1>(num_rows, weight, rows, start, panel, tile, ahead);
+        return run_tile_for<R - 1>(num_rows, weight, rows, start, panel, tile, ahead);
     }
+    return ahead;
 }
 
-// What a block of rows fetches while it goes through a panel: one alone the same stream, a little ahead; more of them
-// each its share of what comes next, which is `then` (or null) after the last panel.
-inline Ahead ahead_of(const PackedRows& rows, int block, const uint8_t* panel, int64_t bytes, bool is_last, const uint8_t* then) {
+// What a block of rows fetches while it goes through a panel: one alone the same stream, a little ahead, and then the
+// beginning of `next`; more of them each its share of `later`. Null if there is none.
+inline Ahead ahead_of(const PackedRows& rows, int block, const uint8_t* panel, int64_t bytes, const uint8_t* next, const uint8_t* later) {
     const int blocks = rows.num_blocks();
-    const uint8_t* next = is_last ? then : panel + bytes;
-    // The same two lines again and again cost next to nothing.
-    if (rows.fetch == outrider::Fetch::kProcessor || (blocks > 1 && next == nullptr)) return {panel, 0, false};
+    if (rows.fetch == outrider::Fetch::kProcessor || (blocks > 1 && later == nullptr)) return Ahead(panel);
     const bool is_far = rows.fetch == outrider::Fetch::kFar;
-    if (blocks > 1) return {next + bytes * block / blocks, 128 / blocks, is_far};
-    // What lies behind the last panel is another thread's, or another layer's: there it ends with the panel.
-    if (!is_last || then == panel + bytes) return {panel + kAheadBytes, 128, is_far};
-    return bytes > kAheadBytes ? Ahead(panel + kAheadBytes, 128 * (bytes - kAheadBytes) / bytes, is_far) : Ahead(panel, 0, false);
+    if (blocks > 1) return {later + bytes * block / blocks, nullptr, nullptr, 128 / blocks, is_far};
+    if (next == nullptr) next = panel;  // which is in the cache
+    if (bytes <= kAheadBytes) return {next, nullptr, nullptr, 128, is_far};
+    return {panel + kAheadBytes, panel + bytes, next, 128, is_far};
 }
 
 // The tile of one panel and one block of rows, without the rows' scales and the bias.
-inline void run_tile(const PackedLinear& weight, const PackedRows& rows, int block, const uint8_t* panel, float* tile, Ahead ahead) {
+inline Ahead run_tile(const PackedLinear& weight, const PackedRows& rows, int block, const uint8_t* panel, float* tile, Ahead ahead) {
     const int start = rows.block_start(block);
-    run_tile_for(rows.block_start(block + 1) - start, weight, rows, start, panel, tile, ahead);
+    return run_tile_for(rows.block_start(block + 1) - start, weight, rows, start, panel, tile, ahead);
 }
 
 // Where a panel's outputs of a block of rows go.
@@ -82,19 +82,18 @@ inline void linear(const PackedLinear& weight, const PackedRows& rows, float* ou
     alignas(64) float tile[kMostRows * outrider::kPanel];
     for (int64_t p = begin; p < end; ++p) {
         const int64_t output = p * outrider::kPanel;
-        const uint8_t* panel = weight.data + p * bytes;
+        const uint8_t *panel = weight.data + p * bytes, *next = p + 1 == end ? then : panel + bytes;
         for (int block = 0; block < rows.num_blocks(); ++block) {
             prefetch_outputs(rows, block, out + (p - begin) * outrider::kPanel, out_stride);
-            const Ahead ahead = ahead_of(rows, block, panel, bytes, p + 1 == end, then);
-            run_tile(weight, rows, block, panel, tile, ahead);
-            Ahead rest = ahead.after(bytes);
+            Ahead ahead = ahead_of(rows, block, panel, bytes, next, next);
+            ahead = run_tile(weight, rows, block, panel, tile, ahead);
             const int start = rows.block_start(block), stop = rows.block_start(block + 1);
             for (int row = start; row < stop; ++row) {
                 const float* sums = tile + (row - start) * outrider::kPanel;
                 for (int c = 0; c < outrider::kPanel && output + c < weight.num_outputs; c += W) {
                     float* to = out + row * out_stride + (p - begin) * outrider::kPanel + c;
                     const int64_t count = weight.num_outputs - output - c;
-                    rest.fetch_lines(kLinesPerOutputs);
+                    ahead.fetch_lines(kLinesPerOutputs);
                     vf y = finish(weight, rows, row, sums, output, c);
                     if (epilogue == Epilogue::kAdd) y = add(load_part(to, count), y);
                     store_part(to, y, count);
@@ -109,20 +108,20 @@ inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const P
     alignas(64) float gates[kMostRows * outrider::kPanel], ups[kMostRows * outrider::kPanel];
     for (int64_t p = begin; p < end; ++p) {
         const int64_t output = p * outrider::kPanel;
-        const bool is_last = p + 1 == end;
         const uint8_t *gate_panel = gate.data + p * gate_bytes, *up_panel = up.data + p * up_bytes;
-        const uint8_t* after = then == nullptr ? nullptr : then + gate_bytes;
+        const uint8_t* next_gate = p + 1 == end ? then : gate_panel + gate_bytes;
+        const uint8_t* next_up = p + 1 < end ? up_panel + up_bytes : then == nullptr ? nullptr : then + gate_bytes;
         for (int block = 0; block < gate_rows.num_blocks(); ++block) {
             prefetch_outputs(gate_rows, block, out + (p - begin) * outrider::kPanel, out_stride);
-            const Ahead ahead = ahead_of(gate_rows, block, gate_panel, gate_bytes, is_last, then);
-            run_tile(gate, gate_rows, block, gate_panel, gates, ahead);
-            Ahead rest = ahead.after(gate_bytes);
-            run_tile(up, up_rows, block, up_panel, ups, ahead_of(up_rows, block, up_panel, up_bytes, is_last, after));
+            Ahead ahead = ahead_of(gate_rows, block, gate_panel, gate_bytes, up_panel, next_gate);
+            ahead = run_tile(gate, gate_rows, block, gate_panel, gates, ahead);
+            ahead = ahead_of(up_rows, block, up_panel, up_bytes, next_gate, next_up);
+            ahead = run_tile(up, up_rows, block, up_panel, ups, ahead);
             const int start = gate_rows.block_start(block), stop = gate_rows.block_start(block + 1);
             for (int row = start; row < stop; ++row) {
                 const int at = (row - start) * outrider::kPanel;
                 for (int c = 0; c < outrider::kPanel && output + c < gate.num_outputs; c += W) {
-                    rest.fetch_lines(kLinesPerGated);
+                    ahead.fetch_lines(kLinesPerGated);
                     const vf g = finish(gate, gate_rows, row, gates + at, output, c);
                     const vf u = finish(up, up_rows, row, ups + at, output, c);
                     float* to = out + row * out_stride + (p - begin) * outrider::kPanel + c;

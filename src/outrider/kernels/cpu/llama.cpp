@@ -10,7 +10,6 @@
 namespace outrider {
 namespace {
 
-constexpr int64_t kFetchedAhead = 16384;  // bytes
 constexpr int64_t kFetchedWithAttention = 256 << 10;  // bytes, which stay in a core's own cache
 constexpr int64_t kStrip = 8;  // panels of the output layer whose logits are looked at before the next
 
@@ -43,12 +42,6 @@ Stretch first_of_qkv(const LlamaLayer& layer, Share panels) {
     return {nullptr, 0};
 }
 
-// Asks for the beginning of what a thread reads next while memory has nothing else to do: before a barrier, and before
-// attention. What it asks for comes while the thread waits.
-void fetch_ahead(Stretch next) {
-    for (int64_t i = 0; i < std::min(kFetchedAhead, next.num_bytes); i += 64) prefetch_far(next.data + i);
-}
-
 }  // namespace
 
 // One forward: the batch, and where its intermediate values stand.
@@ -60,12 +53,12 @@ struct Llama::Step {
     float *hidden, *qkv, *attended, *inner, *largest, *cos, *sin, *rows, *scratch, *strip;
     RowChoice* choices;
     int64_t row_width;
-    PackedRows packed[3];
     AttentionPlan plan;
-    std::atomic<size_t> next_task;
     uint32_t* words = nullptr;  // [threads][num_words]
     int64_t num_words = 0;
-    Trial qkv_trial{}, output_trial{}, gate_trial{}, down_trial{}, lm_head_trial{};  // thread 0 sets them, a layer ahead
+    // What is written while threads run, on lines of their own.
+    alignas(64) std::atomic<size_t> next_task{0};
+    alignas(64) Trial qkv_trial{}, output_trial{}, gate_trial{}, down_trial{}, lm_head_trial{};  // thread 0 sets them, a layer ahead
 
     void wait(int num_threads) { barrier.wait(num_threads); }
 };
@@ -101,9 +94,7 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
               strip_.at_least(output.logits == nullptr ? threads * batch.num_logits * kStrip * kPanel : 0),
               choices_.data(),
               row_width,
-              {},
-              std::move(plan),
-              {}};
+              std::move(plan)};
     const auto make_room = [&](const PackedLinear& weight, int num_rows) {
         for (RowsBuffer& buffer : packed_)
             step.num_words = std::max(
@@ -162,12 +153,11 @@ namespace {
 
 // Packs a thread's share of rows for up to three layers; rows that serve several are packed once.
 template <class RowOf, class LargestOf>
-void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (&packed)[3],
+void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (&rows)[3],
               std::initializer_list<const PackedLinear*> weights, int num_rows, int thread, int num_threads,
               uint32_t* words, Fetch fetch, RowOf row_of, LargestOf largest_of) {
     const PackedLinear* const* weight = weights.begin();
     int own[3];
-    PackedRows rows[3];
     for (int i = 0; i < static_cast<int>(weights.size()); ++i) {
         own[i] = i;
         for (int j = 0; j < i && own[i] == i; ++j)
@@ -176,8 +166,6 @@ void pack_for(const KernelTable& kernels, RowsBuffer (&buffers)[3], PackedRows (
     }
     for (int i = 0; i < static_cast<int>(weights.size()); ++i)
         if (own[i] == i) pack_share(kernels, *weight[i], rows[i], thread, num_threads, words, row_of, largest_of);
-    if (thread == 0)
-        for (int i = 0; i < static_cast<int>(weights.size()); ++i) packed[i] = rows[i];
 }
 
 // Of what each thread has seen of a row; a NaN stays.
@@ -200,7 +188,8 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     const int64_t width = query_width + 2 * kv_width;
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
-    pack_for(kernels, packed_, step.packed, {&layer.query, &layer.key, &layer.value}, batch.num_rows, thread, num_threads, words,
+    PackedRows packed[3];
+    pack_for(kernels, packed_, packed, {&layer.query, &layer.key, &layer.value}, batch.num_rows, thread, num_threads, words,
              step.qkv_trial.fetch(),
              [&](int64_t row) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.input_norm, spec_.norm_eps, normed, spec_.hidden);
@@ -212,7 +201,6 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     const PackedLinear* weights[] = {&layer.query, &layer.key, &layer.value};
     const Share panels = balance_.share_of(num_qkv_panels(layer), thread);
     const Stretch output = stretch_of(layer.output, thread);
-    fetch_ahead(first_of_qkv(layer, panels));
     step.wait(num_threads);
     const Lap qkv_lap;
     int64_t qkv_bytes = 0, first = 0, column = 0;
@@ -222,7 +210,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
         first += weights[i]->num_panels();
         const uint8_t* then = panels.end > first ? weights[i + 1]->data : output.data;
         if (begin < end) {
-            kernels.linear(*weights[i], step.packed[i], step.qkv + column + begin * kPanel, width, Epilogue::kStore, begin, end, then);
+            kernels.linear(*weights[i], packed[i], step.qkv + column + begin * kPanel, width, Epilogue::kStore, begin, end, then);
             qkv_bytes += num_bytes_of(*weights[i], {begin, end});
         }
         column += weights[i]->num_outputs;
@@ -236,36 +224,38 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
         read_first_split(args, batch.sequences.data(), step.plan.tasks[thread]);
     step.wait(num_threads);
 
-    const Share mine = share_of(batch.num_rows, thread, num_threads);
     const int64_t half = spec_.head_dim / 2;
-    for (int64_t row = mine.begin; row < mine.end; ++row) {
-        float* query = step.qkv + row * width;
-        float* key = query + query_width;
-        const auto norm_heads = [&](float* heads, int count, const float* weight) {
-            for (int h = 0; h < count && weight != nullptr; ++h, heads += spec_.head_dim)
-                kernels.rms_norm(heads, weight, spec_.norm_eps, heads, spec_.head_dim);
-        };
-        norm_heads(query, spec_.num_heads, layer.query_norm);
-        norm_heads(key, spec_.num_kv_heads, layer.key_norm);
-        kernels.rotate(query, spec_.num_heads, spec_.head_dim, step.cos + row * half, step.sin + row * half);
-        kernels.rotate(key, spec_.num_kv_heads, spec_.head_dim, step.cos + row * half, step.sin + row * half);
-        kernels.write_kv(key, keys, batch.write_slots[row]);
-        kernels.write_kv(key + kv_width, values, batch.write_slots[row]);
+    const auto norm_and_rotate = [&](int row, float* heads, int count, const float* norm) {
+        for (int h = 0; h < count && norm != nullptr; ++h)
+            kernels.rms_norm(heads + h * spec_.head_dim, norm, spec_.norm_eps, heads + h * spec_.head_dim, spec_.head_dim);
+        kernels.rotate(heads, count, spec_.head_dim, step.cos + row * half, step.sin + row * half);
+    };
+    const Share mine = share_of(2 * static_cast<int64_t>(batch.num_rows), thread, num_threads);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {  // keys and values of rows
+        const int row = static_cast<int>(i / 2);
+        float* key = step.qkv + row * width + query_width;
+        if (i % 2 == 0) norm_and_rotate(row, key, spec_.num_kv_heads, layer.key_norm);
+        kernels.write_kv(i % 2 == 0 ? key : key + kv_width, i % 2 == 0 ? keys : values, batch.write_slots[row]);
     }
     step.wait(num_threads);
 
-    fetch_ahead(output);
-    run_tasks(kernels, args, batch.sequences, step.plan, step.next_task, thread,
-              {output.data, std::min(output.num_bytes, kFetchedWithAttention)}, step.scratch + thread * step.plan.scratch_size);
+    const int group = spec_.num_heads / spec_.num_kv_heads;
+    run_tasks(step.plan, step.next_task, thread, [&](const AttentionTask& task, const AttentionTask* next) {
+        for (int row = task.row_begin; row < task.row_end; ++row)  // queries by whoever reads them next
+            norm_and_rotate(row, step.qkv + row * width + task.head_begin * group * spec_.head_dim,
+                            (task.head_end - task.head_begin) * group, layer.query_norm);
+        kernels.attention(args, batch.sequences.data(), task, next, {output.data, std::min(output.num_bytes, kFetchedWithAttention)},
+                          step.scratch + thread * step.plan.scratch_size);
+    });
     step.wait(num_threads);
 
-    pack_for(kernels, packed_, step.packed, {&layer.output}, batch.num_rows, thread, num_threads, words, step.output_trial.fetch(),
+    pack_for(kernels, packed_, packed, {&layer.output}, batch.num_rows, thread, num_threads, words, step.output_trial.fetch(),
              [&](int64_t row) { return step.attended + row * query_width; },
              [&](int, const float* x) { return kernels.largest_magnitude(x, query_width); });
     step.wait(num_threads);
     const Lap lap;
     const Share outputs = balance_.share_of(layer.output.num_panels(), thread);
-    kernels.linear(layer.output, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
+    kernels.linear(layer.output, packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
                    outputs.begin, outputs.end, stretch_of(layer.gate, thread).data);
     measured(step.output_trial, thread, output.num_bytes, lap);
     step.wait(num_threads);
@@ -294,7 +284,8 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
     const KernelTable& kernels = step.kernels;
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
-    pack_for(kernels, packed_, step.packed, {&layer.gate, &layer.up}, step.batch.num_rows, thread, num_threads, words,
+    PackedRows packed[3];
+    pack_for(kernels, packed_, packed, {&layer.gate, &layer.up}, step.batch.num_rows, thread, num_threads, words,
              step.gate_trial.fetch(),
              [&](int64_t row) {
                  kernels.rms_norm(step.hidden + row * spec_.hidden, layer.post_norm, spec_.norm_eps, normed, spec_.hidden);
@@ -304,11 +295,9 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
     const Share inner = balance_.share_of(layer.gate.num_panels(), thread);
     const Share outputs = balance_.share_of(layer.down.num_panels(), thread);
     const Stretch gate = part_of(layer.gate, inner), down = part_of(layer.down, outputs);
-    fetch_ahead(gate);
-    fetch_ahead(part_of(layer.up, inner));
     step.wait(num_threads);
     const Lap gate_lap;
-    kernels.gated_silu(layer.gate, layer.up, step.packed[0], step.packed[1], step.inner + inner.begin * kPanel,
+    kernels.gated_silu(layer.gate, layer.up, packed[0], packed[1], step.inner + inner.begin * kPanel,
                        spec_.intermediate, inner.begin, inner.end, down.data);
     measured(step.gate_trial, thread, 2 * gate.num_bytes, gate_lap);
     // What rounding needs of a row: each thread looks at the columns that it has just made.
@@ -318,14 +307,13 @@ void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) 
     for (int row = 0; row < step.batch.num_rows; ++row)
         largest[row] = kernels.largest_magnitude(step.inner + row * spec_.intermediate + first, width);
     step.wait(num_threads);
-    pack_for(kernels, packed_, step.packed, {&layer.down}, step.batch.num_rows, thread, num_threads, words, step.down_trial.fetch(),
+    pack_for(kernels, packed_, packed, {&layer.down}, step.batch.num_rows, thread, num_threads, words, step.down_trial.fetch(),
              [&](int64_t row) { return step.inner + row * spec_.intermediate; },
              [&](int row, const float*) { return largest_of_threads(step.largest + row, step.batch.num_rows, num_threads); });
     const uint8_t* then = after_layer(index, thread);
-    fetch_ahead(down);
     step.wait(num_threads);
     const Lap down_lap;
-    kernels.linear(layer.down, step.packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
+    kernels.linear(layer.down, packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
                    outputs.begin, outputs.end, then);
     if (thread == 0) {
         step.down_trial.record(down_lap.seconds());
@@ -342,7 +330,8 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     const int64_t num_logits = batch.num_logits, vocab = spec_.vocab;
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
-    pack_for(kernels, packed_, step.packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, words, step.lm_head_trial.fetch(),
+    PackedRows packed[3];
+    pack_for(kernels, packed_, packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, words, step.lm_head_trial.fetch(),
              [&](int64_t i) {
                  kernels.rms_norm(step.hidden + batch.logits_rows[i] * spec_.hidden, spec_.final_norm, spec_.norm_eps, normed,
                                   spec_.hidden);
@@ -353,7 +342,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     Share panels = balance_.share_of(spec_.lm_head.num_panels(), thread);
     const Lap lap;
     if (output.tokens == nullptr) {
-        kernels.linear(spec_.lm_head, step.packed[0], output.logits + panels.begin * kPanel, vocab, Epilogue::kStore,
+        kernels.linear(spec_.lm_head, packed[0], output.logits + panels.begin * kPanel, vocab, Epilogue::kStore,
                        panels.begin, panels.end, nullptr);
         if (thread == 0) step.lm_head_trial.record(lap.seconds());
         return;
@@ -372,7 +361,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
         const int64_t end = std::min(p + kStrip, panels.end), count = std::min(end * kPanel, vocab) - p * kPanel;
         float* strip = writes ? output.logits + p * kPanel : step.strip + thread * num_logits * width;
         const uint8_t* then = end < panels.end ? part_of(spec_.lm_head, {end, panels.end}).data : nullptr;
-        kernels.linear(spec_.lm_head, step.packed[0], strip, width, Epilogue::kStore, p, end, then);
+        kernels.linear(spec_.lm_head, packed[0], strip, width, Epilogue::kStore, p, end, then);
         for (int64_t i = 0; i < num_logits; ++i) {
             const float most = choices[i].see(kernels, strip + i * width, p * kPanel, count);
             if (output.maxima == nullptr) continue;

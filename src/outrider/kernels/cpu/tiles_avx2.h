@@ -20,7 +20,7 @@ inline void store_tile(const vf (&sum)[R][4], float* tile) {
 }
 
 template <int R>
-void tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
+Ahead tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
     vf sum[R][4];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < 4; ++c) sum[r][c] = _mm256_setzero_ps();
@@ -38,11 +38,12 @@ void tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, f
         }
     }
     store_tile<R>(sum, tile);
+    return ahead;
 }
 
 // Pairs of inputs lie next to each other, the first in the low half of each 32 bits.
 template <int R>
-void tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
+Ahead tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
     vf sum[R][4];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < 4; ++c) sum[r][c] = _mm256_setzero_ps();
@@ -63,6 +64,7 @@ void tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, f
         }
     }
     store_tile<R>(sum, tile);
+    return ahead;
 }
 
 // Four products |w| * (sign of w) x per lane. |w| and |x| are at most 127: no pair of products overflows 16 bits.
@@ -72,13 +74,14 @@ inline __m256i dot_signed(__m256i sum, __m256i magnitude, __m256i weight, __m256
 }
 
 template <int R>
-void tile_int8(const uint32_t* units, const int32_t*, int, const uint8_t* panel, int64_t num_units, float* tile,
+Ahead tile_int8(const uint32_t* units, const int32_t*, int, const uint8_t* panel, int64_t num_units, float* tile,
                Ahead ahead) {
     __m256i sum[R][4];
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < 4; ++c) sum[r][c] = _mm256_setzero_si256();
     const float* scales = reinterpret_cast<const float*>(panel);
     panel += 128;
+    ahead.fetch();
     const __m256i offset = _mm256_set1_epi8(static_cast<char>(0x80));
     for (int64_t k = 0; k < num_units; ++k, units += R, panel += 128) {
         ahead.fetch();
@@ -94,6 +97,7 @@ void tile_int8(const uint32_t* units, const int32_t*, int, const uint8_t* panel,
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < 4; ++c)
             store(tile + r * kPanel + 8 * c, mul(_mm256_cvtepi32_ps(sum[r][c]), load(scales + 8 * c)));
+    return ahead;
 }
 
 inline __m256i dot_unsigned(__m256i sum, __m256i weight, __m256i x) {
@@ -101,7 +105,7 @@ inline __m256i dot_unsigned(__m256i sum, __m256i weight, __m256i x) {
 }
 
 template <int R, bool kZeros>
-void tile_int4(const uint32_t* units, const int32_t* sums, const uint8_t* panel, int64_t num_groups, int group_size,
+Ahead tile_int4(const uint32_t* units, const int32_t* sums, const uint8_t* panel, int64_t num_groups, int group_size,
                float* tile, Ahead ahead) {
     const __m256i low = _mm256_set1_epi8(0x0f);
     vf total[R][4];
@@ -110,6 +114,8 @@ void tile_int4(const uint32_t* units, const int32_t* sums, const uint8_t* panel,
     for (int64_t g = 0; g < num_groups; ++g, sums += R) {
         const uint16_t* head = reinterpret_cast<const uint16_t*>(panel);
         panel += kZeros ? 128 : 64;
+        ahead.fetch_line();
+        if constexpr (kZeros) ahead.fetch_line();
         __m256i sum[R][4];
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < 4; ++c) sum[r][c] = kZeros ? _mm256_setzero_si256() : _mm256_set1_epi32(sums[r]);
@@ -137,6 +143,7 @@ void tile_int4(const uint32_t* units, const int32_t* sums, const uint8_t* panel,
         }
     }
     store_tile<R>(total, tile);
+    return ahead;
 }
 
 }  // namespace OUTRIDER_LEVEL

@@ -24,7 +24,7 @@ inline void store_tile(const vf (&sum)[R][2], float* tile) {
 }
 
 template <int R>
-void tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
+Ahead tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
     vf sum[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
@@ -40,10 +40,11 @@ void tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, f
         }
     }
     store_tile<R>(sum, tile);
+    return ahead;
 }
 
 template <int R>
-void tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
+Ahead tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
     vf sum[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
@@ -58,6 +59,7 @@ void tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, f
         }
     }
     store_tile<R>(sum, tile);
+    return ahead;
 }
 
 // sum += four products of unsigned bytes of `weight` and signed bytes of `x` in each lane. The intrinsic is the same
@@ -67,7 +69,7 @@ inline void dot_bytes(__m512i& sum, __m512i weight, __m512i x) {
 }
 
 template <int R>
-void tile_int8(const uint32_t* units, const int32_t* sums, int num_parts, const uint8_t* panel, int64_t num_units,
+Ahead tile_int8(const uint32_t* units, const int32_t* sums, int num_parts, const uint8_t* panel, int64_t num_units,
                float* tile, Ahead ahead) {
     __m512i starts[R];  // in memory: with calls between them the compiler would keep no sum in a register
     for (int r = 0; r < R; ++r) starts[r] = _mm512_set1_epi32(start_of_sum(sums + r, R, num_parts));
@@ -76,6 +78,7 @@ void tile_int8(const uint32_t* units, const int32_t* sums, int num_parts, const 
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = starts[r];
     const float* scales = reinterpret_cast<const float*>(panel);
     panel += 128;
+    ahead.fetch();
     for (int64_t k = 0; k < num_units; ++k, units += R, panel += 128) {
         ahead.fetch();
         const __m512i w0 = _mm512_loadu_si512(panel), w1 = _mm512_loadu_si512(panel + 64);
@@ -91,10 +94,11 @@ void tile_int8(const uint32_t* units, const int32_t* sums, int num_parts, const 
         store(tile + r * kPanel, mul(_mm512_cvtepi32_ps(sum[r][0]), load(scales)));
         store(tile + r * kPanel + 16, mul(_mm512_cvtepi32_ps(sum[r][1]), load(scales + 16)));
     }
+    return ahead;
 }
 
 template <int R, bool kZeros>
-void tile_int4(const uint32_t* __restrict units, const int32_t* __restrict sums, const uint8_t* __restrict panel,
+Ahead tile_int4(const uint32_t* __restrict units, const int32_t* __restrict sums, const uint8_t* __restrict panel,
                int64_t num_groups, int group_size, float* __restrict tile, Ahead ahead) {
     const __m512i low = _mm512_set1_epi8(0x0f);
     vf total[R][2];
@@ -103,6 +107,8 @@ void tile_int4(const uint32_t* __restrict units, const int32_t* __restrict sums,
     for (int64_t g = 0; g < num_groups; ++g, sums += R) {
         const uint16_t* head = reinterpret_cast<const uint16_t*>(panel);
         panel += kZeros ? 128 : 64;
+        ahead.fetch_line();
+        if constexpr (kZeros) ahead.fetch_line();
         __m512i sum[R][2];
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = kZeros ? _mm512_setzero_si512() : _mm512_set1_epi32(sums[r]);
@@ -139,6 +145,7 @@ void tile_int4(const uint32_t* __restrict units, const int32_t* __restrict sums,
         }
     }
     store_tile<R>(total, tile);
+    return ahead;
 }
 
 }  // namespace OUTRIDER_LEVEL

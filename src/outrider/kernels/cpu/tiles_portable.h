@@ -15,7 +15,7 @@ constexpr int kBlockRows[] = {4, 4, 4, 4};
 constexpr int kUnitInputs[] = {1, 1, 4, 4};  // bf16 rows are kept as float32 that bf16 can hold
 
 template <int R>
-void tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead) {
+Ahead tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
     float sum[R][kPanel] = {};
     for (int64_t k = 0; k < num_units; ++k) {
         const float* w = reinterpret_cast<const float*>(panel) + k * kPanel;
@@ -25,10 +25,11 @@ void tile_fp32(const uint32_t* units, const uint8_t* panel, int64_t num_units, f
         }
     }
     std::memcpy(tile, sum, sizeof sum);
+    return ahead;
 }
 
 template <int R>
-void tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead) {
+Ahead tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, float* tile, Ahead ahead) {
     float sum[R][kPanel] = {};
     for (int64_t k = 0; k < num_units; k += 2) {
         const uint32_t* pairs = reinterpret_cast<const uint32_t*>(panel) + k / 2 * kPanel;
@@ -41,6 +42,7 @@ void tile_bf16(const uint32_t* units, const uint8_t* panel, int64_t num_units, f
         }
     }
     std::memcpy(tile, sum, sizeof sum);
+    return ahead;
 }
 
 // Sum of four products of bytes: of the unit's as signed, of the weight's as unsigned.
@@ -52,8 +54,8 @@ inline int32_t dot_unsigned(uint32_t weight, uint32_t unit) {
 }
 
 template <int R>
-void tile_int8(const uint32_t* units, const int32_t* sums, int num_parts, const uint8_t* panel, int64_t num_units,
-               float* tile, Ahead) {
+Ahead tile_int8(const uint32_t* units, const int32_t* sums, int num_parts, const uint8_t* panel, int64_t num_units,
+               float* tile, Ahead ahead) {
     const float* scales = reinterpret_cast<const float*>(panel);
     int32_t sum[R][kPanel];
     for (int r = 0; r < R; ++r)
@@ -65,11 +67,12 @@ void tile_int8(const uint32_t* units, const int32_t* sums, int num_parts, const 
     }
     for (int r = 0; r < R; ++r)
         for (int c = 0; c < kPanel; ++c) tile[r * kPanel + c] = static_cast<float>(sum[r][c]) * scales[c];
+    return ahead;
 }
 
 template <int R, bool kZeros>
-void tile_int4(const uint32_t* units, const int32_t* sums, const uint8_t* panel, int64_t num_groups, int group_size,
-               float* tile, Ahead) {
+Ahead tile_int4(const uint32_t* units, const int32_t* sums, const uint8_t* panel, int64_t num_groups, int group_size,
+               float* tile, Ahead ahead) {
     float total[R][kPanel] = {};
     for (int64_t g = 0; g < num_groups; ++g, sums += R) {
         const uint16_t* head = reinterpret_cast<const uint16_t*>(panel);
@@ -95,6 +98,7 @@ void tile_int4(const uint32_t* units, const int32_t* sums, const uint8_t* panel,
         }
     }
     std::memcpy(tile, total, sizeof total);
+    return ahead;
 }
 
 }  // namespace OUTRIDER_LEVEL

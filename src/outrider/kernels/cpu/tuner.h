@@ -16,8 +16,9 @@ namespace outrider {
 // One kind of layer with one number of rows. Used by one thread at a time.
 //
 // Memory changes its speed by a factor of two within moments, so ways are compared only within rounds, in which each has
-// one use right after the other. The first rounds follow each other; one every now and then afterwards: it costs the
-// little by which the worse ways are worse, and what the first rounds saw of pages that were new is soon forgotten.
+// one use right after the other. The first rounds follow each other for some milliseconds, then there are some uses between
+// them: an output layer would else be read in worse ways for dozens of forwards. One every now and then afterwards: it costs
+// the little by which the worse ways are worse, and what the first rounds saw of pages that were new is soon forgotten.
 class Tuner {
 public:
     // What to do now.
@@ -37,14 +38,14 @@ public:
         ++num_rounds_;
         total_s_ += total;
         best_ = fastest();
-        num_until_round_ = num_rounds_ < kRounds && total_s_ < kEnough ? 0 : kUsesBetween;
+        num_until_round_ = num_rounds_ >= kRounds ? kUsesBetween : total_s_ < kAtOnce ? 0 : kUsesBetweenFirst;
     }
 
 private:
     static constexpr int kNumWays = 3;
     static constexpr int kRounds = 15;        // the median of the last ones counts
-    static constexpr double kEnough = 20e-3;  // seconds of rounds that are as good as kRounds short ones
-    static constexpr int kUsesBetween = 96;   // rounds
+    static constexpr double kAtOnce = 5e-3;   // seconds of the first ones
+    static constexpr int kUsesBetween = 96, kUsesBetweenFirst = 12;  // kRounds
 
     int fastest() const {
         const int count = static_cast<int>(std::min<int64_t>(num_rounds_, kRounds));
