@@ -18,7 +18,6 @@ using outrider::AttentionTask;
 using outrider::kKeySplit;
 using outrider::kTaskRows;
 using outrider::SequenceView;
-using outrider::Stretch;
 
 template <int N>
 struct Constant {
@@ -59,11 +58,9 @@ struct Query {
 };
 
 constexpr int kFetchEvery = 4;  // dimensions of scores, or positions of values, between two fetches
-constexpr int64_t kLinesPerCall = 2;  // of each half of a stretch
 
 // The keys and values of a split that comes next, to be asked for line by line while others are computed: processors
 // drop what is asked for in bursts. Positions side by side with all heads of a task, for memory likes long stretches.
-// After the last task the weights that are read next.
 class KeysAhead {
 public:
     // From now on the split at `first` of a task; only its context, since the step's rows were written just now.
@@ -79,20 +76,6 @@ public:
         slots_ = sequence.slots + first;
         num_lines_ = unasked_ = count * ((bytes_ + 63) / 64);
         at_ = bytes_;
-        most_per_call_ = num_lines_;
-    }
-
-    // From now on a stretch of anything, no faster than memory has it.
-    void aim(Stretch stretch) {
-        static constexpr int64_t kOnly = 0;
-        bytes_ = stretch.num_bytes / 128 * 64;  // of its halves, side by side
-        key_data_ = reinterpret_cast<const char*>(stretch.data);
-        value_data_ = key_data_ + bytes_;
-        key_stride_ = value_stride_ = 0;
-        slots_ = &kOnly;
-        num_lines_ = unasked_ = bytes_ / 64;
-        at_ = bytes_;
-        most_per_call_ = kLinesPerCall;
     }
 
     // The next `num_calls` calls shall ask for one of `num_parts` parts.
@@ -101,7 +84,6 @@ public:
         allowed_ = part < unasked_ ? part : unasked_;
         unasked_ -= allowed_;
         per_call_ = (allowed_ + num_calls - 1) / num_calls;
-        if (per_call_ > most_per_call_) per_call_ = most_per_call_;
     }
 
     OUTRIDER_INLINE void fetch() {  // a call between sums would spill them
@@ -125,7 +107,7 @@ private:
     const int64_t* slots_ = nullptr;
     const char *key_data_ = nullptr, *value_data_ = nullptr, *key_ = nullptr, *value_ = nullptr;
     int64_t key_stride_ = 0, value_stride_ = 0, bytes_ = 0, at_ = 0;
-    int64_t num_lines_ = 0, unasked_ = 0, allowed_ = 0, per_call_ = 0, most_per_call_ = 0;
+    int64_t num_lines_ = 0, unasked_ = 0, allowed_ = 0, per_call_ = 0;
 };
 
 // Keys of W positions as columns from `out` on, `stride` apart.
@@ -416,7 +398,7 @@ inline size_t attention_scratch(const AttentionArgs& args, int64_t num_step_rows
 }
 
 inline void attention(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task,
-                      const AttentionTask* next, Stretch then, float* scratch) {
+                      const AttentionTask* next, float* scratch) {
     const SequenceView& sequence = sequences[task.sequence];
     const int group = args.num_heads / args.keys.num_heads, num_rows = task.row_end - task.row_begin;
     const int num_queries = num_rows * group, num_heads = task.head_end - task.head_begin;
@@ -456,8 +438,8 @@ inline void attention(const AttentionArgs& args, const SequenceView* sequences, 
     const auto aim_at_next = [&] {
         if (is_aimed_at_next) return;
         is_aimed_at_next = true;
-        if (next == nullptr) return ahead.aim(then);
-        ahead.aim(args, sequences, *next, outrider::first_split(args, sequences, *next));
+        ahead = {};
+        if (next != nullptr) ahead.aim(args, sequences, *next, outrider::first_split(args, sequences, *next));
     };
     // Times that reading a split of so many keys and one block of queries ask for more.
     const auto num_calls = [&](int64_t count) {

@@ -103,7 +103,7 @@ void run_attention(const AttentionArgs& args, const std::vector<SequenceView>& s
     std::atomic<size_t> next{static_cast<size_t>(turn.num_threads())};
     auto job = [&](int thread, int) {
         run_tasks(plan, next, thread, [&](const AttentionTask& task, const AttentionTask* after) {
-            kernels.attention(args, sequences.data(), task, after, {nullptr, 0}, memory + thread * plan.scratch_size);
+            kernels.attention(args, sequences.data(), task, after, memory + thread * plan.scratch_size);
         });
     };
     turn.run(job);

@@ -157,12 +157,6 @@ struct AttentionArgs {
     const float* sinks;      // [num_heads] or null
 };
 
-// Bytes that a thread will read in a row.
-struct Stretch {
-    const uint8_t* data;
-    int64_t num_bytes;
-};
-
 // Some rows of a sequence and some of its key/value heads.
 struct AttentionTask {
     int sequence, head_begin, head_end, row_begin, row_end;
@@ -256,9 +250,9 @@ struct KernelTable {
     void (*read_row)(const void* table, KvType type, int64_t row, int64_t width, float* out);
     // Floats that a task needs, of sequences of at most so many rows; `num_row_heads` are its rows times its heads.
     size_t (*attention_scratch)(const AttentionArgs& args, int64_t num_step_rows, int64_t num_row_heads);
-    // One task; meanwhile the beginning of the next one is fetched, or if there is none (null) the stretch `then`.
+    // One task; meanwhile the beginning of the next one (or null) is fetched.
     void (*attention)(const AttentionArgs& args, const SequenceView* sequences, const AttentionTask& task,
-                      const AttentionTask* next, Stretch then, float* scratch);
+                      const AttentionTask* next, float* scratch);
     // The greatest of each of consecutive blocks of `block` floats, a multiple of 16; NaN counts as -inf.
     void (*block_maxima)(const float* x, int64_t num_blocks, int64_t block, float* maxima);
     // The greatest of x; NaN if there is one.

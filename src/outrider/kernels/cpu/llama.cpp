@@ -10,7 +10,6 @@
 namespace outrider {
 namespace {
 
-constexpr int64_t kFetchedWithAttention = 256 << 10;  // bytes, which stay in a core's own cache
 constexpr int64_t kStrip = 8;  // panels of the output layer whose logits are looked at before the next
 
 // Whether rows packed for one layer serve another.
@@ -244,8 +243,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
         for (int row = task.row_begin; row < task.row_end; ++row)  // queries by whoever reads them next
             norm_and_rotate(row, step.qkv + row * width + task.head_begin * group * spec_.head_dim,
                             (task.head_end - task.head_begin) * group, layer.query_norm);
-        kernels.attention(args, batch.sequences.data(), task, next, {output.data, std::min(output.num_bytes, kFetchedWithAttention)},
-                          step.scratch + thread * step.plan.scratch_size);
+        kernels.attention(args, batch.sequences.data(), task, next, step.scratch + thread * step.plan.scratch_size);
     });
     step.wait(num_threads);
 

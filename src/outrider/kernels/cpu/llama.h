@@ -56,6 +56,12 @@ struct LlamaOutput {
     float* maxima;       // [num_logits][maxima of a row] or null, with both: the greatest of each kMaximaBlock logits, NaN if one is near
 };
 
+// Bytes that a thread will read in a row.
+struct Stretch {
+    const uint8_t* data;
+    int64_t num_bytes;
+};
+
 class Llama {
 public:
     explicit Llama(LlamaSpec spec);
