@@ -27,6 +27,7 @@ from outrider.models.probe import CachedRun, probe_lean_path
 from outrider.models.row_invariance import check_row_invariance
 from outrider.quantization.weights import WeightSource, open_weights
 from outrider.token_tree import TokenTree
+from tests.parity.kernel_hooks import FETCHES, forced_fetch, forced_parts
 from tests.parity.kernel_levels import use_threads
 from tests.tiny_models import build_tiny, make_tiny
 
@@ -233,10 +234,10 @@ def test_bits_do_not_depend_on_how_weights_are_read(format: WeightFormat, tmp_pa
     make(tmp_path, model_type="llama")
     model = load(tmp_path, format)
     found = []
-    for fetch in native.FETCHES:
+    for fetch in FETCHES:
         for num_rows in (7, 14, 17, 37):  # one and several blocks
             run = CachedRun(model, block_size=4, num_positions=64, num_sequences=1, row_invariant=True)
-            with native.forced_fetch(fetch):
+            with forced_fetch(fetch):
                 rows = [run.feed("a", list(range(3 + i, 3 + min(i + num_rows, 37)))) for i in range(0, 37, num_rows)]
             found.append([torch.cat(rows), *run.committed("a")])
     for others in found[1:]:
@@ -250,7 +251,7 @@ def test_bits_do_not_depend_on_how_threads_divide_layers(format: WeightFormat, t
     model = load(tmp_path, format)
     found = []
     for bounds in ((0, 1), (0, 0.5, 1), (0, 0.9, 1), (0, 0.1, 1), (0, 0, 1), (0, 1, 1), (0, 0.2, 0.25, 1)):
-        with use_threads(len(bounds) - 1), native.forced_parts(bounds):
+        with use_threads(len(bounds) - 1), forced_parts(bounds):
             run = CachedRun(model, block_size=4, num_positions=64, num_sequences=1, row_invariant=True)
             rows = [run.feed("a", list(range(3, 20))), run.feed("a", list(range(20, 24)))]
             cache = KVCache(
@@ -265,15 +266,6 @@ def test_bits_do_not_depend_on_how_threads_divide_layers(format: WeightFormat, t
             found.append([torch.cat(rows), torch.tensor(choices.token_ids), *run.committed("a")])
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
-
-
-def test_parts_that_do_not_fit_the_threads_are_refused() -> None:
-    with (
-        use_threads(2),
-        pytest.raises(ValueError, match="got 2, expected one more than the 2 threads"),
-        native.forced_parts((0, 1)),
-    ):
-        pass
 
 
 @pytest.mark.parametrize("column", [0, -1])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from outrider.kernels import native
+from tests.parity.kernel_hooks import new_balance
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="outrider was built without compiled kernels")
 
@@ -19,7 +20,7 @@ NUM_PANELS, PANEL_BYTES = 1000, 1 << 20
 def parts_after(speeds: Sequence[float], num_layers: int, *, noise: float = 0.0, seed: int = 0) -> list[float]:
     """Each thread's part of the panels, whose cores read so many bytes per second."""
     rng = random.Random(seed)
-    balance = native.new_balance(len(speeds))
+    balance = new_balance(len(speeds))
     for _ in range(num_layers):
         for thread, speed in enumerate(speeds):
             begin, end = balance.share_of(NUM_PANELS, thread)
@@ -55,7 +56,7 @@ def test_a_slow_core_keeps_a_part_so_that_it_is_measured() -> None:
 
 
 def test_a_core_that_recovers_gets_its_part_back() -> None:
-    balance = native.new_balance(2)
+    balance = new_balance(2)
     for layer in range(1000):
         for thread in (0, 1):
             speed = 0.5 if thread == 1 and layer < 500 else 1.0
@@ -67,7 +68,7 @@ def test_a_core_that_recovers_gets_its_part_back() -> None:
 
 
 def test_too_little_to_be_measured_changes_nothing() -> None:
-    balance = native.new_balance(2)
+    balance = new_balance(2)
     for _ in range(100):
         balance.record(0, 1000, 1e-6)
         balance.record(1, 1000, 1e-3)

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from outrider.kernels import native
-from outrider.kernels.native import FETCHES
+from tests.parity.kernel_hooks import FETCHES, new_tuner
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="outrider was built without compiled kernels")
 
@@ -18,7 +18,7 @@ TIMES = {"processor": 1.3, "far": 1.05, "near": 1.0}  # of a use, beside the bes
 def choices(seed: int, *, num_uses: int, modes: tuple[float, float], period: int, noise: float = 0.05) -> list[str]:
     """What is chosen for each use while memory changes between two speeds, every `period` uses on average."""
     rng = random.Random(seed)
-    tuner = native.new_tuner()
+    tuner = new_tuner()
     mode, chosen = 0, []
     for _ in range(num_uses):
         fetch = FETCHES[tuner.next()]
@@ -46,7 +46,7 @@ def test_all_are_tried_at_first_and_now_and_then() -> None:
 
 
 def test_what_was_best_once_is_given_up() -> None:
-    tuner = native.new_tuner()
+    tuner = new_tuner()
     last = []
     for use in range(6000):
         fetch = FETCHES[tuner.next()]
@@ -58,7 +58,7 @@ def test_what_was_best_once_is_given_up() -> None:
 
 def test_long_uses_are_not_tried_often() -> None:
     """What takes milliseconds, such as an output layer, is tried for some of them only."""
-    tuner = native.new_tuner()
+    tuner = new_tuner()
     chosen = []
     for _ in range(2000):
         chosen.append(FETCHES[tuner.next()])

@@ -46,7 +46,7 @@ def largest(
         if maxima.shape != (num_rows, native.num_maxima(size)) or not maxima.flags.c_contiguous:
             raise ValueError(f"maxima: got {list(maxima.shape)}, expected {[num_rows, native.num_maxima(size)]}")
         known = address(maxima)
-    native._module().largest(address(rows), known, num_rows, size, count, address(places), address(values))
+    native.compiled().largest(address(rows), known, num_rows, size, count, address(places), address(values))
     return places, values
 
 

@@ -6,8 +6,7 @@ Legend: M rows, K inputs, N outputs, S cache slots.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from logging import getLogger
@@ -131,54 +130,7 @@ def set_num_threads(number: int | None) -> None:
     _threads_wanted = number
 
 
-FETCHES = ("processor", "far", "near")
-"""Who brings weights into the caches before they are needed."""
-
-
-@contextmanager
-def forced_fetch(fetch: str) -> Iterator[None]:
-    """Have one of `FETCHES` for all layers, instead of whichever was measured to be the fastest; for tests.
-
-    None changes a bit of any result.
-    """
-    _module().force_fetch(FETCHES.index(fetch))
-    try:
-        yield
-    finally:
-        _module().force_fetch(-1)
-
-
-@contextmanager
-def forced_parts(bounds: Sequence[float]) -> Iterator[None]:
-    """Divide all layers among threads at these parts of 1, from 0 to 1, whatever was measured; for tests.
-
-    No division changes a bit of any result.
-    """
-    module = _module()
-    if len(bounds) != num_threads() + 1:
-        raise ValueError(f"bounds: got {len(bounds)}, expected one more than the {num_threads()} threads")
-    module.force_parts(list(bounds))
-    try:
-        yield
-    finally:
-        module.force_parts([])
-
-
-def new_tuner() -> Any:
-    """What finds the fastest of `FETCHES`: ``next()`` is what to use, ``record(seconds)`` its time; for tests."""
-    return _module().Tuner()
-
-
-def new_balance(number: int) -> Any:
-    """What divides layers among so many threads; for tests.
-
-    ``record(thread, num_bytes, seconds)`` is what one has read, ``update()`` comes after each layer, and
-    ``share_of(count, thread)`` is a thread's part ``(begin, end)`` of so many panels.
-    """
-    return _module().Balance(number)
-
-
-def _module() -> Any:
+def compiled() -> Any:
     """The compiled module, set to the level and the threads that are asked for."""
     level = isa()
     assert level != REFERENCE, "a compiled kernel was called on a machine without"
@@ -224,7 +176,7 @@ class Linear:
         self.weight = weight
         self.bias = None if bias is None else bias.detach().float().contiguous()
         order = weight.input_order
-        self.handle = _module().PackedLinear(
+        self.handle = compiled().PackedLinear(
             _FORMATS[weight.format],
             weight.num_outputs,
             weight.num_inputs,
@@ -248,7 +200,7 @@ class Linear:
                 self.weight.num_inputs,
             ],
         )
-        _module().linear(self.handle, rows.data_ptr(), len(rows), out.data_ptr())
+        compiled().linear(self.handle, rows.data_ptr(), len(rows), out.data_ptr())
         return out
 
 
@@ -270,7 +222,7 @@ class CacheTensor:
         _require(can_attend(self.tensor), "cache", f"{self.tensor.dtype} on {self.tensor.device}", "a dtype of ours")
         _require(self.tensor.is_contiguous() and self.tensor.ndim == 3, "cache", "gaps", "[slots, heads, width]")
         _require(0 < self.width <= _MAX_HEAD_WIDTH, "width of a head", self.width, f"1 to {_MAX_HEAD_WIDTH}")
-        return _module().KvCache(self.tensor.data_ptr(), self.type, self.tensor.shape[1], self.width)
+        return compiled().KvCache(self.tensor.data_ptr(), self.type, self.tensor.shape[1], self.width)
 
 
 def cache_width(head_width: int, dtype: torch.dtype) -> int:
@@ -290,7 +242,7 @@ def write_kv(rows: Tensor, cache: Tensor, slots: Tensor) -> None:
     _require(
         rows.shape[1:] == (cache.shape[1], target.width), "keys or values", list(rows.shape), "the cache's heads"
     )
-    _module().write_kv(rows.data_ptr(), target.handle(), slots.data_ptr(), len(rows))
+    compiled().write_kv(rows.data_ptr(), target.handle(), slots.data_ptr(), len(rows))
 
 
 def move_slots(storage: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -305,7 +257,7 @@ def move_slots(storage: Tensor, sources: Sequence[int], targets: Sequence[int]) 
     _require(len(sources) == len(targets), "slots", len(sources), len(targets))
     _require(all(0 <= slot < num_slots for slot in slots), "slots", slots, f"0 to {num_slots - 1}")
     slot_bytes = storage.stride(1) * storage.itemsize
-    _module().move_slots(storage.data_ptr(), num_layers, num_slots, slot_bytes, sources, targets)
+    compiled().move_slots(storage.data_ptr(), num_layers, num_slots, slot_bytes, sources, targets)
 
 
 def attention(
@@ -331,7 +283,7 @@ def attention(
     sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
     if sinks is not None:
         _require(sinks.shape == (num_heads,), "sinks", list(sinks.shape), [num_heads])
-    _module().attention(
+    compiled().attention(
         rows.data_ptr(),
         out.data_ptr(),
         rows.shape[1],
@@ -417,7 +369,7 @@ def llama_caches(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Any:
         _require(same and can_attend(tensor), "cache", f"{tensor.dtype} {list(tensor.shape)}", "caches of one kind")
         _require(tensor.is_contiguous() and tensor.ndim == 3, "cache", "gaps", "[slots, heads, width]")
     addresses = ([tensor.data_ptr() for tensor in layer] for layer in (keys, values))
-    return _module().LlamaCaches(*addresses, _CACHE_TYPES[first.dtype], len(first))
+    return compiled().LlamaCaches(*addresses, _CACHE_TYPES[first.dtype], len(first))
 
 
 class Llama:
@@ -442,7 +394,7 @@ class Llama:
         inverse_frequencies: Tensor,
         rope_scaling: float,
     ) -> None:
-        native = _module()
+        native = compiled()
         self.lm_head, self.layers = lm_head, tuple(layers)
         self.embedding, self._final_norm = embedding.contiguous(), final_norm.float().contiguous()
         self._norms = [
@@ -511,12 +463,7 @@ class Llama:
         return self._handle.forward(sequences, caches, *addresses, chooses)
 
 
-def noise_ceiling(half: int) -> float:
-    """What the Gumbel noise of a random number of 32 bits is taken to be at most before logarithms are taken."""
-    return _module().noise_ceiling(half)
-
-
 def read_bandwidth(buffer: Tensor) -> float:
     """Bytes per second at which all threads together read a contiguous tensor once."""
     num_bytes = buffer.numel() * buffer.element_size()
-    return num_bytes / _module().time_reading(buffer.data_ptr(), num_bytes)
+    return num_bytes / compiled().time_reading(buffer.data_ptr(), num_bytes)
