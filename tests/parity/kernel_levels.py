@@ -13,7 +13,7 @@ from outrider.kernels import native
 
 LEVELS = [level for level in native.levels() if level != native.REFERENCE]
 
-FUSES = {"avx512": True, "avx2": True, "portable": False}
+FUSES = {"amx": True, "avx512": True, "avx2": True, "portable": False}
 """Whether a level has a fused multiply-add: without one the product is rounded before it is added."""
 
 ROUNDING = 2.0**-24

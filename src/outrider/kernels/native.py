@@ -64,7 +64,7 @@ def _select_isa(wanted: str | None) -> str:
 
 
 def isa() -> str:
-    """The level of instructions that runs: "avx512", "avx2", "portable", or "reference" for no compiled kernels.
+    """The level of instructions that runs: "amx", "avx512", "avx2", "portable", or "reference" (nothing compiled).
 
     The environment's OUTRIDER_ISA forces one.
 

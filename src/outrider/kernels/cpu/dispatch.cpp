@@ -3,11 +3,28 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(OUTRIDER_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace outrider {
 namespace {
 
-const KernelTable* levels[4] = {};
+const KernelTable* levels[5] = {};
 std::atomic<const KernelTable*> active{nullptr};
+
+#if defined(OUTRIDER_AMX)
+// Whether there are matrix registers, and the system lets us use them: Linux wants to be asked once per process.
+bool may_use_amx() {
+    constexpr unsigned kBf16Bit = 1u << 22, kTileBit = 1u << 24, kInt8Bit = 1u << 25, kAll = kBf16Bit | kTileBit | kInt8Bit;
+    constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAll) != kAll) return false;
+    return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+#endif
 
 void find_levels() {
     int count = 0;
@@ -16,8 +33,12 @@ void find_levels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) {
+#if defined(OUTRIDER_AMX)
+        if (may_use_amx()) levels[count++] = &kAmx;
+#endif
         levels[count++] = &kAvx512;
+    }
     if (avx2) levels[count++] = &kAvx2;
 #endif
     levels[count++] = &kPortable;

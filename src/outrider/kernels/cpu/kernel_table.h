@@ -47,7 +47,7 @@ __extension__ typedef unsigned __int128 uint128_t;
 constexpr int kPanel = 32;
 constexpr int64_t kMaximaBlock = 64;  // logits whose maximum a forward may leave beside them
 constexpr int kKeySplit = 64;  // keys of one split of a row's own key sequence
-constexpr int kPartUnits = 32;  // parts of a packed row begin at its multiples: with whole groups of int4 and whole lines
+constexpr int kPartUnits = 32;  // parts of a packed row begin at its multiples: with whole groups of int4, chunks and lines
 constexpr int kTaskRows = 64;  // most rows of an attention task
 
 OUTRIDER_INLINE int64_t num_maxima(int64_t num_logits) { return (num_logits + kMaximaBlock - 1) / kMaximaBlock; }
@@ -82,13 +82,19 @@ enum class Fetch : int {
     kNear,       // and we, into the first cache
 };
 
+// How rows are packed for a layer.
+struct RowsForm {
+    int block_rows;   // most rows of a block
+    int chunk_units;  // units of a row that lie together
+};
+
 // The M rows of a GEMM's input in the form that its inner loop reads: blocks of at most `block_rows` rows, each
-// block [unit][row of the block], a unit being 32 bits of consecutive inputs of one row.
+// block [chunk][row of the block][unit of the chunk], a unit being 32 bits of consecutive inputs of one row.
 struct PackedRows {
-    int num_rows, block_rows;
+    int num_rows, block_rows, chunk_units;
     int num_parts;       // of a row, each packed by another thread
     Fetch fetch;
-    int64_t num_units;   // per row
+    int64_t num_units;   // per row, whole chunks
     int64_t num_groups;  // per row; int8: what the parts' sums are
     uint32_t* units;     // [num_rows * num_units]
     int32_t* sums;       // int8, int4: what each integer sum starts from, per block [group][row]; int8: the sum of all
@@ -224,8 +230,8 @@ OUTRIDER_INLINE float out_of_order(int32_t ordered) {
 
 struct KernelTable {
     const char* name;
-    int block_rows[kNumFormats];  // most rows of a tile
     int unit_inputs[kNumFormats];
+    RowsForm (*rows_form)(const PackedLinear& weight, int num_rows);
 
     // The largest magnitude of x; NaN if there is one.
     float (*largest_magnitude)(const float* x, int64_t width);
@@ -276,6 +282,9 @@ struct KernelTable {
 };
 
 #if defined(OUTRIDER_X86)
+#if defined(OUTRIDER_AMX)
+extern const KernelTable kAmx;
+#endif
 extern const KernelTable kAvx512;
 extern const KernelTable kAvx2;
 #endif

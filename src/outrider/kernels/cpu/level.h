@@ -11,8 +11,8 @@ namespace OUTRIDER_LEVEL {
 
 constexpr outrider::KernelTable table(const char* name) {
     return {name,
-            {kBlockRows[0], kBlockRows[1], kBlockRows[2], kBlockRows[3]},
             {kUnitInputs[0], kUnitInputs[1], kUnitInputs[2], kUnitInputs[3]},
+            rows_form,
             largest_magnitude,
             pack_row,
             interleave,

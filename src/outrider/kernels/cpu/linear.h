@@ -8,7 +8,13 @@ namespace OUTRIDER_LEVEL {
 
 using outrider::Epilogue;
 
-constexpr int kMostRows = 12;
+#ifdef OUTRIDER_HAS_MATRICES
+constexpr int kMostRows = kMostMatrixRows;
+#else
+constexpr int kMostRows = kMostVectorRows;
+
+inline outrider::RowsForm rows_form(const PackedLinear& weight, int) { return {kBlockRows[weight.format], 1}; }
+#endif
 constexpr int64_t kAheadBytes = 8192;
 constexpr int kLinesPerOutputs = 1, kLinesPerGated = 3;  // what memory has while W outputs are made
 
@@ -36,7 +42,7 @@ inline Ahead run_tile_of(const PackedLinear& weight, const PackedRows& rows, int
     return ahead;
 }
 
-template <int R = kMostRows>
+template <int R = kMostVectorRows>
 inline Ahead run_tile_for(int num_rows, const PackedLinear& weight, const PackedRows& rows, int start, const uint8_t* panel, float* tile, Ahead ahead) {
     if constexpr (R > 0) {
         if constexpr (R <= kBlockRows[0] || R <= kBlockRows[1] || R <= kBlockRows[2] || R <= kBlockRows[3])
@@ -60,6 +66,9 @@ inline Ahead ahead_of(const PackedRows& rows, int block, const uint8_t* panel, i
 
 // The tile of one panel and one block of rows, without the rows' scales and the bias.
 inline Ahead run_tile(const PackedLinear& weight, const PackedRows& rows, int block, const uint8_t* panel, float* tile, Ahead ahead) {
+#ifdef OUTRIDER_HAS_MATRICES
+    if (rows.chunk_units > 1) return run_matrix_tile(weight, rows, block, panel, tile, ahead);
+#endif
     const int start = rows.block_start(block);
     return run_tile_for(rows.block_start(block + 1) - start, weight, rows, start, panel, tile, ahead);
 }

@@ -172,6 +172,12 @@ inline void interleave(const PackedRows& rows, int block, int part, const uint32
     const int64_t num_units = rows.part_begin(part + 1) - rows.part_begin(part);
     uint32_t* units = rows.units + start * rows.num_units + rows.part_begin(part) * size;
     int64_t unit = 0;
+    if (rows.chunk_units > 1) {
+        for (; unit < num_units; unit += rows.chunk_units)
+            for (int row = 0; row < size; ++row, units += rows.chunk_units)
+                std::memcpy(units, words + row * num_units + unit, sizeof(uint32_t) * rows.chunk_units);
+        return;
+    }
     for (; unit + W <= num_units; unit += W) {
         for (int first = 0; first < size; first += W) {
             const char* from[W];

@@ -48,7 +48,9 @@ public:
         int64_t num_units = (weight.num_inputs + per_unit - 1) / per_unit;
         if (weight.format == kInt4) num_units = weight.num_groups() * (weight.group_size / 4);
         if (weight.format == kBf16) num_units = (weight.num_inputs + 1) / 2 * 2 / per_unit;
-        PackedRows rows{num_rows, kernels.block_rows[weight.format], 1, fetch, num_units, 0, nullptr, nullptr, nullptr};
+        const RowsForm form = kernels.rows_form(weight, num_rows);
+        num_units = (num_units + form.chunk_units - 1) / form.chunk_units * form.chunk_units;
+        PackedRows rows{num_rows, form.block_rows, form.chunk_units, 1, fetch, num_units, 0, nullptr, nullptr, nullptr};
         if (rows.num_blocks() < num_threads) rows.num_parts = num_threads;
         rows.num_groups = weight.format == kInt4 ? weight.num_groups() : weight.format == kInt8 ? rows.num_parts : 0;
         rows.units = units_.at_least(num_rows * num_units);
