@@ -32,12 +32,12 @@ void run_linear(const PackedLinear& weight, const float* x, int num_rows, float*
     auto job = [&](int thread, int num_threads) {
         pack_share(
             kernels, weight, rows, thread, num_threads, words + thread * num_words(rows),
-            [&](int row) { return x + row * weight.num_inputs; },
-            [&](int, const float* in) { return kernels.largest_magnitude(in, weight.num_inputs); });
+            [&](int row) { return FloatRow{x + row * weight.num_inputs, kPanel}; },
+            [&](int, const FloatRow& in) { return kernels.largest_magnitude(in, weight.num_inputs); });
         turn.barrier().wait(num_threads);
         const Lap lap;
         const Share panels = share_of(weight.num_panels(), thread, num_threads);
-        kernels.linear(weight, rows, out + panels.begin * kPanel, weight.num_outputs, Epilogue::kStore, panels.begin,
+        kernels.linear(weight, rows, out + panels.begin * kPanel, weight.num_outputs, kPanel, Epilogue::kStore, panels.begin,
                        panels.end, nullptr);
         if (thread == 0) trial.record(lap.seconds());
     };

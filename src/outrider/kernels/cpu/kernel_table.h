@@ -118,6 +118,14 @@ struct PackedRows {
     }
 };
 
+// A row of floats, a panel's at a time; where there are no gaps, kPanel apart.
+struct FloatRow {
+    const float* data;
+    int64_t stride;
+
+    OUTRIDER_INLINE const float* at(int64_t i) const { return data + i / kPanel * stride + i % kPanel; }
+};
+
 // What a row's integer sum starts from: the sum of its parts', which stand `stride` apart.
 OUTRIDER_INLINE int32_t start_of_sum(const int32_t* sums, int stride, int num_parts) {
     int32_t start = sums[0];
@@ -234,22 +242,23 @@ struct KernelTable {
     RowsForm (*rows_form)(const PackedLinear& weight, int num_rows);
 
     // The largest magnitude of x; NaN if there is one.
-    float (*largest_magnitude)(const float* x, int64_t width);
+    float (*largest_magnitude)(const FloatRow& x, int64_t width);
     // Part `part` of row `row` of `rows` from x [K] (order and format of `weight`), whose largest magnitude int8 and int4
     // need. Its units go into `words`, and from there `interleave` brings those of all rows of a block to their places:
     // words [row of the block][unit of the part]. A block of one row has them in place.
-    void (*pack_row)(const PackedLinear& weight, const float* x, float largest, const PackedRows& rows, int row, int part,
+    void (*pack_row)(const PackedLinear& weight, const FloatRow& x, float largest, const PackedRows& rows, int row, int part,
                      uint32_t* words);
     void (*interleave)(const PackedRows& rows, int block, int part, const uint32_t* words);
-    // Panels [begin, end) of the layer for all rows; `out` is the first row's first output of panel `begin`. `then` is
-    // what this thread will read next (or null): with the last panel its beginning is fetched.
-    void (*linear)(const PackedLinear& weight, const PackedRows& rows, float* out, int64_t out_stride,
+    // Panels [begin, end) of the layer for all rows; `out` is the first row's first output of panel `begin`, from which
+    // rows and panels lie at the strides. `then` is what this thread will read next (or null): with the last panel its
+    // beginning is fetched. Lines of many rows, each in another place, take up to a tenth of the time of the weights:
+    // where all rows of a panel lie together they take none.
+    void (*linear)(const PackedLinear& weight, const PackedRows& rows, float* out, int64_t row_stride, int64_t panel_stride,
                    Epilogue epilogue, int64_t begin, int64_t end, const uint8_t* then);
-    // Likewise silu(gate) * up of two layers of one format.
+    // Likewise silu(gate) * up of two layers of one format, to [panel][row][kPanel].
     void (*gated_silu)(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows,
-                       const PackedRows& up_rows, float* out, int64_t out_stride, int64_t begin, int64_t end,
-                       const uint8_t* then);
-    void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t width);
+                       const PackedRows& up_rows, float* out, int64_t begin, int64_t end, const uint8_t* then);
+    void (*rms_norm)(const FloatRow& x, const float* weight, float eps, float* out, int64_t width);
     // Rotates each of `num_heads` heads of `width` in place; cos and sin [width / 2].
     void (*rotate)(float* heads, int num_heads, int width, const float* cos, const float* sin);
     void (*write_kv)(const float* heads, const KvCache& cache, int64_t slot);

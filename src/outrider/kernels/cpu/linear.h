@@ -13,6 +13,8 @@ constexpr int kMostRows = kMostMatrixRows;
 #else
 constexpr int kMostRows = kMostVectorRows;
 
+struct Matrices {};  // none
+
 inline outrider::RowsForm rows_form(const PackedLinear& weight, int) { return {kBlockRows[weight.format], 1}; }
 #endif
 constexpr int64_t kAheadBytes = 8192;
@@ -65,18 +67,18 @@ inline Ahead ahead_of(const PackedRows& rows, int block, const uint8_t* panel, i
 }
 
 // The tile of one panel and one block of rows, without the rows' scales and the bias.
-inline Ahead run_tile(const PackedLinear& weight, const PackedRows& rows, int block, const uint8_t* panel, float* tile, Ahead ahead) {
+inline Ahead run_tile(const PackedLinear& weight, const PackedRows& rows, int block, const uint8_t* panel, float* tile, Ahead ahead, [[maybe_unused]] Matrices& matrices) {
 #ifdef OUTRIDER_HAS_MATRICES
-    if (rows.chunk_units > 1) return run_matrix_tile(weight, rows, block, panel, tile, ahead);
+    if (rows.chunk_units > 1) return run_matrix_tile(weight, rows, block, panel, tile, ahead, matrices);
 #endif
     const int start = rows.block_start(block);
     return run_tile_for(rows.block_start(block + 1) - start, weight, rows, start, panel, tile, ahead);
 }
 
 // Where a panel's outputs of a block of rows go.
-inline void prefetch_outputs(const PackedRows& rows, int block, const float* out, int64_t out_stride) {
+inline void prefetch_outputs(const PackedRows& rows, int block, const float* out, int64_t row_stride) {
     for (int row = rows.block_start(block); row < rows.block_start(block + 1); ++row)
-        for (int c = 0; c < outrider::kPanel; c += 16) outrider::prefetch_for_write(out + row * out_stride + c);
+        for (int c = 0; c < outrider::kPanel; c += 16) outrider::prefetch_for_write(out + row * row_stride + c);
 }
 
 inline vf finish(const PackedLinear& weight, const PackedRows& rows, int row, const float* tile, int64_t output, int c) {
@@ -86,21 +88,23 @@ inline vf finish(const PackedLinear& weight, const PackedRows& rows, int row, co
     return y;
 }
 
-inline void linear(const PackedLinear& weight, const PackedRows& rows, float* out, int64_t out_stride, Epilogue epilogue, int64_t begin, int64_t end, const uint8_t* then) {
+inline void linear(const PackedLinear& weight, const PackedRows& rows, float* out, int64_t row_stride, int64_t panel_stride, Epilogue epilogue, int64_t begin, int64_t end, const uint8_t* then) {
     const int64_t bytes = weight.panel_bytes();
     alignas(64) float tile[kMostRows * outrider::kPanel];
+    Matrices matrices;
     for (int64_t p = begin; p < end; ++p) {
         const int64_t output = p * outrider::kPanel;
+        float* const outs = out + (p - begin) * panel_stride;
         const uint8_t *panel = weight.data + p * bytes, *next = p + 1 == end ? then : panel + bytes;
         for (int block = 0; block < rows.num_blocks(); ++block) {
-            prefetch_outputs(rows, block, out + (p - begin) * outrider::kPanel, out_stride);
+            prefetch_outputs(rows, block, outs, row_stride);
             Ahead ahead = ahead_of(rows, block, panel, bytes, next, next);
-            ahead = run_tile(weight, rows, block, panel, tile, ahead);
+            ahead = run_tile(weight, rows, block, panel, tile, ahead, matrices);
             const int start = rows.block_start(block), stop = rows.block_start(block + 1);
             for (int row = start; row < stop; ++row) {
                 const float* sums = tile + (row - start) * outrider::kPanel;
                 for (int c = 0; c < outrider::kPanel && output + c < weight.num_outputs; c += W) {
-                    float* to = out + row * out_stride + (p - begin) * outrider::kPanel + c;
+                    float* to = outs + row * row_stride + c;
                     const int64_t count = weight.num_outputs - output - c;
                     ahead.fetch_lines(kLinesPerOutputs);
                     vf y = finish(weight, rows, row, sums, output, c);
@@ -112,20 +116,22 @@ inline void linear(const PackedLinear& weight, const PackedRows& rows, float* ou
     }
 }
 
-inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows, const PackedRows& up_rows, float* out, int64_t out_stride, int64_t begin, int64_t end, const uint8_t* then) {
+inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows, const PackedRows& up_rows, float* out, int64_t begin, int64_t end, const uint8_t* then) {
     const int64_t gate_bytes = gate.panel_bytes(), up_bytes = up.panel_bytes();
     alignas(64) float gates[kMostRows * outrider::kPanel], ups[kMostRows * outrider::kPanel];
+    Matrices matrices;
     for (int64_t p = begin; p < end; ++p) {
         const int64_t output = p * outrider::kPanel;
         const uint8_t *gate_panel = gate.data + p * gate_bytes, *up_panel = up.data + p * up_bytes;
+        float* const outs = out + (p - begin) * gate_rows.num_rows * outrider::kPanel;
         const uint8_t* next_gate = p + 1 == end ? then : gate_panel + gate_bytes;
         const uint8_t* next_up = p + 1 < end ? up_panel + up_bytes : then == nullptr ? nullptr : then + gate_bytes;
         for (int block = 0; block < gate_rows.num_blocks(); ++block) {
-            prefetch_outputs(gate_rows, block, out + (p - begin) * outrider::kPanel, out_stride);
+            prefetch_outputs(gate_rows, block, outs, outrider::kPanel);
             Ahead ahead = ahead_of(gate_rows, block, gate_panel, gate_bytes, up_panel, next_gate);
-            ahead = run_tile(gate, gate_rows, block, gate_panel, gates, ahead);
+            ahead = run_tile(gate, gate_rows, block, gate_panel, gates, ahead, matrices);
             ahead = ahead_of(up_rows, block, up_panel, up_bytes, next_gate, next_up);
-            ahead = run_tile(up, up_rows, block, up_panel, ups, ahead);
+            ahead = run_tile(up, up_rows, block, up_panel, ups, ahead, matrices);
             const int start = gate_rows.block_start(block), stop = gate_rows.block_start(block + 1);
             for (int row = start; row < stop; ++row) {
                 const int at = (row - start) * outrider::kPanel;
@@ -133,8 +139,7 @@ inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const P
                     ahead.fetch_lines(kLinesPerGated);
                     const vf g = finish(gate, gate_rows, row, gates + at, output, c);
                     const vf u = finish(up, up_rows, row, ups + at, output, c);
-                    float* to = out + row * out_stride + (p - begin) * outrider::kPanel + c;
-                    store_part(to, mul(silu(g), u), gate.num_outputs - output - c);
+                    store(outs + row * outrider::kPanel + c, mul(silu(g), u));
                 }
             }
         }

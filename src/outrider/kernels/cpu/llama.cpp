@@ -49,7 +49,7 @@ struct Llama::Step {
     const LlamaOutput& output;
     const KernelTable& kernels;
     Barrier& barrier;
-    float *hidden, *qkv, *attended, *inner, *largest, *cos, *sin, *rows, *scratch, *strip;
+    float *hidden, *qkv, *attended, *inner, *largest, *cos, *sin, *rows, *scratch, *strip;  // hidden, inner: [panel][row][kPanel]
     RowChoice* choices;
     int64_t row_width;
     AttentionPlan plan;
@@ -60,6 +60,7 @@ struct Llama::Step {
     alignas(64) Trial qkv_trial{}, output_trial{}, gate_trial{}, down_trial{}, lm_head_trial{};  // thread 0 sets them, a layer ahead
 
     void wait(int num_threads) { barrier.wait(num_threads); }
+    FloatRow residual(int64_t row) const { return {hidden + row * kPanel, batch.num_rows * int64_t{kPanel}}; }
 };
 
 Llama::Llama(LlamaSpec spec) : spec_(std::move(spec)) {}
@@ -81,10 +82,10 @@ void Llama::forward(const LlamaBatch& batch, const LlamaOutput& output) {
               output,
               kernels,
               turn.barrier(),
-              hidden_.at_least(rows * spec_.hidden),
+              hidden_.at_least(rows * spec_.layers[0].down.num_panels() * kPanel),
               qkv_.at_least(rows * (query_width + 2 * kv_width)),
               attended_.at_least(rows * query_width),
-              inner_.at_least(rows * spec_.intermediate),
+              inner_.at_least(rows * spec_.layers[0].gate.num_panels() * kPanel),
               largest_.at_least(threads * rows),
               cos_.at_least(rows * spec_.head_dim / 2),
               sin_.at_least(rows * spec_.head_dim / 2),
@@ -135,9 +136,11 @@ void Llama::run_layers(Step& step, int thread, int num_threads) {
 void Llama::embed(Step& step, int thread, int num_threads) {
     const Share mine = share_of(step.batch.num_rows, thread, num_threads);
     const int64_t half = spec_.head_dim / 2;
+    float* embedded = step.rows + thread * step.row_width;
     for (int64_t row = mine.begin; row < mine.end; ++row) {
-        step.kernels.read_row(spec_.embedding, spec_.embedding_type, step.batch.token_ids[row], spec_.hidden,
-                              step.hidden + row * spec_.hidden);
+        step.kernels.read_row(spec_.embedding, spec_.embedding_type, step.batch.token_ids[row], spec_.hidden, embedded);
+        for (int64_t i = 0; i < spec_.hidden; i += kPanel)
+            std::copy_n(embedded + i, std::min<int64_t>(kPanel, spec_.hidden - i), step.hidden + (i * step.batch.num_rows + row * kPanel));
         const float position = static_cast<float>(step.batch.positions[row]);
         for (int64_t i = 0; i < half; ++i) {
             const float angle = position * spec_.inverse_frequencies[i];
@@ -191,10 +194,10 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     pack_for(kernels, packed_, packed, {&layer.query, &layer.key, &layer.value}, batch.num_rows, thread, num_threads, words,
              step.qkv_trial.fetch(),
              [&](int64_t row) {
-                 kernels.rms_norm(step.hidden + row * spec_.hidden, layer.input_norm, spec_.norm_eps, normed, spec_.hidden);
-                 return normed;
+                 kernels.rms_norm(step.residual(row), layer.input_norm, spec_.norm_eps, normed, spec_.hidden);
+                 return FloatRow{normed, kPanel};
              },
-             [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
+             [&](int, const FloatRow& x) { return kernels.largest_magnitude(x, spec_.hidden); });
     if (thread == 0) step.next_task.store(num_threads, std::memory_order_relaxed);
 
     const PackedLinear* weights[] = {&layer.query, &layer.key, &layer.value};
@@ -209,7 +212,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
         first += weights[i]->num_panels();
         const uint8_t* then = panels.end > first ? weights[i + 1]->data : output.data;
         if (begin < end) {
-            kernels.linear(*weights[i], packed[i], step.qkv + column + begin * kPanel, width, Epilogue::kStore, begin, end, then);
+            kernels.linear(*weights[i], packed[i], step.qkv + column + begin * kPanel, width, kPanel, Epilogue::kStore, begin, end, then);
             qkv_bytes += num_bytes_of(*weights[i], {begin, end});
         }
         column += weights[i]->num_outputs;
@@ -226,7 +229,7 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     const int64_t half = spec_.head_dim / 2;
     const auto norm_and_rotate = [&](int row, float* heads, int count, const float* norm) {
         for (int h = 0; h < count && norm != nullptr; ++h)
-            kernels.rms_norm(heads + h * spec_.head_dim, norm, spec_.norm_eps, heads + h * spec_.head_dim, spec_.head_dim);
+            kernels.rms_norm({heads + h * spec_.head_dim, kPanel}, norm, spec_.norm_eps, heads + h * spec_.head_dim, spec_.head_dim);
         kernels.rotate(heads, count, spec_.head_dim, step.cos + row * half, step.sin + row * half);
     };
     const Share mine = share_of(2 * static_cast<int64_t>(batch.num_rows), thread, num_threads);
@@ -248,13 +251,13 @@ void Llama::attend(Step& step, size_t index, int thread, int num_threads) {
     step.wait(num_threads);
 
     pack_for(kernels, packed_, packed, {&layer.output}, batch.num_rows, thread, num_threads, words, step.output_trial.fetch(),
-             [&](int64_t row) { return step.attended + row * query_width; },
-             [&](int, const float* x) { return kernels.largest_magnitude(x, query_width); });
+             [&](int64_t row) { return FloatRow{step.attended + row * query_width, kPanel}; },
+             [&](int, const FloatRow& x) { return kernels.largest_magnitude(x, query_width); });
     step.wait(num_threads);
     const Lap lap;
     const Share outputs = balance_.share_of(layer.output.num_panels(), thread);
-    kernels.linear(layer.output, packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
-                   outputs.begin, outputs.end, stretch_of(layer.gate, thread).data);
+    kernels.linear(layer.output, packed[0], step.hidden + outputs.begin * batch.num_rows * kPanel, kPanel,
+                   batch.num_rows * kPanel, Epilogue::kAdd, outputs.begin, outputs.end, stretch_of(layer.gate, thread).data);
     measured(step.output_trial, thread, output.num_bytes, lap);
     step.wait(num_threads);
 }
@@ -280,39 +283,40 @@ void Llama::measured(Trial& trial, int thread, int64_t num_bytes, const Lap& lap
 void Llama::feed_forward(Step& step, size_t index, int thread, int num_threads) {
     const LlamaLayer& layer = spec_.layers[index];
     const KernelTable& kernels = step.kernels;
+    const int64_t rows = step.batch.num_rows;
     float* normed = step.rows + thread * step.row_width;
     uint32_t* words = step.words + thread * step.num_words;
     PackedRows packed[3];
     pack_for(kernels, packed_, packed, {&layer.gate, &layer.up}, step.batch.num_rows, thread, num_threads, words,
              step.gate_trial.fetch(),
              [&](int64_t row) {
-                 kernels.rms_norm(step.hidden + row * spec_.hidden, layer.post_norm, spec_.norm_eps, normed, spec_.hidden);
-                 return normed;
+                 kernels.rms_norm(step.residual(row), layer.post_norm, spec_.norm_eps, normed, spec_.hidden);
+                 return FloatRow{normed, kPanel};
              },
-             [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
+             [&](int, const FloatRow& x) { return kernels.largest_magnitude(x, spec_.hidden); });
     const Share inner = balance_.share_of(layer.gate.num_panels(), thread);
     const Share outputs = balance_.share_of(layer.down.num_panels(), thread);
     const Stretch gate = part_of(layer.gate, inner), down = part_of(layer.down, outputs);
     step.wait(num_threads);
     const Lap gate_lap;
-    kernels.gated_silu(layer.gate, layer.up, packed[0], packed[1], step.inner + inner.begin * kPanel,
-                       spec_.intermediate, inner.begin, inner.end, down.data);
+    kernels.gated_silu(layer.gate, layer.up, packed[0], packed[1], step.inner + inner.begin * rows * kPanel, inner.begin,
+                       inner.end, down.data);
     measured(step.gate_trial, thread, 2 * gate.num_bytes, gate_lap);
     // What rounding needs of a row: each thread looks at the columns that it has just made.
     const int64_t first = std::min(inner.begin * kPanel, spec_.intermediate);
     const int64_t width = std::min(inner.end * kPanel, spec_.intermediate) - first;
-    float* largest = step.largest + thread * step.batch.num_rows;
-    for (int row = 0; row < step.batch.num_rows; ++row)
-        largest[row] = kernels.largest_magnitude(step.inner + row * spec_.intermediate + first, width);
+    float* largest = step.largest + thread * rows;
+    const auto row_from = [&](int64_t panel, int64_t row) { return FloatRow{step.inner + (panel * rows + row) * kPanel, rows * kPanel}; };
+    for (int64_t row = 0; row < rows; ++row) largest[row] = kernels.largest_magnitude(row_from(inner.begin, row), width);
     step.wait(num_threads);
     pack_for(kernels, packed_, packed, {&layer.down}, step.batch.num_rows, thread, num_threads, words, step.down_trial.fetch(),
-             [&](int64_t row) { return step.inner + row * spec_.intermediate; },
-             [&](int row, const float*) { return largest_of_threads(step.largest + row, step.batch.num_rows, num_threads); });
+             [&](int64_t row) { return row_from(0, row); },
+             [&](int row, const FloatRow&) { return largest_of_threads(step.largest + row, rows, num_threads); });
     const uint8_t* then = after_layer(index, thread);
     step.wait(num_threads);
     const Lap down_lap;
-    kernels.linear(layer.down, packed[0], step.hidden + outputs.begin * kPanel, spec_.hidden, Epilogue::kAdd,
-                   outputs.begin, outputs.end, then);
+    kernels.linear(layer.down, packed[0], step.hidden + outputs.begin * rows * kPanel, kPanel, rows * kPanel,
+                   Epilogue::kAdd, outputs.begin, outputs.end, then);
     if (thread == 0) {
         step.down_trial.record(down_lap.seconds());
         balance_.update();  // all know their parts of this layer, and measure nothing before the next
@@ -331,16 +335,15 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     PackedRows packed[3];
     pack_for(kernels, packed_, packed, {&spec_.lm_head}, batch.num_logits, thread, num_threads, words, step.lm_head_trial.fetch(),
              [&](int64_t i) {
-                 kernels.rms_norm(step.hidden + batch.logits_rows[i] * spec_.hidden, spec_.final_norm, spec_.norm_eps, normed,
-                                  spec_.hidden);
-                 return normed;
+                 kernels.rms_norm(step.residual(batch.logits_rows[i]), spec_.final_norm, spec_.norm_eps, normed, spec_.hidden);
+                 return FloatRow{normed, kPanel};
              },
-             [&](int, const float* x) { return kernels.largest_magnitude(x, spec_.hidden); });
+             [&](int, const FloatRow& x) { return kernels.largest_magnitude(x, spec_.hidden); });
     step.wait(num_threads);
     Share panels = balance_.share_of(spec_.lm_head.num_panels(), thread);
     const Lap lap;
     if (output.tokens == nullptr) {
-        kernels.linear(spec_.lm_head, packed[0], output.logits + panels.begin * kPanel, vocab, Epilogue::kStore,
+        kernels.linear(spec_.lm_head, packed[0], output.logits + panels.begin * kPanel, vocab, kPanel, Epilogue::kStore,
                        panels.begin, panels.end, nullptr);
         if (thread == 0) step.lm_head_trial.record(lap.seconds());
         return;
@@ -359,7 +362,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
         const int64_t end = std::min(p + kStrip, panels.end), count = std::min(end * kPanel, vocab) - p * kPanel;
         float* strip = writes ? output.logits + p * kPanel : step.strip + thread * num_logits * width;
         const uint8_t* then = end < panels.end ? part_of(spec_.lm_head, {end, panels.end}).data : nullptr;
-        kernels.linear(spec_.lm_head, packed[0], strip, width, Epilogue::kStore, p, end, then);
+        kernels.linear(spec_.lm_head, packed[0], strip, width, kPanel, Epilogue::kStore, p, end, then);
         for (int64_t i = 0; i < num_logits; ++i) {
             const float most = choices[i].see(kernels, strip + i * width, p * kPanel, count);
             if (output.maxima == nullptr) continue;

@@ -22,7 +22,7 @@ constexpr int kMostMatrixRows = 2 * kMatrixRows;
 constexpr int kMostGroup = 128;
 
 // Up to so many rows vectors are as fast.
-constexpr int kFewRows[] = {INT32_MAX, 0, 1, 3};
+constexpr int kFewRows[] = {INT32_MAX, 0, 4, 3};
 
 inline outrider::RowsForm rows_form(const PackedLinear& weight, int num_rows) {
     if (num_rows <= kFewRows[weight.format]) return {kBlockRows[weight.format], 1};
@@ -30,33 +30,47 @@ inline outrider::RowsForm rows_form(const PackedLinear& weight, int num_rows) {
     return {kMostMatrixRows, group_words < kMatrixWords ? group_words : kMatrixWords};
 }
 
-// The shapes of the registers, for as long as it lives.
+// A thread's registers, for as long as it lives.
 class Matrices {
 public:
-    // For so many rows, with words of so many units each.
-    Matrices(int num_rows, int num_words) {
-        const int first = num_rows < kMatrixRows ? num_rows : kMatrixRows, second = num_rows - first;
-        for (int i : {0, 1}) shape(i, first, kMatrixWords), shape(2 + i, second, kMatrixWords), shape(6 + i, num_words, kMatrixWords);
-        shape(4, first, num_words);
-        shape(5, second, num_words);
-        asm volatile("ldtilecfg %0" : : "m"(config_));
-    }
+    Matrices() = default;
     Matrices(const Matrices&) = delete;
     Matrices& operator=(const Matrices&) = delete;
-    ~Matrices() { asm volatile("tilerelease"); }
-
-private:
-    void shape(int matrix, int num_rows, int num_words) {
-        if (num_rows == 0) return;
-        config_.rows[matrix] = static_cast<uint8_t>(num_rows);
-        config_.row_bytes[matrix] = static_cast<uint16_t>(4 * num_words);
+    ~Matrices() {
+        if (num_rows_ > 0) asm volatile("tilerelease");
     }
 
+    // For so many rows, and so many words of each at a time. That takes 100 cycles, so tiles of one shape share it.
+    void shape(int num_rows, int num_words) {
+        if (num_rows == num_rows_ && num_words == num_words_) return;
+        num_rows_ = num_rows;
+        num_words_ = num_words;
+        const int first = num_rows < kMatrixRows ? num_rows : kMatrixRows, second = num_rows - first;
+        Config config;
+        for (int i : {0, 1}) {
+            config.set(i, first, kMatrixWords);
+            config.set(2 + i, second, kMatrixWords);
+            config.set(6 + i, num_words, kMatrixWords);
+        }
+        config.set(4, first, num_words);
+        config.set(5, second, num_words);
+        asm volatile("ldtilecfg %0" : : "m"(config));
+    }
+
+private:
     struct alignas(64) Config {
         uint8_t palette = 1, start_row = 0, reserved[14] = {};
         uint16_t row_bytes[16] = {};
         uint8_t rows[16] = {};
-    } config_;
+
+        void set(int matrix, int num_rows, int num_words) {
+            if (num_rows == 0) return;
+            rows[matrix] = static_cast<uint8_t>(num_rows);
+            row_bytes[matrix] = static_cast<uint16_t>(4 * num_words);
+        }
+    };
+
+    int num_rows_ = 0, num_words_ = 0;
 };
 
 // The sanitizers see nothing of what assembly reads and writes.
@@ -102,16 +116,21 @@ OUTRIDER_INLINE void clear_sums() {
     if constexpr (kTwo) clear_matrix<2>(), clear_matrix<3>();
 }
 
-// x [row][num_words] by the same words of a panel's outputs: weights [num_words][32].
-template <Format kFormat, bool kTwo>
-OUTRIDER_INLINE void add_products(const uint32_t* x, int num_rows, int num_words, const uint8_t* weights) {
+// x [row][num_words] by the same words of a panel's outputs: weights [num_words][32]. Meanwhile every so often, four times,
+// `fetch` is called: processors drop prefetches that come in bursts.
+template <Format kFormat, bool kTwo, class Fetch>
+OUTRIDER_INLINE void add_products(const uint32_t* x, int num_rows, int num_words, const uint8_t* weights, Fetch fetch) {
     check_lines(x, 4 * num_words, num_rows, 4 * num_words);
     check_lines(weights, 4 * kPanel, num_words, 4 * kPanel);
     load_matrix<6>(weights, 4 * kPanel);
+    fetch();
     load_matrix<4>(x, 4 * num_words);
     multiply<kFormat, 0, 4, 6>();
+    fetch();
     load_matrix<7>(weights + 4 * kMatrixWords, 4 * kPanel);
+    fetch();
     multiply<kFormat, 1, 4, 7>();
+    fetch();
     if constexpr (kTwo) {
         load_matrix<5>(x + kMatrixRows * num_words, 4 * num_words);
         multiply<kFormat, 2, 5, 6>();
@@ -136,18 +155,18 @@ OUTRIDER_INLINE void store_sums(void* sums, int num_rows) {
 template <Format kFormat, bool kTwo>
 Ahead sum_products(const uint32_t* x, int num_rows, const uint8_t* weights, int64_t num_units, void* sums, Ahead ahead) {
     constexpr int kChunkBytes = kMatrixWords * 4 * kPanel;
-    const Matrices matrices(num_rows, kMatrixWords);
     clear_sums<kTwo>();
     int64_t unit = 0;
-    for (; unit + kMatrixWords <= num_units; unit += kMatrixWords, x += num_rows * kMatrixWords, weights += kChunkBytes) {
-        for (int i = 0; i < kMatrixWords; ++i) ahead.fetch();
-        add_products<kFormat, kTwo>(x, num_rows, kMatrixWords, weights);
-    }
+    const auto fetch = [&] {
+        for (int i = 0; i < kMatrixWords / 4; ++i) ahead.fetch();
+    };
+    for (; unit + kMatrixWords <= num_units; unit += kMatrixWords, x += num_rows * kMatrixWords, weights += kChunkBytes)
+        add_products<kFormat, kTwo>(x, num_rows, kMatrixWords, weights, fetch);
     if (unit < num_units) {  // behind the last inputs there are other weights
         alignas(64) uint8_t rest[kChunkBytes] = {};
         std::memcpy(rest, weights, (num_units - unit) * 4 * kPanel);
         for (; unit < num_units; ++unit) ahead.fetch();
-        add_products<kFormat, kTwo>(x, num_rows, kMatrixWords, rest);
+        add_products<kFormat, kTwo>(x, num_rows, kMatrixWords, rest, [] {});
     }
     store_sums<kTwo>(sums, num_rows);
     return ahead;
@@ -223,14 +242,13 @@ Ahead matrix_int4(const uint32_t* x, int num_rows, int num_words, const int32_t*
         const uint16_t* head = reinterpret_cast<const uint16_t*>(panel + g * group_bytes);
         add_group<kZeros>(products[g % 2], sums + g * num_rows, head, num_rows, totals);
     };
-    const Matrices matrices(num_rows, num_words);
     std::memset(totals, 0, sizeof(float) * num_rows * kPanel);
     unpack(0);
     for (int64_t g = 0; g < num_groups; ++g) {
         if (g + 1 < num_groups) unpack(g + 1);
         clear_sums<kTwo>();
         for (int word = 0; word < group_size / 4; word += num_words, x += num_rows * num_words)
-            add_products<outrider::kInt8, kTwo>(x, num_rows, num_words, weights[g % 2] + word * 4 * kPanel);
+            add_products<outrider::kInt8, kTwo>(x, num_rows, num_words, weights[g % 2] + word * 4 * kPanel, [] {});
         store_sums<kTwo>(products[g % 2], num_rows);
         if (g > 0) add_up(g - 1);
     }
@@ -240,8 +258,9 @@ Ahead matrix_int4(const uint32_t* x, int num_rows, int num_words, const int32_t*
 
 // The tile of one panel and one block of rows in chunks.
 inline Ahead run_matrix_tile(const PackedLinear& weight, const PackedRows& rows, int block, const uint8_t* panel, float* tile,
-                             Ahead ahead) {
+                             Ahead ahead, Matrices& matrices) {
     const int start = rows.block_start(block), num_rows = rows.block_start(block + 1) - start;
+    matrices.shape(num_rows, rows.chunk_units);
     const uint32_t* x = rows.units + start * rows.num_units;
     const int32_t* sums = rows.sums + start * rows.num_groups;
     if (weight.format == outrider::kBf16)

@@ -9,10 +9,12 @@
 namespace OUTRIDER_LEVEL {
 
 using outrider::Format;
+using outrider::kPanel;
 using outrider::KvCache;
 using outrider::KvType;
 using outrider::PackedLinear;
 using outrider::PackedRows;
+using outrider::FloatRow;
 
 inline float sum_of(vf x) { return fold(x, add); }
 
@@ -54,22 +56,22 @@ inline void store_part(float* p, vf x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
 }
 
-inline void rms_norm(const float* x, const float* weight, float eps, float* out, int64_t width) {
+inline void rms_norm(const FloatRow& x, const float* weight, float eps, float* out, int64_t width) {
     vf squares = splat(0.0f);
     for (int64_t i = 0; i < width; i += W) {
-        const vf v = load_part(x + i, width - i);
+        const vf v = load_part(x.at(i), width - i);
         squares = fma(v, v, squares);
     }
     const vf factor = splat(1.0f / std::sqrt(sum_of(squares) / static_cast<float>(width) + eps));
     for (int64_t i = 0; i < width; i += W) {
-        const vf scaled = mul(load_part(x + i, width - i), factor);
+        const vf scaled = mul(load_part(x.at(i), width - i), factor);
         store_part(out + i, mul(scaled, load_part(weight + i, width - i)), width - i);
     }
 }
 
-inline float largest_magnitude(const float* x, int64_t width) {
+inline float largest_magnitude(const FloatRow& x, int64_t width) {
     vf largest = splat(0.0f);
-    for (int64_t i = 0; i < width; i += W) largest = max_magnitude(largest, load_part(x + i, width - i));
+    for (int64_t i = 0; i < width; i += W) largest = max_magnitude(largest, load_part(x.at(i), width - i));
     return fold(largest, max_magnitude);
 }
 
@@ -81,7 +83,7 @@ inline float inverse_scale(float largest) {
 
 // x / scale rounded to integers in [-127, 127]; returns the scale (NaN or infinite if the row is).
 inline float quantize(const float* x, int64_t width, int8_t* out) {
-    const float largest = largest_magnitude(x, width);
+    const float largest = largest_magnitude({x, kPanel}, width);
     const vf inverse = splat(inverse_scale(largest));
     for (int64_t i = 0; i < width; i += W) {
         const vf q = round_even(mul(load_part(x + i, width - i), inverse));
@@ -96,33 +98,34 @@ inline float quantize(const float* x, int64_t width, int8_t* out) {
     return largest / 127.0f;
 }
 
-constexpr int64_t kStretch = 1024;  // inputs handled at a time, so that they stay in the first cache
+constexpr int64_t kStretch = 1024;  // inputs handled at a time, so that they stay in the first cache; whole panels
 
 // Inputs in the form of the format's units: rounded bytes, bf16 (widened where a unit is one input), or as they are. What
 // the last unit has no input for becomes zero.
-inline void write_words(Format format, int per_unit, const float* in, int64_t count, float inverse, uint32_t* words) {
+inline void write_words(Format format, int per_unit, const FloatRow& in, int64_t count, float inverse, uint32_t* words) {
     alignas(64) char last[4 * W] = {};
     const int64_t whole = count / W * W;
     if (format == outrider::kInt8 || format == outrider::kInt4) {
         int8_t* out = reinterpret_cast<int8_t*>(words);
-        for (int64_t i = 0; i < whole; i += W) store_s8(out + i, round_even(mul(load(in + i), splat(inverse))));
+        for (int64_t i = 0; i < whole; i += W) store_s8(out + i, round_even(mul(load(in.at(i)), splat(inverse))));
         if (whole == count) return;
-        store_s8(reinterpret_cast<int8_t*>(last), round_even(mul(load_part(in + whole, count - whole), splat(inverse))));
+        store_s8(reinterpret_cast<int8_t*>(last), round_even(mul(load_part(in.at(whole), count - whole), splat(inverse))));
         std::memcpy(out + whole, last, (count - whole + 3) / 4 * 4);
     } else if (format == outrider::kBf16 && per_unit == 2) {
         uint16_t* out = reinterpret_cast<uint16_t*>(words);
-        for (int64_t i = 0; i < whole; i += W) store_bf16(out + i, load(in + i));
+        for (int64_t i = 0; i < whole; i += W) store_bf16(out + i, load(in.at(i)));
         if (whole == count) return;
-        store_bf16(reinterpret_cast<uint16_t*>(last), load_part(in + whole, count - whole));
+        store_bf16(reinterpret_cast<uint16_t*>(last), load_part(in.at(whole), count - whole));
         std::memcpy(out + whole, last, (count - whole + 1) / 2 * 4);
     } else if (format == outrider::kBf16) {
         uint16_t narrow[W];
         for (int64_t i = 0; i < count; i += W) {
-            store_bf16(narrow, load_part(in + i, count - i));
+            store_bf16(narrow, load_part(in.at(i), count - i));
             for (int64_t j = 0; j < W && i + j < count; ++j) words[i + j] = static_cast<uint32_t>(narrow[j]) << 16;
         }
     } else {
-        std::memcpy(words, in, sizeof(float) * count);
+        for (int64_t i = 0; i < count; i += kPanel)
+            std::memcpy(words + i, in.at(i), sizeof(float) * (count - i < kPanel ? count - i : kPanel));
     }
 }
 
@@ -132,7 +135,7 @@ inline int32_t sum_of_bytes(const int8_t* bytes, int64_t count) {
     return sum;
 }
 
-inline void pack_row(const PackedLinear& weight, const float* x, float largest, const PackedRows& rows, int row, int part,
+inline void pack_row(const PackedLinear& weight, const FloatRow& x, float largest, const PackedRows& rows, int row, int part,
                      uint32_t* words) {
     const int block = rows.block_of(row), start = rows.block_start(block);
     const int size = rows.block_start(block + 1) - start, per_unit = kUnitInputs[weight.format];
@@ -145,10 +148,10 @@ inline void pack_row(const PackedLinear& weight, const float* x, float largest, 
     alignas(64) float ordered[kStretch];
     for (int64_t first = begin; first < end; first += kStretch) {
         const int64_t count = end - first < kStretch ? end - first : kStretch;
-        const float* in = x + first;
+        FloatRow in = {x.at(first), x.stride};  // stretches begin with panels
         if (weight.input_order != nullptr) {
-            for (int64_t i = 0; i < count; ++i) ordered[i] = x[weight.input_order[first + i]];
-            in = ordered;
+            for (int64_t i = 0; i < count; ++i) ordered[i] = *x.at(weight.input_order[first + i]);
+            in = {ordered, kPanel};
         }
         write_words(weight.format, per_unit, in, count, inverse, words + (first - begin) / per_unit);
     }

@@ -92,7 +92,7 @@ void pack_share(const KernelTable& kernels, const PackedLinear& weight, const Pa
     for (int block = static_cast<int>(blocks.begin); block < blocks.end; ++block) {
         const int start = rows.block_start(block), end = rows.block_start(block + 1);
         for (int row = start; row < end; ++row) {
-            const float* x = row_of(row);
+            const FloatRow x = row_of(row);
             uint32_t* out = end - start == 1 ? rows.units + row * rows.num_units + rows.part_begin(part)
                                              : words + (row - start) * num_units;
             kernels.pack_row(weight, x, whole ? largest_of(row, x) : 0.0f, rows, row, part, out);
