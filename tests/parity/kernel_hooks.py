@@ -8,14 +8,11 @@ from typing import Any
 
 from outrider.kernels import native
 
-FETCHES = ("processor", "far", "near")
-"""Who brings weights into the caches before they are needed."""
-
 
 @contextmanager
 def forced_fetch(fetch: str) -> Iterator[None]:
-    """One of `FETCHES` for all layers, instead of whichever was measured to be the fastest."""
-    native.compiled().force_fetch(FETCHES.index(fetch))
+    """One of `native.FETCHES` for all layers, instead of whichever was measured to be the fastest."""
+    native.compiled().force_fetch(native.FETCHES.index(fetch))
     try:
         yield
     finally:
@@ -34,7 +31,7 @@ def forced_parts(bounds: Sequence[float]) -> Iterator[None]:
 
 
 def new_tuner() -> Any:
-    """What finds the fastest of `FETCHES`: ``next()`` is what to use, ``record(seconds)`` its time."""
+    """What finds the fastest of `native.FETCHES`: ``next()`` is what to use, ``record(seconds)`` its time."""
     return native.compiled().Tuner()
 
 

@@ -27,7 +27,7 @@ from outrider.models.probe import CachedRun, probe_lean_path
 from outrider.models.row_invariance import check_row_invariance
 from outrider.quantization.weights import WeightSource, open_weights
 from outrider.token_tree import TokenTree
-from tests.parity.kernel_hooks import FETCHES, forced_fetch, forced_parts
+from tests.parity.kernel_hooks import forced_fetch, forced_parts
 from tests.parity.kernel_levels import use_threads
 from tests.tiny_models import build_tiny, make_tiny
 
@@ -234,7 +234,7 @@ def test_bits_do_not_depend_on_how_weights_are_read(format: WeightFormat, tmp_pa
     make(tmp_path, model_type="llama")
     model = load(tmp_path, format)
     found = []
-    for fetch in FETCHES:
+    for fetch in native.FETCHES:
         for num_rows in (7, 14, 17, 37):  # one and several blocks
             run = CachedRun(model, block_size=4, num_positions=64, num_sequences=1, row_invariant=True)
             with forced_fetch(fetch):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from outrider.kernels import native, packed, reference_linear
 from outrider.kernels.packed import PackedWeight
-from tests.parity.kernel_hooks import FETCHES, forced_fetch
+from tests.parity.kernel_hooks import forced_fetch
 from tests.parity.kernel_levels import FUSES, LEVELS, assert_same_bits, use_level, use_threads
 from tests.parity.linear_checks import (
     INTEGERS,
@@ -97,7 +97,7 @@ def test_ways_of_reading_weights_give_the_same_bits(level: str, kind: str) -> No
         layer = layer_of(KINDS[kind], num_outputs, num_inputs)
         x = rows_of(40, num_inputs)
         alone = torch.cat([layer.apply(row[None]) for row in x])
-        for fetch in FETCHES:
+        for fetch in native.FETCHES:
             for num_threads in (1, 3):
                 with use_threads(num_threads), forced_fetch(fetch):
                     for num_rows in range(1, 41):

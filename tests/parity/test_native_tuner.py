@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from outrider.kernels import native
-from tests.parity.kernel_hooks import FETCHES, new_tuner
+from tests.parity.kernel_hooks import new_tuner
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="outrider was built without compiled kernels")
 
@@ -21,7 +21,7 @@ def choices(seed: int, *, num_uses: int, modes: tuple[float, float], period: int
     tuner = new_tuner()
     mode, chosen = 0, []
     for _ in range(num_uses):
-        fetch = FETCHES[tuner.next()]
+        fetch = native.FETCHES[tuner.next()]
         if rng.random() < 1 / period:
             mode = 1 - mode
         delay = 5.0 if rng.random() < 0.02 else 1.0  # another process had the core
@@ -41,7 +41,7 @@ def test_the_fastest_is_found_while_memory_changes_its_speed(period: int) -> Non
 
 def test_all_are_tried_at_first_and_now_and_then() -> None:
     chosen = choices(0, num_uses=1000, modes=(1, 1), period=1)
-    assert Counter(chosen[:45]) == dict.fromkeys(FETCHES, 15)
+    assert Counter(chosen[:45]) == dict.fromkeys(native.FETCHES, 15)
     assert 5 <= chosen[45:].count("processor") <= 15
 
 
@@ -49,7 +49,7 @@ def test_what_was_best_once_is_given_up() -> None:
     tuner = new_tuner()
     last = []
     for use in range(6000):
-        fetch = FETCHES[tuner.next()]
+        fetch = native.FETCHES[tuner.next()]
         tuner.record(1e-4 * (2.0 if (fetch == "near") == (use > 1000) else 1.0 if fetch == "near" else 1.5))
         last.append(fetch)
     assert last[500:1000].count("near") > 480
@@ -61,7 +61,7 @@ def test_long_uses_are_not_tried_often() -> None:
     tuner = new_tuner()
     chosen = []
     for _ in range(2000):
-        chosen.append(FETCHES[tuner.next()])
+        chosen.append(native.FETCHES[tuner.next()])
         tuner.record(5e-3 * TIMES[chosen[-1]])
     assert chosen[3:14] == ["near"] * 11
     assert chosen[:150].count("near") > 120

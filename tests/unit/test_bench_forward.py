@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 
 from outrider.bench import plot
 from outrider.bench.forward import (
@@ -263,6 +264,22 @@ def test_a_workload_keeps_the_weights_that_it_reads() -> None:
 @needs_kernels
 def test_bandwidth_probe_reads_its_buffer() -> None:
     assert 1e6 < BandwidthProbe(1 << 20)() < 1e13
+
+
+@pytest.mark.parametrize("fastest", native.FETCHES)
+def test_bandwidth_probe_reads_in_the_fastest_way(fastest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that becomes slower with every reading does not make what comes first the fastest."""
+    speed = 100e9
+
+    def read(buffer: Tensor, fetch: str) -> float:
+        nonlocal speed
+        speed *= 0.99
+        return speed * (1.0 if fetch == fastest else 0.8)
+
+    monkeypatch.setattr(native, "read_bandwidth", read)
+    probe = BandwidthProbe(1 << 10)
+    assert probe.fetch == fastest
+    assert probe() == speed
 
 
 def test_a_folder_with_an_output_layer_of_its_own(tmp_path: Path) -> None:

@@ -463,7 +463,11 @@ class Llama:
         return self._handle.forward(sequences, caches, *addresses, chooses)
 
 
-def read_bandwidth(buffer: Tensor) -> float:
-    """Bytes per second at which all threads together read a contiguous tensor once."""
+FETCHES = ("processor", "far", "near")
+"""Who brings memory into the caches before it is needed: the processor, or we, into the outer or the first ones."""
+
+
+def read_bandwidth(buffer: Tensor, fetch: str) -> float:
+    """Bytes per second at which all threads together read a contiguous tensor once, in a way of `FETCHES`."""
     num_bytes = buffer.numel() * buffer.element_size()
-    return num_bytes / compiled().time_reading(buffer.data_ptr(), num_bytes)
+    return num_bytes / compiled().time_reading(buffer.data_ptr(), num_bytes, FETCHES.index(fetch))

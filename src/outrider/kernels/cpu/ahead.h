@@ -5,6 +5,8 @@ namespace OUTRIDER_LEVEL {
 
 using outrider::Fetch;
 
+constexpr int64_t kAheadBytes = 8192;  // between what is asked for and what is read
+
 // Processors drop some of the prefetches that memory has to answer, so every line is asked for once more, so many bytes
 // before it is needed.
 constexpr uintptr_t kAgainBytes = 2048;

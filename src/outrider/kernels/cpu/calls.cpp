@@ -115,14 +115,14 @@ void run_write_kv(const float* heads, const KvCache& cache, const int64_t* slots
         kernels.write_kv(heads + static_cast<int64_t>(row) * cache.num_heads * cache.width, cache, slots[row]);
 }
 
-double time_reading(const void* data, int64_t num_bytes) {
+double time_reading(const void* data, int64_t num_bytes, Fetch fetch) {
     ThreadPool::Turn turn;
     const KernelTable& kernels = active_level();
     std::atomic<uint64_t> seen{0};
     std::atomic<int64_t> next{0};  // a core that reads faster reads more
     auto job = [&](int, int) {
         for (int64_t at = next.fetch_add(kReadAtOnce); at < num_bytes; at = next.fetch_add(kReadAtOnce))
-            seen += kernels.read_memory(static_cast<const char*>(data) + at, std::min(kReadAtOnce, num_bytes - at));
+            seen += kernels.read_memory(static_cast<const char*>(data) + at, std::min(kReadAtOnce, num_bytes - at), fetch);
     };
     const Lap lap;
     turn.run(job);

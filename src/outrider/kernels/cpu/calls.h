@@ -16,8 +16,8 @@ void run_attention(const AttentionArgs& args, const std::vector<SequenceView>& s
 // Keys or values [num_rows][heads * width] to their slots.
 void run_write_kv(const float* heads, const KvCache& cache, const int64_t* slots, int num_rows);
 
-// Seconds that all threads together take to read the memory once.
-double time_reading(const void* data, int64_t num_bytes);
+// Seconds that all threads together take to read the memory once, in one of the ways in which weights are read.
+double time_reading(const void* data, int64_t num_bytes, Fetch fetch);
 
 // What an attention call consists of, the most expensive first, and the floats that each thread needs for it.
 struct AttentionPlan {

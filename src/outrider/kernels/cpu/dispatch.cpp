@@ -35,7 +35,7 @@ void find_levels() {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) {
 #if defined(OUTRIDER_AMX)
-        if (may_use_amx()) levels[count++] = &kAmx;
+        if (__builtin_cpu_supports("gfni") && may_use_amx()) levels[count++] = &kAmx;
 #endif
         levels[count++] = &kAvx512;
     }

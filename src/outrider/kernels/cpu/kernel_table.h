@@ -287,7 +287,7 @@ struct KernelTable {
     // How many keys each one stands behind: the greatest comes first, of equals the first.
     void (*rank_keys)(const int32_t* keys, int64_t size, int32_t* ranks);
     // Something that depends on every byte.
-    uint64_t (*read_memory)(const void* data, size_t num_bytes);
+    uint64_t (*read_memory)(const void* data, size_t num_bytes, Fetch fetch);
 };
 
 #if defined(OUTRIDER_X86)

@@ -3,6 +3,8 @@
 // for every sum has one order: of 32 inputs the even and the odd ones, these two, and that to the sum so far.
 #pragma once
 
+#include <type_traits>
+
 #include "ahead.h"
 #include "kernel_table.h"
 
@@ -20,9 +22,13 @@ constexpr int kMatrixRows = 16, kMatrixWords = 16;
 constexpr int kMatrixBytes = 4 * kMatrixRows * kMatrixWords;
 constexpr int kMostMatrixRows = 2 * kMatrixRows;
 constexpr int kMostGroup = 128;
+constexpr int kChunkBytes = kMatrixWords * 4 * kPanel;  // of weights
+constexpr int kStretchUnits = 8 * kMatrixWords;
+constexpr int kTileBlocks = 4;  // most blocks of rows whose tiles are made together
+constexpr int64_t kSlabBytes = 3 << 19;  // of rows that all panels meet before the next ones: they stay in a core's cache
 
 // Up to so many rows vectors are as fast.
-constexpr int kFewRows[] = {INT32_MAX, 0, 4, 3};
+constexpr int kFewRows[] = {INT32_MAX, 0, 4, 6};
 
 inline outrider::RowsForm rows_form(const PackedLinear& weight, int num_rows) {
     if (num_rows <= kFewRows[weight.format]) return {kBlockRows[weight.format], 1};
@@ -99,11 +105,13 @@ OUTRIDER_INLINE void clear_matrix() {
     asm volatile("tilezero %%tmm%c0" : : "i"(kMatrix));
 }
 
-// sums += rows * weights
+// sums += rows * weights: of bf16, or signed bytes by unsigned ones (int8) or signed ones (int4)
 template <Format kFormat, int kSums, int kRows, int kWeights>
 OUTRIDER_INLINE void multiply() {
     if constexpr (kFormat == outrider::kBf16) {
         asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kWeights));
+    } else if constexpr (kFormat == outrider::kInt4) {
+        asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kWeights));
     } else {
         asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kWeights));
     }
@@ -116,8 +124,33 @@ OUTRIDER_INLINE void clear_sums() {
     if constexpr (kTwo) clear_matrix<2>(), clear_matrix<3>();
 }
 
-// x [row][num_words] by the same words of a panel's outputs: weights [num_words][32]. Meanwhile every so often, four times,
-// `fetch` is called: processors drop prefetches that come in bursts.
+// From [row][32], and back.
+template <bool kTwo>
+OUTRIDER_INLINE void load_sums(const void* sums, int num_rows) {
+    check_lines(sums, 4 * kPanel, num_rows, 4 * kPanel);
+    const uint32_t* in = static_cast<const uint32_t*>(sums);
+    load_matrix<0>(in, 4 * kPanel);
+    load_matrix<1>(in + kMatrixWords, 4 * kPanel);
+    if constexpr (kTwo) {
+        load_matrix<2>(in + kMatrixRows * kPanel, 4 * kPanel);
+        load_matrix<3>(in + kMatrixRows * kPanel + kMatrixWords, 4 * kPanel);
+    }
+}
+
+template <bool kTwo>
+OUTRIDER_INLINE void store_sums(void* sums, int num_rows) {
+    check_lines(sums, 4 * kPanel, num_rows, 4 * kPanel);
+    uint32_t* out = static_cast<uint32_t*>(sums);
+    store_matrix<0>(out, 4 * kPanel);
+    store_matrix<1>(out + kMatrixWords, 4 * kPanel);
+    if constexpr (kTwo) {
+        store_matrix<2>(out + kMatrixRows * kPanel, 4 * kPanel);
+        store_matrix<3>(out + kMatrixRows * kPanel + kMatrixWords, 4 * kPanel);
+    }
+}
+
+// sums += x [row][num_words] by the same words of a panel's outputs: weights [num_words][32]. Meanwhile, four times, `fetch`
+// is called: processors drop prefetches that come in bursts.
 template <Format kFormat, bool kTwo, class Fetch>
 OUTRIDER_INLINE void add_products(const uint32_t* x, int num_rows, int num_words, const uint8_t* weights, Fetch fetch) {
     check_lines(x, 4 * num_words, num_rows, 4 * num_words);
@@ -138,138 +171,187 @@ OUTRIDER_INLINE void add_products(const uint32_t* x, int num_rows, int num_words
     }
 }
 
-// To [row][32].
-template <bool kTwo>
-OUTRIDER_INLINE void store_sums(void* sums, int num_rows) {
-    check_lines(sums, 4 * kPanel, num_rows, 4 * kPanel);
-    uint32_t* out = static_cast<uint32_t*>(sums);
-    store_matrix<0>(out, 4 * kPanel);
-    store_matrix<1>(out + kMatrixWords, 4 * kPanel);
-    if constexpr (kTwo) {
-        store_matrix<2>(out + kMatrixRows * kPanel, 4 * kPanel);
-        store_matrix<3>(out + kMatrixRows * kPanel + kMatrixWords, 4 * kPanel);
-    }
-}
+// The rows of a block, and where its sums go: [row][32] behind those of the blocks before it, of which `first` is the first.
+struct MatrixBlock {
+    int start, num_rows, before;
 
-// Sums of all inputs of a panel, whose `num_units` lie at `weights`, to [row][32].
-template <Format kFormat, bool kTwo>
-Ahead sum_products(const uint32_t* x, int num_rows, const uint8_t* weights, int64_t num_units, void* sums, Ahead ahead) {
-    constexpr int kChunkBytes = kMatrixWords * 4 * kPanel;
-    clear_sums<kTwo>();
-    int64_t unit = 0;
-    const auto fetch = [&] {
-        for (int i = 0; i < kMatrixWords / 4; ++i) ahead.fetch();
-    };
-    for (; unit + kMatrixWords <= num_units; unit += kMatrixWords, x += num_rows * kMatrixWords, weights += kChunkBytes)
+    MatrixBlock(const PackedRows& rows, int first, int block)
+        : start(rows.block_start(block)), num_rows(rows.block_start(block + 1) - start), before(start - rows.block_start(first)) {}
+};
+
+// A stretch of the inputs, whose weights [unit][32] are `num_units`, by a block's rows.
+template <Format kFormat, bool kTwo, class Fetch>
+inline void add_stretch(const uint32_t* x, int num_rows, const uint8_t* weights, int64_t num_units, bool is_first, void* sums,
+                        Fetch fetch) {
+    if (is_first) clear_sums<kTwo>();
+    else load_sums<kTwo>(sums, num_rows);
+    for (; num_units >= kMatrixWords; num_units -= kMatrixWords, x += num_rows * kMatrixWords, weights += kChunkBytes)
         add_products<kFormat, kTwo>(x, num_rows, kMatrixWords, weights, fetch);
-    if (unit < num_units) {  // behind the last inputs there are other weights
+    if (num_units > 0) {  // behind the last inputs there are other weights
         alignas(64) uint8_t rest[kChunkBytes] = {};
-        std::memcpy(rest, weights, (num_units - unit) * 4 * kPanel);
-        for (; unit < num_units; ++unit) ahead.fetch();
-        add_products<kFormat, kTwo>(x, num_rows, kMatrixWords, rest, [] {});
+        std::memcpy(rest, weights, num_units * 4 * kPanel);
+        add_products<kFormat, kTwo>(x, num_rows, kMatrixWords, rest, fetch);
     }
     store_sums<kTwo>(sums, num_rows);
-    return ahead;
 }
 
+// Sums of all inputs of a panel, whose units lie at `weights`, for blocks [first, end), to [row][32]. Of several blocks each
+// goes through the same stretch of the weights, which stays in the first cache, before any goes on.
 template <Format kFormat>
-Ahead sum_products(const uint32_t* x, int num_rows, const uint8_t* weights, int64_t num_units, void* sums, Ahead ahead) {
-    if (num_rows > kMatrixRows) return sum_products<kFormat, true>(x, num_rows, weights, num_units, sums, ahead);
-    return sum_products<kFormat, false>(x, num_rows, weights, num_units, sums, ahead);
-}
-
-inline Ahead matrix_int8(const uint32_t* x, int num_rows, const int32_t* sums, int num_parts, const uint8_t* panel,
-                         int64_t num_units, float* tile, Ahead ahead) {
-    alignas(64) int32_t products[kMostMatrixRows * kPanel];
-    const float* scales = reinterpret_cast<const float*>(panel);
-    ahead.fetch();
-    ahead = sum_products<outrider::kInt8>(x, num_rows, panel + 4 * kPanel, num_units, products, ahead);
-    for (int row = 0; row < num_rows; ++row) {
-        const __m512i start = _mm512_set1_epi32(start_of_sum(sums + row, num_rows, num_parts));
-        for (int c = row * kPanel; c < (row + 1) * kPanel; c += W) {
-            const __m512i sum = _mm512_add_epi32(_mm512_load_si512(products + c), start);
-            store(tile + c, mul(_mm512_cvtepi32_ps(sum), load(scales + c % kPanel)));
+Ahead sum_products(const PackedRows& rows, int first, int end, const uint8_t* weights, int64_t num_units, void* sums, Ahead ahead,
+                   Matrices& matrices) {
+    const int64_t stretch = end - first > 1 ? kStretchUnits : num_units;
+    for (int64_t unit = 0; unit < num_units; unit += stretch) {
+        const int64_t count = num_units - unit < stretch ? num_units - unit : stretch;
+        for (int block = first; block < end; ++block) {
+            const MatrixBlock own(rows, first, block);
+            matrices.shape(own.num_rows, kMatrixWords);
+            const auto fetch = [&] {
+                for (int i = 0; i < kMatrixWords / 4 && block == first; ++i) ahead.fetch();
+            };
+            const auto add = [&](auto two) {
+                add_stretch<kFormat, decltype(two)::value>(rows.units + own.start * rows.num_units + unit * own.num_rows, own.num_rows,
+                                                           weights + unit * 4 * kPanel, count, unit == 0,
+                                                           static_cast<uint32_t*>(sums) + own.before * kPanel, fetch);
+            };
+            if (own.num_rows > kMatrixRows) add(std::true_type{});
+            else add(std::false_type{});
         }
     }
     return ahead;
 }
 
-// The nibbles of a group as bytes [group / 4][32][4].
+inline Ahead matrix_int8(const PackedLinear& weight, const PackedRows& rows, int first, int end, const uint8_t* panel, float* tile,
+                         Ahead ahead, Matrices& matrices) {
+    const float* scales = reinterpret_cast<const float*>(panel);
+    ahead.fetch();
+    ahead = sum_products<outrider::kInt8>(rows, first, end, panel + 4 * kPanel, (weight.num_inputs + 3) / 4, tile, ahead, matrices);
+    for (int block = first; block < end; ++block) {
+        const MatrixBlock own(rows, first, block);
+        const int32_t* sums = rows.sums + own.start * rows.num_groups;
+        for (int row = 0; row < own.num_rows; ++row) {
+            const __m512i start = _mm512_set1_epi32(start_of_sum(sums + row, own.num_rows, rows.num_parts));
+            float* const out = tile + (own.before + row) * kPanel;
+            for (int c = 0; c < kPanel; c += W)
+                store(out + c, mul(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_load_si512(out + c), start)), load(scales + c)));
+        }
+    }
+    return ahead;
+}
+
+// The nibbles of a group as bytes [group / 4][32][4]: q - 8, or q where there are zero points. Both are linear maps of bits
+// (and a constant): one row of each matrix, the last one first, says which bits make a bit.
+template <bool kZeros>
 inline Ahead unpack_group(const uint8_t* packed, int group_size, uint8_t* bytes, Ahead ahead) {
-    const __m512i low = _mm512_set1_epi8(0x0f);
+    const __m512i low = _mm512_set1_epi64(kZeros ? 0x0102040800000000 : 0x0102040808080808);
+    const __m512i high = _mm512_set1_epi64(kZeros ? 0x1020408000000000 : 0x1020408080808080);
+    constexpr int kFlip = kZeros ? 0 : 0xf8;
     for (int i = 0; i < group_size; i += 8, packed += 4 * kPanel, bytes += 8 * kPanel) {
         ahead.fetch();
         for (int half : {0, 64}) {
             const __m512i both = _mm512_loadu_si512(packed + half);
-            _mm512_store_si512(bytes + half, _mm512_and_si512(both, low));
-            _mm512_store_si512(bytes + 4 * kPanel + half, _mm512_and_si512(_mm512_srli_epi32(both, 4), low));
+            _mm512_store_si512(bytes + half, _mm512_gf2p8affine_epi64_epi8(both, low, kFlip));
+            _mm512_store_si512(bytes + 4 * kPanel + half, _mm512_gf2p8affine_epi64_epi8(both, high, kFlip));
         }
     }
     return ahead;
 }
 
-// totals += a group's sums by its scales
-template <bool kZeros>
-inline void add_group(const int32_t* products, const int32_t* sums, const uint16_t* head, int num_rows, float* totals) {
+// totals += sums of kCount groups, one after the other, by their scales. `sums` are of each group those of the rows.
+template <bool kZeros, int kCount>
+inline void add_groups(const int32_t (*products)[kMostMatrixRows * kPanel], const int32_t* sums, const uint8_t* head,
+                       int64_t group_bytes, int num_rows, float* totals) {
     for (int c = 0; c < kPanel; c += W) {
-        const vf scale = load_f16(head + c), zero = kZeros ? load_f16(head + kPanel + c) : splat(0.0f);
+        vf scale[kCount], zero[kCount];
+        for (int i = 0; i < kCount; ++i) {
+            const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + i * group_bytes) + c;
+            scale[i] = load_f16(scales);
+            zero[i] = kZeros ? load_f16(scales + kPanel) : splat(0.0f);
+        }
         for (int row = 0; row < num_rows; ++row) {
-            const __m512i product = _mm512_load_si512(products + row * kPanel + c);
-            vf sum;
-            if constexpr (kZeros) {  // integers below 2^24: exact
-                sum = fma(splat(static_cast<float>(sums[row])), zero, _mm512_cvtepi32_ps(product));
-            } else {
-                sum = _mm512_cvtepi32_ps(_mm512_add_epi32(product, _mm512_set1_epi32(sums[row])));
+            vf total = load(totals + row * kPanel + c);
+            for (int i = 0; i < kCount; ++i) {
+                vf sum = _mm512_cvtepi32_ps(_mm512_load_si512(products[i] + row * kPanel + c));
+                if constexpr (kZeros)  // integers below 2^24: exact
+                    sum = fma(splat(static_cast<float>(sums[i * num_rows + row])), zero[i], sum);
+                total = fma(sum, scale[i], total);
             }
-            store(totals + row * kPanel + c, fma(sum, scale, load(totals + row * kPanel + c)));
+            store(totals + row * kPanel + c, total);
         }
     }
 }
 
-// While the matrices of one group are multiplied, vectors unpack the next one and add up the one before.
-template <bool kZeros, bool kTwo>
-Ahead matrix_int4(const uint32_t* x, int num_rows, int num_words, const int32_t* sums, const uint8_t* panel, int64_t num_groups,
-                  int group_size, float* totals, Ahead ahead) {
-    alignas(64) uint8_t weights[2][kMostGroup * kPanel];
-    alignas(64) int32_t products[2][kMostMatrixRows * kPanel];
+// kCount groups of a block at a time. While their matrices are multiplied, vectors unpack the next ones and add up what was
+// before.
+template <bool kZeros, int kCount>
+Ahead matrix_int4(const PackedLinear& weight, const PackedRows& rows, int first, int end, const uint8_t* panel, float* totals,
+                  Ahead ahead, Matrices& matrices) {
     constexpr int kHead = (kZeros ? 4 : 2) * kPanel;
+    static_assert(kCount <= 2, "what is left over is one group");
+    alignas(64) uint8_t weights[2][kCount][kMostGroup * kPanel];
+    alignas(64) int32_t products[2][kCount][kMostMatrixRows * kPanel];
+    const int group_size = weight.group_size, num_words = rows.chunk_units;
     const int64_t group_bytes = kHead + group_size / 2 * kPanel;
-    const auto unpack = [&](int64_t g) {
-        for (int i = 0; i < kHead; i += 64) ahead.fetch_line();
-        ahead = unpack_group(panel + g * group_bytes + kHead, group_size, weights[g % 2], ahead);
+    const auto unpack = [&](int64_t begin) {
+        for (int64_t g = begin; g < begin + kCount && g < rows.num_groups; ++g) {
+            for (int i = 0; i < kHead; i += 64) ahead.fetch_line();
+            ahead = unpack_group<kZeros>(panel + g * group_bytes + kHead, group_size, weights[begin / kCount % 2][g - begin], ahead);
+        }
     };
-    const auto add_up = [&](int64_t g) {
-        const uint16_t* head = reinterpret_cast<const uint16_t*>(panel + g * group_bytes);
-        add_group<kZeros>(products[g % 2], sums + g * num_rows, head, num_rows, totals);
-    };
-    std::memset(totals, 0, sizeof(float) * num_rows * kPanel);
-    unpack(0);
-    for (int64_t g = 0; g < num_groups; ++g) {
-        if (g + 1 < num_groups) unpack(g + 1);
+    const auto multiply_group = [&](auto two, const uint32_t* x, int num_rows, const uint8_t* bytes, int32_t* sums) {
+        constexpr bool kTwo = decltype(two)::value;
         clear_sums<kTwo>();
         for (int word = 0; word < group_size / 4; word += num_words, x += num_rows * num_words)
-            add_products<outrider::kInt8, kTwo>(x, num_rows, num_words, weights[g % 2] + word * 4 * kPanel, [] {});
-        store_sums<kTwo>(products[g % 2], num_rows);
-        if (g > 0) add_up(g - 1);
+            add_products<outrider::kInt4, kTwo>(x, num_rows, num_words, bytes + word * 4 * kPanel, [] {});
+        store_sums<kTwo>(sums, num_rows);
+    };
+    int turn = 0;
+    const auto add_up = [&](int64_t g, int block) {
+        const MatrixBlock own(rows, first, block);
+        const int32_t* sums = rows.sums + own.start * rows.num_groups + g * own.num_rows;
+        const auto add = g + kCount <= rows.num_groups ? add_groups<kZeros, kCount> : add_groups<kZeros, 1>;
+        add(products[turn], sums, panel + g * group_bytes, group_bytes, own.num_rows, totals + own.before * kPanel);
+    };
+    std::memset(totals, 0, sizeof(float) * (rows.block_start(end) - rows.block_start(first)) * kPanel);
+    unpack(0);
+    int64_t before = -1;  // groups whose sums wait to be added up, and the block
+    int block_before = 0;
+    for (int64_t begin = 0; begin < rows.num_groups; begin += kCount) {
+        unpack(begin + kCount);
+        for (int block = first; block < end; ++block) {
+            const MatrixBlock own(rows, first, block);
+            matrices.shape(own.num_rows, num_words);
+            for (int64_t g = begin; g < begin + kCount && g < rows.num_groups; ++g) {
+                const uint32_t* x = rows.units + own.start * rows.num_units + g * (group_size / 4) * own.num_rows;
+                const uint8_t* bytes = weights[begin / kCount % 2][g - begin];
+                if (own.num_rows > kMatrixRows) multiply_group(std::true_type{}, x, own.num_rows, bytes, products[1 - turn][g - begin]);
+                else multiply_group(std::false_type{}, x, own.num_rows, bytes, products[1 - turn][g - begin]);
+            }
+            if (before >= 0) add_up(before, block_before);
+            turn = 1 - turn;
+            before = begin;
+            block_before = block;
+        }
     }
-    add_up(num_groups - 1);
+    add_up(before, block_before);
     return ahead;
 }
 
-// The tile of one panel and one block of rows in chunks.
-inline Ahead run_matrix_tile(const PackedLinear& weight, const PackedRows& rows, int block, const uint8_t* panel, float* tile,
-                             Ahead ahead, Matrices& matrices) {
-    const int start = rows.block_start(block), num_rows = rows.block_start(block + 1) - start;
-    matrices.shape(num_rows, rows.chunk_units);
-    const uint32_t* x = rows.units + start * rows.num_units;
-    const int32_t* sums = rows.sums + start * rows.num_groups;
-    if (weight.format == outrider::kBf16)
-        return sum_products<outrider::kBf16>(x, num_rows, panel, (weight.num_inputs + 1) / 2, tile, ahead);
-    if (weight.format == outrider::kInt8)
-        return matrix_int8(x, num_rows, sums, rows.num_parts, panel, (weight.num_inputs + 3) / 4, tile, ahead);
-    const auto run = num_rows > kMatrixRows ? (weight.has_zeros ? matrix_int4<true, true> : matrix_int4<false, true>)
-                                            : (weight.has_zeros ? matrix_int4<true, false> : matrix_int4<false, false>);
-    return run(x, num_rows, rows.chunk_units, sums, panel, rows.num_groups, weight.group_size, tile, ahead);
+// The tiles of one panel and blocks [first, end) of rows in chunks.
+inline Ahead run_matrix_tiles(const PackedLinear& weight, const PackedRows& rows, int first, int end, const uint8_t* panel,
+                              float* tiles, Ahead ahead, Matrices& matrices) {
+    switch (weight.format) {
+        case outrider::kBf16:
+            return sum_products<outrider::kBf16>(rows, first, end, panel, (weight.num_inputs + 1) / 2, tiles, ahead, matrices);
+        case outrider::kInt8:
+            return matrix_int8(weight, rows, first, end, panel, tiles, ahead, matrices);
+        default: {
+            // With two groups totals of many rows pass through memory half as often; one keeps memory busier meanwhile.
+            const auto run = end - first > 1 ? (weight.has_zeros ? matrix_int4<true, 2> : matrix_int4<false, 2>)
+                                             : (weight.has_zeros ? matrix_int4<true, 1> : matrix_int4<false, 1>);
+            return run(weight, rows, first, end, panel, tiles, ahead, matrices);
+        }
+    }
 }
 
 }  // namespace OUTRIDER_LEVEL

@@ -77,8 +77,9 @@ NB_MODULE(_native, m) {
         active_level().noise_hits(&logit, &half, 1, 1.0f, 0.0f, ceilings, places);
         return ceilings[0];
     });
-    m.def("time_reading", [](Address data, int64_t num_bytes) { return time_reading(at<void>(data), num_bytes); },
-          nb::call_guard<nb::gil_scoped_release>());
+    m.def("time_reading", [](Address data, int64_t num_bytes, int fetch) {
+        return time_reading(at<void>(data), num_bytes, static_cast<Fetch>(fetch));
+    }, nb::call_guard<nb::gil_scoped_release>());
 
     nb::class_<PackedLinear>(m, "PackedLinear")
         .def("__init__", [](PackedLinear* self, int format, int64_t num_outputs, int64_t num_inputs, int group_size,

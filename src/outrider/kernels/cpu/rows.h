@@ -4,6 +4,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "ahead.h"
 #include "kernel_table.h"
 
 namespace OUTRIDER_LEVEL {
@@ -176,9 +177,11 @@ inline void interleave(const PackedRows& rows, int block, int part, const uint32
     uint32_t* units = rows.units + start * rows.num_units + rows.part_begin(part) * size;
     int64_t unit = 0;
     if (rows.chunk_units > 1) {
+        constexpr int kStep = 8;  // which chunks are multiples of
         for (; unit < num_units; unit += rows.chunk_units)
-            for (int row = 0; row < size; ++row, units += rows.chunk_units)
-                std::memcpy(units, words + row * num_units + unit, sizeof(uint32_t) * rows.chunk_units);
+            for (int row = 0; row < size; ++row)
+                for (int i = 0; i < rows.chunk_units; i += kStep, units += kStep)
+                    std::memcpy(units, words + row * num_units + unit + i, sizeof(uint32_t) * kStep);
         return;
     }
     for (; unit + W <= num_units; unit += W) {
@@ -346,16 +349,13 @@ inline int64_t noise_hits(const float* __restrict logits, const uint32_t* __rest
 }
 
 // Reads every byte once and returns something that depends on all: the machine's read bandwidth is this, timed.
-inline uint64_t read_memory(const void* data, size_t num_bytes) {
-    const char* p = static_cast<const char*>(data);
+inline uint64_t read_memory(const void* data, size_t num_bytes, outrider::Fetch fetch) {
+    const uint8_t* p = static_cast<const uint8_t*>(data);
+    const bool is_ours = fetch != outrider::Fetch::kProcessor;
+    Ahead ahead = is_ours ? Ahead(p + kAheadBytes, nullptr, nullptr, 128, fetch == outrider::Fetch::kFar) : Ahead(p);
     vf a = splat(0.0f), b = a, c = a, d = a;
     for (size_t i = 0; i + 16 * W <= num_bytes; i += 16 * W) {
-        prefetch(p + i + 4096);
-        if (W == 16) {
-            prefetch(p + i + 4096 + 64);
-            prefetch(p + i + 4096 + 128);
-            prefetch(p + i + 4096 + 192);
-        }
+        for (int bytes = 0; bytes < 16 * W; bytes += 128) ahead.fetch();
         a = max_magnitude(a, load(reinterpret_cast<const float*>(p + i)));
         b = max_magnitude(b, load(reinterpret_cast<const float*>(p + i + 4 * W)));
         c = max_magnitude(c, load(reinterpret_cast<const float*>(p + i + 8 * W)));
