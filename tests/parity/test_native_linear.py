@@ -116,6 +116,19 @@ def test_layers_that_are_measured_keep_their_bits(level: str, kind: str) -> None
     assert_same_bits(torch.cat([layer.apply(row[None]) for row in x]), first)
 
 
+@pytest.mark.parametrize("kind", ["bf16", "int8 order bias", "int4 g64 zeros bias", "int4 g128 bias"])
+def test_more_rows_than_a_core_holds(level: str, kind: str) -> None:
+    """Matrix registers take 128 rows of 8,200 inputs through all weights before the next ones."""
+    layer = layer_of(KINDS[kind], 70, 8200)
+    x = rows_of(150, 8200)
+    for num_threads in (1, 2):
+        with use_threads(num_threads):
+            whole = layer.apply(x)
+            for rows in (slice(1), slice(5, 12), slice(100, 150), slice(127, 130)):
+                assert_same_bits(layer.apply(x[rows]), whole[rows])
+    check_near_truth(layer, x[120:140])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_of_threads(level: str, kind: str) -> None:
     """Threads share the packing of rows and the panels; with more threads than either some have nothing to do."""
