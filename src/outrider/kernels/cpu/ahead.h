@@ -20,15 +20,14 @@ public:
 
     // `step` bytes for each 128 bytes of the tile's own panel. Without an end it goes on and on.
     Ahead(const uint8_t* from, const uint8_t* end, const uint8_t* next, int64_t step, bool is_far)
-        : at_(address(from)), first_(at_), end_(end == nullptr ? UINTPTR_MAX : address(end)), next_(address(next)), step_(step),
+        : at_(address(from)), end_(end == nullptr ? UINTPTR_MAX : address(end)), next_(address(next)), step_(step),
           is_far_(is_far) {}
 
     // With 128 bytes of the panel.
     OUTRIDER_INLINE void fetch() {
         if (is_far_) {
-            const uintptr_t again = at_ - first_ < kAgainBytes ? first_ : at_ - kAgainBytes;
             far_lines(at_);
-            far_lines(again);
+            far_lines(at_ - kAgainBytes);  // before a beginning too: that costs less than to find out
         } else {
             prefetch(line(at_));
             prefetch(line(at_ + 64));
@@ -69,11 +68,10 @@ private:
         at_ += num_bytes;
         const bool is_done = at_ >= end_;
         at_ = is_done ? next_ : at_;
-        first_ = is_done ? next_ : first_;
         end_ = is_done ? UINTPTR_MAX : end_;
     }
 
-    uintptr_t at_, first_, end_, next_;  // numbers: what is fetched may lie behind the end of what there is
+    uintptr_t at_, end_, next_;  // numbers: what is fetched may lie outside of what there is
     int64_t step_;
     bool is_far_;
 };
