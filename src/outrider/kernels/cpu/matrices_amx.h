@@ -19,7 +19,6 @@ using outrider::PackedRows;
 // A register has up to 16 rows of 16 words. Sums are in 0 to 3: the first rows by the first 16 outputs of a panel and by
 // the others, then the second rows; rows are in 4 and 5, weights in 6 and 7.
 constexpr int kMatrixRows = 16, kMatrixWords = 16;
-constexpr int kMatrixBytes = 4 * kMatrixRows * kMatrixWords;
 constexpr int kMostMatrixRows = 2 * kMatrixRows;
 constexpr int kMostGroup = 128;
 constexpr int kChunkBytes = kMatrixWords * 4 * kPanel;  // of weights
