@@ -2,12 +2,15 @@
 // divide the panels, so that no sum depends on how many threads or rows there are.
 #pragma once
 
+#include <algorithm>
+
 #include "kernel_table.h"
 
 namespace OUTRIDER_LEVEL {
 
 using outrider::Epilogue;
 
+constexpr int kMostVectorRows = std::max({kBlockRows[0], kBlockRows[1], kBlockRows[2], kBlockRows[3]});
 #ifdef OUTRIDER_HAS_MATRICES
 constexpr int kMostRows = kTileBlocks * kMostMatrixRows;  // of tiles that are made together
 #else

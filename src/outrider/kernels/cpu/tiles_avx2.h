@@ -11,7 +11,6 @@ namespace OUTRIDER_LEVEL {
 using outrider::kPanel;
 
 constexpr int kBlockRows[] = {3, 3, 2, 2};
-constexpr int kMostVectorRows = 3;
 constexpr int kUnitInputs[] = {1, 1, 4, 4};  // bf16 rows are kept as float32 that bf16 can hold
 
 template <int R>

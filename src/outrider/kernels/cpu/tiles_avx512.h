@@ -12,7 +12,6 @@ using outrider::kPanel;
 using outrider::start_of_sum;
 
 constexpr int kBlockRows[] = {12, 12, 12, 6};
-constexpr int kMostVectorRows = 12;
 constexpr int kUnitInputs[] = {1, 2, 4, 4};
 
 template <int R>

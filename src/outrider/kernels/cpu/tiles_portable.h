@@ -12,7 +12,6 @@ using outrider::kPanel;
 using outrider::start_of_sum;
 
 constexpr int kBlockRows[] = {4, 4, 4, 4};
-constexpr int kMostVectorRows = 4;
 constexpr int kUnitInputs[] = {1, 1, 4, 4};  // bf16 rows are kept as float32 that bf16 can hold
 
 template <int R>
