@@ -3,6 +3,7 @@
 // for every sum has one order: of 32 inputs the even and the odd ones, these two, and that to the sum so far.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "ahead.h"
@@ -20,7 +21,7 @@ using outrider::PackedRows;
 // the others, then the second rows; rows are in 4 and 5, weights in 6 and 7.
 constexpr int kMatrixRows = 16, kMatrixWords = 16;
 constexpr int kMostMatrixRows = 2 * kMatrixRows;
-constexpr int kMostGroup = 128;
+constexpr int kStretchInputs = 256;  // of int4: what is unpacked at a time
 constexpr int kChunkBytes = kMatrixWords * 4 * kPanel;  // of weights
 constexpr int kStretchUnits = 8 * kMatrixWords;
 constexpr int kTileBlocks = 4;  // most blocks of rows whose tiles are made together
@@ -238,101 +239,167 @@ inline Ahead matrix_int8(const PackedLinear& weight, const PackedRows& rows, int
     return ahead;
 }
 
-// The nibbles of a group as bytes [group / 4][32][4]: q - 8, or q where there are zero points. Both are linear maps of bits
-// (and a constant): one row of each matrix, the last one first, says which bits make a bit.
+// Nibbles [begin, end) of a group's inputs as bytes [input / 4][32][4]: q - 8, or q where there are zero points. Both are linear
+// maps of bits (and a constant): one row of each matrix, the last one first, says which bits make a bit.
 template <bool kZeros>
-inline Ahead unpack_group(const uint8_t* packed, int group_size, uint8_t* bytes, Ahead ahead) {
+OUTRIDER_INLINE Ahead unpack_inputs(const uint8_t* packed, int begin, int end, uint8_t* bytes, Ahead ahead) {
     const __m512i low = _mm512_set1_epi64(kZeros ? 0x0102040800000000 : 0x0102040808080808);
     const __m512i high = _mm512_set1_epi64(kZeros ? 0x1020408000000000 : 0x1020408080808080);
     constexpr int kFlip = kZeros ? 0 : 0xf8;
-    for (int i = 0; i < group_size; i += 8, packed += 4 * kPanel, bytes += 8 * kPanel) {
+    for (int i = begin; i < end; i += 8) {
         ahead.fetch();
         for (int half : {0, 64}) {
-            const __m512i both = _mm512_loadu_si512(packed + half);
-            _mm512_store_si512(bytes + half, _mm512_gf2p8affine_epi64_epi8(both, low, kFlip));
-            _mm512_store_si512(bytes + 4 * kPanel + half, _mm512_gf2p8affine_epi64_epi8(both, high, kFlip));
+            const __m512i both = _mm512_loadu_si512(packed + i * kPanel / 2 + half);
+            _mm512_store_si512(bytes + i * kPanel + half, _mm512_gf2p8affine_epi64_epi8(both, low, kFlip));
+            _mm512_store_si512(bytes + (i + 4) * kPanel + half, _mm512_gf2p8affine_epi64_epi8(both, high, kFlip));
         }
     }
     return ahead;
 }
 
-// totals += sums of kCount groups, one after the other, by their scales. `sums` are of each group those of the rows.
-template <bool kZeros, int kCount>
-inline void add_groups(const int32_t (*products)[kMostMatrixRows * kPanel], const int32_t* sums, const uint8_t* head,
-                       int64_t group_bytes, int num_rows, float* totals) {
-    for (int c = 0; c < kPanel; c += W) {
-        vf scale[kCount], zero[kCount];
-        for (int i = 0; i < kCount; ++i) {
-            const uint16_t* scales = reinterpret_cast<const uint16_t*>(head + i * group_bytes) + c;
-            scale[i] = load_f16(scales);
-            zero[i] = kZeros ? load_f16(scales + kPanel) : splat(0.0f);
-        }
-        for (int row = 0; row < num_rows; ++row) {
-            vf total = load(totals + row * kPanel + c);
-            for (int i = 0; i < kCount; ++i) {
-                vf sum = _mm512_cvtepi32_ps(_mm512_load_si512(products[i] + row * kPanel + c));
-                if constexpr (kZeros)  // integers below 2^24: exact
-                    sum = fma(splat(static_cast<float>(sums[i * num_rows + row])), zero[i], sum);
-                total = fma(sum, scale[i], total);
-            }
-            store(totals + row * kPanel + c, total);
-        }
+// A panel of int4, whose groups are unpacked a stretch at a time: in pieces, two a group, that are done one by one while the
+// stretch before is multiplied.
+template <bool kZeros, int kGroup>
+class Int4Panel {
+public:
+    static constexpr int kGroupWords = kGroup / 4;
+    static constexpr int kGroups = kStretchInputs / kGroup;  // of a stretch
+
+    Int4Panel(const uint8_t* panel, int64_t num_groups) : panel_(panel), num_groups_(num_groups) {}
+
+    int num_groups(int stretch) const {  // none or fewer behind the last stretch
+        return static_cast<int>(std::min<int64_t>(kGroups, num_groups_ - stretch * int64_t{kGroups}));
+    }
+    const uint16_t* scales(int64_t group) const { return reinterpret_cast<const uint16_t*>(packed(group)); }
+    // Of a group of a stretch: [word][32][4]. There is room for two stretches, an even and an odd one.
+    uint8_t* bytes(int stretch, int i) { return bytes_[stretch % 2] + i * kGroup * kPanel; }
+    // Room for what is multiplied of an even and of an odd group: [half of the outputs][row][16].
+    int32_t* products(int i) { return products_[i % 2]; }
+
+    OUTRIDER_INLINE Ahead unpack_piece(int stretch, int piece, Ahead ahead) {
+        const int64_t group = stretch * int64_t{kGroups} + piece / 2;
+        if (group >= num_groups_) return ahead;
+        for (int i = 0; i < kHead && piece % 2 == 0; i += 64) ahead.fetch_line();
+        const int start = piece % 2 * kGroup / 2;
+        return unpack_inputs<kZeros>(packed(group) + kHead, start, start + kGroup / 2, bytes(stretch, piece / 2), ahead);
+    }
+
+private:
+    static constexpr int kHead = (kZeros ? 4 : 2) * kPanel;
+
+    const uint8_t* packed(int64_t group) const { return panel_ + group * (kHead + kGroup / 2 * kPanel); }
+
+    const uint8_t* panel_;
+    int64_t num_groups_;
+    alignas(64) uint8_t bytes_[2][kStretchInputs * kPanel];
+    alignas(64) int32_t products_[2][2 * kMatrixRows * kMatrixWords];
+};
+
+// Up to 16 rows, of a block that has `stride` of them.
+struct Int4Rows {
+    const uint32_t* x;
+    const int32_t* sums;  // of each group
+    int num_rows, stride;
+};
+
+// products [row][16] = a group of the rows by 16 outputs
+template <int kGroupWords, int kSums, int kRows, int kWeights>
+OUTRIDER_INLINE void multiply_group(const Int4Rows& rows, const uint32_t* x, const uint8_t* weights, int32_t* products) {
+    constexpr int kWords = std::min(kGroupWords, kMatrixWords);
+    clear_matrix<kSums>();
+    for (int word = 0; word < kGroupWords; word += kWords, x += rows.stride * kWords) {
+        check_lines(x, 4 * kWords, rows.num_rows, 4 * kWords);
+        check_lines(weights + word * 4 * kPanel, 4 * kPanel, kWords, 4 * kMatrixWords);
+        load_matrix<kWeights>(weights + word * 4 * kPanel, 4 * kPanel);
+        load_matrix<kRows>(x, 4 * kWords);
+        multiply<outrider::kInt4, kSums, kRows, kWeights>();
+    }
+    check_lines(products, 4 * kMatrixWords, rows.num_rows, 4 * kMatrixWords);
+    store_matrix<kSums>(products, 4 * kMatrixWords);
+}
+
+// total [row] += a group's products [row][16] by its scales
+template <bool kZeros, int kMost>
+OUTRIDER_INLINE void add_group(const int32_t* products, const uint16_t* scales, const int32_t* sums, int num_rows, vf (&total)[kMost]) {
+    const vf scale = load_f16(scales), zero = kZeros ? load_f16(scales + kPanel) : splat(0.0f);
+#pragma GCC unroll 16
+    for (int r = 0; r < kMost; ++r) {
+        vf sum = _mm512_cvtepi32_ps(_mm512_load_si512(products + r * kMatrixWords));
+        if constexpr (kZeros)  // integers below 2^24: exact
+            sum = fma(splat(static_cast<float>(sums[r < num_rows ? r : 0])), zero, sum);
+        total[r] = fma(sum, scale, total[r]);
     }
 }
 
-// kCount groups of a block at a time. While their matrices are multiplied, vectors unpack the next ones and add up what was
-// before.
-template <bool kZeros, int kCount>
-Ahead matrix_int4(const PackedLinear& weight, const PackedRows& rows, int first, int end, const uint8_t* panel, float* totals,
-                  Ahead ahead, Matrices& matrices) {
-    constexpr int kHead = (kZeros ? 4 : 2) * kPanel;
-    static_assert(kCount <= 2, "what is left over is one group");
-    alignas(64) uint8_t weights[2][kCount][kMostGroup * kPanel];
-    alignas(64) int32_t products[2][kCount][kMostMatrixRows * kPanel];
-    const int group_size = weight.group_size, num_words = rows.chunk_units;
-    const int64_t group_bytes = kHead + group_size / 2 * kPanel;
-    const auto unpack = [&](int64_t begin) {
-        for (int64_t g = begin; g < begin + kCount && g < rows.num_groups; ++g) {
-            for (int i = 0; i < kHead; i += 64) ahead.fetch_line();
-            ahead = unpack_group<kZeros>(panel + g * group_bytes + kHead, group_size, weights[begin / kCount % 2][g - begin], ahead);
+// totals [row][32] += a stretch by kHalves times 16 outputs from `c`. They stay in registers meanwhile. There are at most kMost
+// rows; for those that are missing whatever lies there is added up and not stored. kSecond says which of a block's registers the
+// rows have.
+template <int kMost, int kHalves, bool kSecond, bool kZeros, int kGroup>
+OUTRIDER_INLINE Ahead add_int4(const Int4Rows& rows, Int4Panel<kZeros, kGroup>& panel, int stretch, int c, bool unpacks,
+                               float* totals, Ahead ahead) {
+    static_assert(W == kMatrixWords && kHalves * kMost <= 16);
+    constexpr int kSums = kSecond ? 2 : 0, kRows = kSecond ? 5 : 4, kProducts = kMatrixRows * kMatrixWords;
+    constexpr int kGroups = Int4Panel<kZeros, kGroup>::kGroups, kWords = Int4Panel<kZeros, kGroup>::kGroupWords;
+    const int64_t first = stretch * int64_t{kGroups};
+    const int count = panel.num_groups(stretch);
+    const uint32_t* x = rows.x + first * kWords * rows.stride;
+    vf total[kHalves][kMost];
+#pragma GCC unroll 2
+    for (int h = 0; h < kHalves; ++h)
+#pragma GCC unroll 16
+        for (int r = 0; r < kMost; ++r)
+            total[h][r] = stretch > 0 && r < rows.num_rows ? load(totals + r * kPanel + c + h * W) : splat(0.0f);
+    const auto add = [&](int i) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h)
+            add_group<kZeros, kMost>(panel.products(i) + h * kProducts, panel.scales(first + i) + c + h * W,
+                                     rows.sums + (first + i) * rows.stride, rows.num_rows, total[h]);
+    };
+    for (int i = 0; i < count; ++i, x += kWords * rows.stride) {  // a group's products are added up while the next one is multiplied
+        multiply_group<kWords, kSums, kRows, 6>(rows, x, panel.bytes(stretch, i) + 4 * c, panel.products(i));
+        if (unpacks) ahead = panel.unpack_piece(stretch + 1, kHalves * i + c / W * kGroups, ahead);
+        if constexpr (kHalves == 2) {
+            multiply_group<kWords, kSums + 1, kRows, 7>(rows, x, panel.bytes(stretch, i) + 4 * W, panel.products(i) + kProducts);
+            if (unpacks) ahead = panel.unpack_piece(stretch + 1, 2 * i + 1, ahead);
         }
-    };
-    const auto multiply_group = [&](auto two, const uint32_t* x, int num_rows, const uint8_t* bytes, int32_t* sums) {
-        constexpr bool kTwo = decltype(two)::value;
-        clear_sums<kTwo>();
-        for (int word = 0; word < group_size / 4; word += num_words, x += num_rows * num_words)
-            add_products<outrider::kInt4, kTwo>(x, num_rows, num_words, bytes + word * 4 * kPanel, [] {});
-        store_sums<kTwo>(sums, num_rows);
-    };
-    int turn = 0;
-    const auto add_up = [&](int64_t g, int block) {
-        const MatrixBlock own(rows, first, block);
-        const int32_t* sums = rows.sums + own.start * rows.num_groups + g * own.num_rows;
-        const auto add = g + kCount <= rows.num_groups ? add_groups<kZeros, kCount> : add_groups<kZeros, 1>;
-        add(products[turn], sums, panel + g * group_bytes, group_bytes, own.num_rows, totals + own.before * kPanel);
-    };
-    std::memset(totals, 0, sizeof(float) * (rows.block_start(end) - rows.block_start(first)) * kPanel);
-    unpack(0);
-    int64_t before = -1;  // groups whose sums wait to be added up, and the block
-    int block_before = 0;
-    for (int64_t begin = 0; begin < rows.num_groups; begin += kCount) {
-        unpack(begin + kCount);
+        if (i > 0) add(i - 1);
+    }
+    add(count - 1);
+#pragma GCC unroll 2
+    for (int h = 0; h < kHalves; ++h)
+#pragma GCC unroll 16
+        for (int r = 0; r < kMost; ++r)
+            if (r < rows.num_rows) store(totals + r * kPanel + c + h * W, total[h][r]);
+    return ahead;
+}
+
+template <bool kZeros, int kGroup>
+Ahead matrix_int4(const PackedRows& rows, int first, int end, const uint8_t* data, float* totals, Ahead ahead, Matrices& matrices) {
+    Int4Panel<kZeros, kGroup> panel(data, rows.num_groups);
+    for (int piece = 0; piece < 2 * panel.kGroups; ++piece) ahead = panel.unpack_piece(0, piece, ahead);
+    for (int stretch = 0; panel.num_groups(stretch) > 0; ++stretch) {
         for (int block = first; block < end; ++block) {
             const MatrixBlock own(rows, first, block);
-            matrices.shape(own.num_rows, num_words);
-            for (int64_t g = begin; g < begin + kCount && g < rows.num_groups; ++g) {
-                const uint32_t* x = rows.units + own.start * rows.num_units + g * (group_size / 4) * own.num_rows;
-                const uint8_t* bytes = weights[begin / kCount % 2][g - begin];
-                if (own.num_rows > kMatrixRows) multiply_group(std::true_type{}, x, own.num_rows, bytes, products[1 - turn][g - begin]);
-                else multiply_group(std::false_type{}, x, own.num_rows, bytes, products[1 - turn][g - begin]);
+            matrices.shape(own.num_rows, rows.chunk_units);
+            for (int start = 0; start < own.num_rows; start += kMatrixRows) {
+                const Int4Rows some = {rows.units + own.start * rows.num_units + start * rows.chunk_units,
+                                       rows.sums + own.start * rows.num_groups + start,
+                                       std::min(own.num_rows - start, kMatrixRows), own.num_rows};
+                const bool unpacks = block == first && start == 0;  // what comes next
+                float* const to = totals + (own.before + start) * kPanel;
+                const auto add = [&](auto second) __attribute__((always_inline)) {
+                    constexpr bool kSecond = decltype(second)::value;
+                    if (some.num_rows <= 8) {
+                        ahead = add_int4<8, 2, kSecond>(some, panel, stretch, 0, unpacks, to, ahead);
+                        return;
+                    }
+                    for (int c = 0; c < kPanel; c += W) ahead = add_int4<16, 1, kSecond>(some, panel, stretch, c, unpacks, to, ahead);
+                };
+                if (start > 0) add(std::true_type{});
+                else add(std::false_type{});
             }
-            if (before >= 0) add_up(before, block_before);
-            turn = 1 - turn;
-            before = begin;
-            block_before = block;
         }
     }
-    add_up(before, block_before);
     return ahead;
 }
 
@@ -345,10 +412,15 @@ inline Ahead run_matrix_tiles(const PackedLinear& weight, const PackedRows& rows
         case outrider::kInt8:
             return matrix_int8(weight, rows, first, end, panel, tiles, ahead, matrices);
         default: {
-            // With two groups totals of many rows pass through memory half as often; one keeps memory busier meanwhile.
-            const auto run = end - first > 1 ? (weight.has_zeros ? matrix_int4<true, 2> : matrix_int4<false, 2>)
-                                             : (weight.has_zeros ? matrix_int4<true, 1> : matrix_int4<false, 1>);
-            return run(weight, rows, first, end, panel, tiles, ahead, matrices);
+            const auto run = [&](auto zeros) {
+                constexpr bool kZeros = decltype(zeros)::value;
+                switch (weight.group_size) {
+                    case 32: return matrix_int4<kZeros, 32>(rows, first, end, panel, tiles, ahead, matrices);
+                    case 64: return matrix_int4<kZeros, 64>(rows, first, end, panel, tiles, ahead, matrices);
+                    default: return matrix_int4<kZeros, 128>(rows, first, end, panel, tiles, ahead, matrices);
+                }
+            };
+            return weight.has_zeros ? run(std::true_type{}) : run(std::false_type{});
         }
     }
 }
