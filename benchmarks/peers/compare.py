@@ -7,6 +7,8 @@ Runs in outrider's environment and starts each peer (`measure_peers.py --serve`)
 A sample counts only if the read bandwidth before and after it agree within 15% (`outrider.bench.forward.measure`).
 A machine whose memory flips between two bandwidths gets a table for each, of the samples within 15% of it: else one
 engine in one of them would be compared with another in the other. The JSON has all samples.
+`--quantized FOLDER`, what `outrider quantize` made of the model, measures that too: the peers' Q4_0 has an output layer
+of 4 bits, and outrider's int4 has one of 8 unless it is made with `--lm-head int4`.
 outrider's times include its Python; a peer's are those that it measures itself, without putting its context back.
 Both run once right before they are timed.
 Threads: OMP_NUM_THREADS for outrider, the same number for the peers.
@@ -94,13 +96,18 @@ class Peer:
 
 
 def own_workloads(args: argparse.Namespace, rows: list[int]) -> dict[str, list[Workload]]:
-    formats = args.weights.split(",")
-    target = open_target(args.model, None, formats, args.group_size)
+    targets = [open_target(args.model, None, args.weights.split(","), args.group_size)]
+    targets += [open_target(folder, None, None, args.group_size) for folder in args.quantized]
     found = {}
-    for format in target.formats:
-        runs = ForwardRuns(format, target.model(format), context=CONTEXT, num_positions=CONTEXT + max(*rows, PREFILL))
-        workloads = [runs.workload(m, target.num_params) for m in rows]
-        found[f"{OWN} {format}"] = [*workloads, runs.prefill(PREFILL, target.num_params)]
+    for target in targets:
+        lm_head = (getattr(target.config, "quantization_config", None) or {}).get("lm_head")
+        for format in target.formats:
+            runs = ForwardRuns(
+                format, target.model(format), context=CONTEXT, num_positions=CONTEXT + max(*rows, PREFILL)
+            )
+            workloads = [runs.workload(m, target.num_params) for m in rows]
+            name = f"{OWN} {format}" + (f", lm_head {lm_head}" if lm_head else "")
+            found[name] = [*workloads, runs.prefill(PREFILL, target.num_params)]
     return found
 
 
@@ -141,7 +148,7 @@ def summary(name: str, workloads: list[Workload], measurement: Measurement, band
             record["share"] = median(shares)
             record["kernel_ms"] = median(1e3 * (sample.kernel_seconds or 0.0) for sample in samples)
         records.append(record)
-    return {"name": name, "rows": records}
+    return {"name": name, "weights": workloads[0].weights, "rows": records}
 
 
 def print_tables(summaries: list[dict[str, Any]], rows: list[int]) -> None:
@@ -156,11 +163,12 @@ def print_tables(summaries: list[dict[str, Any]], rows: list[int]) -> None:
         print(f"| {entry['name']} | {' | '.join(cells)} |")
     print(f"\n| fastest peer / outrider | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     times = {entry["name"]: [record.get("ms") for record in entry["rows"]] for entry in summaries}
-    for format, peers in PEERS.items():
-        if (own := times.get(f"{OWN} {format}")) is None:
+    for entry in summaries:
+        if not entry["name"].startswith(OWN):
             continue
+        peers = PEERS[entry["weights"]]
         cells = []
-        for i, ms in enumerate(own):
+        for i, ms in enumerate(times[entry["name"]]):
             found = [(times[f"{peer} {weights}"][i], peer) for peer, weights, *_ in peers]
             found = [(theirs, peer) for theirs, peer in found if theirs is not None]
             if ms is None or not found:
@@ -169,7 +177,7 @@ def print_tables(summaries: list[dict[str, Any]], rows: list[int]) -> None:
             fastest, peer = min(found)
             missing = "" if len(found) == len(peers) else f", {len(found)} of {len(peers)}"
             cells.append(f"{fastest / ms:.2f} ({peer}{missing})")
-        print(f"| {format} | {' | '.join(cells)} |")
+        print(f"| {entry['name'].removeprefix(OWN).strip()} | {' | '.join(cells)} |")
 
 
 def parse_args() -> argparse.Namespace:
@@ -178,6 +186,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", required=True, help="folder that convert.py filled from it")
     parser.add_argument("--peers-python", required=True, help="python of the peers' environment")
     parser.add_argument("--weights", default="bf16,int8,int4")
+    parser.add_argument("--quantized", action="append", default=[], help="a folder that `outrider quantize` made of it")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rows", default="1,2,4,8,16,32,64")
     parser.add_argument("--repeats", type=int, default=7)

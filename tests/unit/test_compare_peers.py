@@ -24,11 +24,12 @@ def test_a_memory_that_flips_has_two_modes_and_disturbed_samples_none() -> None:
 
 
 def test_engines_are_compared_in_the_same_mode_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    workload = Workload("forward", None, 8, 10**9, 0, lambda: None)  # type: ignore[arg-type]
-    prompt = Workload("prefill", None, 512, 10**9, 0, lambda: None)  # type: ignore[arg-type]
+    workload = Workload("forward", "bf16", 8, 10**9, 0, lambda: None)
+    prompt = Workload("prefill", "bf16", 512, 10**9, 0, lambda: None)
     samples = {
         # seconds, of which in kernels (a peer's own clock), bandwidth
         "outrider bf16": [Sample(0.025, 0.024, 50e9), Sample(0.029, 0.024, 50e9), Sample(0.015, 0.014, 76e9)],
+        "outrider bf16, lm_head int8": [Sample(0.020, 0.019, 51e9)],
         "llama.cpp bf16": [Sample(1.0, 0.054, 51e9), Sample(1.0, 0.054, 49e9)],
         "openvino bf16": [Sample(1.0, 0.021, 75e9), Sample(1.0, 0.060, 48e9)],
     }
@@ -47,4 +48,5 @@ def test_engines_are_compared_in_the_same_mode_alone(capsys: pytest.CaptureFixtu
     assert own["share"] == pytest.approx((1 / 0.025 + 1 / 0.029) / 2 * 1e9 / 50e9)
     assert "| llama.cpp bf16 | 54.0 (54.0-54.0) | - |" in found[50e9][1]
     assert "| bf16 | 2.00 (llama.cpp) | - |" in found[50e9][1]
+    assert "| bf16, lm_head int8 | 2.70 (llama.cpp) | - |" in found[50e9][1]
     assert "| bf16 | 1.40 (openvino, 1 of 2) | - |" in found[76e9][1], "llama.cpp was not seen at this bandwidth"

@@ -133,7 +133,8 @@ OUTRIDER_INLINE int32_t start_of_sum(const int32_t* sums, int stride, int num_pa
     return start;
 }
 
-enum class Epilogue { kStore, kAdd };  // out = y, or out += y
+// out = y, or out += y, or out = y past the caches: of many outputs that nobody reads soon, whose lines would else be read first.
+enum class Epilogue { kStore, kAdd, kStream };
 
 enum class KvType : int { kFp32 = 0, kBf16 = 1, kInt8 = 2 };
 

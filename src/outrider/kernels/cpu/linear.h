@@ -115,6 +115,8 @@ inline Ahead run_tiles(const PackedLinear& weight, const PackedRows& rows, const
     return run_tile_for(rows.block_start(blocks.end) - start, weight, rows, start, panel, tiles, ahead);
 }
 
+inline bool starts_line(const float* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
 // Where a panel's outputs of some rows go.
 inline void prefetch_outputs(int begin, int end, const float* out, int64_t row_stride) {
     for (int row = begin; row < end; ++row)
@@ -133,12 +135,13 @@ inline void linear(const PackedLinear& weight, const PackedRows& rows, float* ou
     const Tiling tiling(rows);
     alignas(64) float tiles[kMostRows * outrider::kPanel];
     Matrices matrices;
+    const bool streams = epilogue == Epilogue::kStream && starts_line(out) && starts_line(out + row_stride) && starts_line(out + panel_stride);
     const auto run = [&](int64_t p, const Blocks& blocks, const uint8_t* next) {
         const int64_t output = p * outrider::kPanel;
         const uint8_t* const panel = weight.data + p * bytes;
         float* const outs = out + (p - begin) * panel_stride;
         const int start = rows.block_start(blocks.first), stop = rows.block_start(blocks.end);
-        prefetch_outputs(start, stop, outs, row_stride);
+        if (!streams) prefetch_outputs(start, stop, outs, row_stride);
         Ahead ahead = ahead_of(rows, blocks, panel, bytes, next, next);
         ahead = run_tiles(weight, rows, blocks, panel, tiles, ahead, matrices);
         for (int row = start; row < stop; ++row) {
@@ -149,7 +152,8 @@ inline void linear(const PackedLinear& weight, const PackedRows& rows, float* ou
                 ahead.fetch_lines(kLinesPerOutputs);
                 vf y = finish(weight, rows, row, sums, output, c);
                 if (epilogue == Epilogue::kAdd) y = add(load_part(to, count), y);
-                store_part(to, y, count);
+                if (streams && count >= W) stream(to, y);
+                else store_part(to, y, count);
             }
         }
     };
@@ -157,6 +161,7 @@ inline void linear(const PackedLinear& weight, const PackedRows& rows, float* ou
         const int64_t next = p + 1 < end ? p + 1 : begin;
         run(p, blocks, p + 1 < end || !is_last_slab ? weight.data + next * bytes : then);
     });
+    if (streams) streamed();
 }
 
 inline void gated_silu(const PackedLinear& gate, const PackedLinear& up, const PackedRows& gate_rows, const PackedRows& up_rows, float* out, int64_t begin, int64_t end, const uint8_t* then) {

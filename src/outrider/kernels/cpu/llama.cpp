@@ -343,7 +343,7 @@ void Llama::choose(Step& step, int thread, int num_threads) {
     Share panels = balance_.share_of(spec_.lm_head.num_panels(), thread);
     const Lap lap;
     if (output.tokens == nullptr) {
-        kernels.linear(spec_.lm_head, packed[0], output.logits + panels.begin * kPanel, vocab, kPanel, Epilogue::kStore,
+        kernels.linear(spec_.lm_head, packed[0], output.logits + panels.begin * kPanel, vocab, kPanel, Epilogue::kStream,
                        panels.begin, panels.end, nullptr);
         if (thread == 0) step.lm_head_trial.record(lap.seconds());
         return;

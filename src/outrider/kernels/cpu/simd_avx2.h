@@ -13,6 +13,8 @@ using vf = __m256;
 
 inline vf load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+inline void stream(float* p, vf x) { _mm256_stream_ps(p, x); }  // whole aligned vectors; `streamed` before others may read them
+inline void streamed() { _mm_sfence(); }
 inline vf splat(float x) { return _mm256_set1_ps(x); }
 inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 inline vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }

@@ -15,6 +15,8 @@ using vf = __m512;
 
 inline vf load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+inline void stream(float* p, vf x) { _mm512_stream_ps(p, x); }  // whole aligned vectors; `streamed` before others may read them
+inline void streamed() { _mm_sfence(); }
 inline vf splat(float x) { return _mm512_set1_ps(x); }
 inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }

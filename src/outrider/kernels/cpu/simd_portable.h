@@ -35,6 +35,8 @@ inline vf load(const float* p) { return lanes([&](int i) { return p[i]; }); }
 inline void store(float* p, vf v) {
     for (int i = 0; i < W; ++i) p[i] = v.x[i];
 }
+inline void stream(float* p, vf v) { store(p, v); }
+inline void streamed() {}
 inline vf splat(float x) { return lanes([&](int) { return x; }); }
 inline vf add(vf a, vf b) { return lanes([&](int i) { return a.x[i] + b.x[i]; }); }
 inline vf sub(vf a, vf b) { return lanes([&](int i) { return a.x[i] - b.x[i]; }); }
