@@ -7,8 +7,8 @@ Runs in outrider's environment and starts each peer (`measure_peers.py --serve`)
 A sample counts only if the read bandwidth before and after it agree within 15% (`outrider.bench.forward.measure`).
 A machine whose memory flips between two bandwidths gets a table for each, of the samples within 15% of it: else one
 engine in one of them would be compared with another in the other. The JSON has all samples.
-`--quantized FOLDER`, what `outrider quantize` made of the model, measures that too: the peers' Q4_0 has an output layer
-of 4 bits, and outrider's int4 has one of 8 unless it is made with `--lm-head int4`.
+`--quantized FOLDER`, what `outrider quantize` made of the model, measures that too: the peers' Q4_0 has an output
+layer of 4 bits, and outrider's int4 has one of 8 unless it is made with `--lm-head int4`.
 outrider's times include its Python; a peer's are those that it measures itself, without putting its context back.
 Both run once right before they are timed.
 Threads: OMP_NUM_THREADS for outrider, the same number for the peers.
@@ -186,7 +186,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--models", required=True, help="folder that convert.py filled from it")
     parser.add_argument("--peers-python", required=True, help="python of the peers' environment")
     parser.add_argument("--weights", default="bf16,int8,int4")
-    parser.add_argument("--quantized", action="append", default=[], help="a folder that `outrider quantize` made of it")
+    parser.add_argument("--quantized", action="append", default=[], help="a folder that `outrider quantize` made")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rows", default="1,2,4,8,16,32,64")
     parser.add_argument("--repeats", type=int, default=7)

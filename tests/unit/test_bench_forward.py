@@ -34,7 +34,6 @@ from outrider.bench.synthetic import Sizes, SyntheticWeights, parse_params, size
 from outrider.bench.target import (
     FORMATS,
     BenchTarget,
-    available_bytes,
     check_memory,
     open_target,
 )
@@ -304,15 +303,7 @@ def test_models_that_cannot_be_measured_are_refused(tmp_path: Path) -> None:
         open_target(str(broken), None, None, 32)
 
 
-def test_memory_is_estimated_upwards_and_checked(tmp_path: Path) -> None:
-    info, limit = tmp_path / "meminfo", tmp_path / "limit"
-    info.write_text("MemTotal: 9000 kB\nMemAvailable:    2048 kB\n")
-    assert available_bytes(info, limit) == 2 << 20
-    limit.write_text("max\n")
-    assert available_bytes(info, limit) == 2 << 20
-    limit.write_text("4096\n")
-    assert available_bytes(info, limit) == 4096
-    assert (available_bytes(limit, info) or 0) > 1 << 20  # neither file says: all that the machine has
+def test_memory_is_estimated_upwards_and_checked() -> None:
     target = tiny_target(("bf16", "int4"))
     packed = 2 * TINY.params + TINY.params // 2
     assert (

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from outrider.errors import ModelLoadError
+from outrider.kernels import huge_pages
 from outrider.kernels.packed import PackedWeight, dequantize, pack_int4
 from outrider.quantization.packed_checkpoint import PlannedLinear, plan_linear, write_packed
 from outrider.quantization.round_to_nearest import quantize_int4, quantize_int8
@@ -85,7 +86,8 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         assert torch.equal(source.tensor(name), tensor)
 
 
-def test_packed_data_is_the_mapped_file(tmp_path: Path) -> None:
+def test_without_room_for_a_copy_data_is_the_mapped_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "has_room_for", lambda num_bytes: False)
     path = write(tmp_path)
     header, _ = read_header(path)
     start = 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
@@ -99,6 +101,23 @@ def test_packed_data_is_the_mapped_file(tmp_path: Path) -> None:
         file.seek(start + header["int8.weight"]["data_offsets"][0])
         file.write(b"\x07")
     assert int(mapped.flatten()[0]) == 7
+
+
+def test_with_room_for_a_copy_data_is_aligned_memory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(huge_pages, "has_room_for", lambda num_bytes: asked.append(num_bytes) or True)
+    path = write(tmp_path)
+    source = open_weights(tmp_path)
+    found = {name: source.linear(name, "int8").data for name in layers()}
+    assert asked == [sum(packed.data.numel() for packed in layers().values())]
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(bytes(size))
+    for name, packed in layers().items():
+        assert torch.equal(found[name], packed.data)
+        assert found[name].data_ptr() % 64 == 0
 
 
 def test_other_programs_read_the_file(tmp_path: Path) -> None:

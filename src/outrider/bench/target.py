@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -29,8 +27,6 @@ _LAYER_LINEARS = (
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 _PACKING_BYTES = 24  # for each weight of the layer that is being packed, in all its copies
-_MEMORY_INFO = Path("/proc/meminfo")
-_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,24 +186,6 @@ def check_memory(needed: int, available: int | None) -> None:
             expected=f"at most the {available / 2**30:.1f} GiB that are free",
             remedy="name fewer formats by --weights, or a smaller model",
         )
-
-
-def available_bytes(info: Path = _MEMORY_INFO, limit: Path = _MEMORY_LIMIT) -> int | None:
-    """Memory that can be had without swapping; None where the system does not say.
-
-    Args:
-        info: the kernel's file about memory.
-        limit: of the container, if it is one.
-    """
-    found: list[int] = []
-    with suppress(OSError, ValueError, IndexError):
-        lines = info.read_text().splitlines()
-        found += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    if not found and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    with suppress(OSError, ValueError):  # "max" is none
-        found.append(int(limit.read_text()))
-    return min(found, default=None)
 
 
 def _read_config(folder: Path) -> PretrainedConfig:

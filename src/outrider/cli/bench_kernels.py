@@ -138,7 +138,8 @@ def _bench(settings: Settings) -> None:
     rows = _check(settings)
     _require_kernels(settings.what)
     from outrider.bench.forward import BandwidthProbe, Measurement, measure, probe_bytes
-    from outrider.bench.target import available_bytes, check_memory, open_target
+    from outrider.bench.target import check_memory, open_target
+    from outrider.kernels.available_memory import available_bytes
 
     formats = None if settings.weights is None else _formats(settings.weights)
     target = open_target(settings.model, settings.params, formats, settings.group_size)

@@ -7,14 +7,19 @@ noticeable part of it when other programs have pushed them out of the caches.
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
+from pathlib import Path
 from threading import Lock
 
 import torch
 from torch import Tensor
 
+from outrider.kernels.available_memory import available_bytes
+
 _CHUNK_BYTES = 64 << 20
 _PAGE_BYTES = 2 << 20
 _ALIGNMENT = 64
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 _lock = Lock()
 _chunk: Tensor | None = None  # what is left of the newest mapping; tensors cut from it keep it alive
@@ -32,6 +37,23 @@ def allocate(num_bytes: int) -> Tensor:
             _chunk = _map(max(needed, _CHUNK_BYTES))
         tensor, _chunk = _chunk[:num_bytes], _chunk[needed:]
     return tensor
+
+
+def has_room_for(num_bytes: int) -> bool:
+    """Whether there are large pages, and memory for a copy of so many bytes of a file beside the file's own pages."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    setting = "[never]"
+    with suppress(OSError):
+        setting = _SETTING.read_text()
+    available = available_bytes()
+    return "[never]" not in setting and available is not None and 2 * num_bytes <= available
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """The same values in memory of our own, contiguous."""
+    copy = allocate(tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)
 
 
 def _map(num_bytes: int) -> Tensor:

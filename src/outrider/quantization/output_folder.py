@@ -62,7 +62,7 @@ class OutputFolder:
         found = {}
         for file in sorted(self._parts.glob("*.safetensors")):
             linears = PackedFile(TensorFiles(self._parts, [file]), "int4")
-            found[file.stem] = {name: linears.read(name) for name in sorted(linears.names)}
+            found[file.stem] = {name: linears.mapped(name) for name in sorted(linears.names)}
         return found
 
     def save_part(self, part: str, layers: Mapping[str, PackedWeight]) -> None:

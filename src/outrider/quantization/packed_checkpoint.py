@@ -1,4 +1,4 @@
-"""The file of packed weights: a safetensors file whose packed tensors kernels use where they lie in the mapped file.
+"""The file of packed weights: a safetensors file whose packed tensors kernels use as they are.
 
 Each linear layer's `<name>.weight` is uint8 [num_panels, panel_bytes], laid out as `outrider.kernels.packed` says and
 64-byte aligned in the file; every other tensor is as in the model that was quantised. The safetensors metadata holds
@@ -10,15 +10,18 @@ Each linear layer's `<name>.weight` is uint8 [num_panels, panel_bytes], laid out
 
 Alignment needs no padding between tensors, which safetensors forbids: the header is filled up with spaces to a
 multiple of 64, packed tensors come first and are multiples of 64 long, and the others follow by falling element size.
-One file holds the whole model, whatever its size.
+One file holds the whole model, whatever its size. It is mapped into memory, in pages of 4 KB; kernels read large
+pages faster, so a model's layers are copied to those where they fit.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from outrider.errors import ModelLoadError
+from outrider.kernels import huge_pages
 from outrider.kernels.packed import ALIGNMENT, PackedWeight, WeightFormat, num_panels, panel_bytes
 from outrider.quantization.tensor_files import TensorFiles
 
@@ -153,6 +157,15 @@ class PackedFile:
         return descriptor.num_outputs, descriptor.num_inputs
 
     def read(self, name: str) -> PackedWeight:
+        """A layer to compute with: in large pages if all layers fit there, else in the mapped file's memory.
+
+        Raises:
+            ModelLoadError: an input order that is no order.
+        """
+        packed = self.mapped(name)
+        return replace(packed, data=huge_pages.copy_of(packed.data)) if self._is_copied else packed
+
+    def mapped(self, name: str) -> PackedWeight:
         """A layer whose data is the mapped file's memory.
 
         Raises:
@@ -168,6 +181,11 @@ class PackedFile:
             if not torch.equal(order.sort().values, torch.arange(d.num_inputs, dtype=torch.int32)):
                 raise _unfit(self._files, d.input_order, "repeated or missing inputs", f"0..{d.num_inputs - 1} once")
         return PackedWeight(d.format, d.num_outputs, d.num_inputs, d.group_size, d.has_zeros, data, order)
+
+    @cached_property
+    def _is_copied(self) -> bool:
+        """Decided once: what is copied takes memory from what is left."""
+        return huge_pages.has_room_for(sum(math.prod(d.data_shape) for d in self._descriptors.values()))
 
 
 def is_packed(files: TensorFiles) -> bool:
